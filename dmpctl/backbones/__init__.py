@@ -1,0 +1,1 @@
+"""Frozen denoisers behind one protocol: `embed` and `denoise(..., edit)`."""

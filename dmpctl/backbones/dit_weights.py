@@ -1,0 +1,161 @@
+"""Weights of a DiT: reading our files and other people's, finding the shape they have, and their identity."""
+
+import hashlib
+import json
+import pickle
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmpctl.backbones.dit import SHAPES, DiT, DiTConfig
+from dmpctl.errors import IntegrityError, MissingError, UsageError
+from dmpctl.files import read_tensors, write_tensors
+from dmpctl.types import ScheduleSpec
+
+WRAPPERS = ("ema", "model", "state_dict")  # in this order: an average is what one samples from
+PREFIXES = ("module.", "_orig_mod.")
+HEADS = {width: heads for width, _, heads in SHAPES.values()}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A state dict in the published layout. `taken` says which part of the file it came from.
+
+    `config`, `schedule`, `data`: what the file says of itself; None where it does not (other people's files).
+    """
+
+    tensors: dict[str, Tensor]
+    taken: str
+    config: DiTConfig | None = None
+    schedule: ScheduleSpec | None = None
+    data: str | None = None
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, shapes, dtypes and bytes: the identity of a backbone, whatever file it came in."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def save_dit(path: Path, tensors: Mapping[str, Tensor], config: DiTConfig, schedule: ScheduleSpec, data: str | None) -> str:
+    """Write a backbone that describes itself; returns the file's sha256."""
+    return write_tensors(path, tensors, dit_metadata(config, schedule, data))
+
+
+def dit_metadata(config: DiTConfig, schedule: ScheduleSpec, data: str | None) -> dict[str, str]:
+    """safetensors metadata of a DiT: shape, schedule, and the data it was trained on (None: unknown)."""
+    value = {"schema_version": 1, "config": asdict(config), "schedule": asdict(schedule), "data": data}
+    return {"dmpctl.dit": json.dumps(value, sort_keys=True)}
+
+
+def read_weights(path: Path) -> Weights:
+    """Read .safetensors, or a PyTorch checkpoint (bare, or inside `ema` / `model` / `state_dict`).
+
+    MissingError if there is no such file; IntegrityError if it is corrupt or holds anything but tensors:
+    no code of a pickle is ever run.
+    """
+    if not path.is_file():
+        raise MissingError(f"there is no weights file {path}")
+    if path.suffix == ".safetensors":
+        tensors, metadata = read_tensors(path)
+        return _described(path, tensors, metadata)
+    tensors, taken = _unwrap(path, _unpickle(path))
+    return Weights(tensors, taken)
+
+
+def _described(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Weights:
+    if "dmpctl.dit" not in metadata:
+        return Weights(_plain_names(tensors), "the file")
+    try:
+        value = json.loads(metadata["dmpctl.dit"])
+        if value["schema_version"] != 1:
+            raise IntegrityError(f"{path} has schema_version {value['schema_version']}, this dmpctl reads 1", "upgrade dmpctl")
+        return Weights(tensors, "the file", DiTConfig(**value["config"]), ScheduleSpec(**value["schedule"]), value["data"])
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise IntegrityError(f"{path} describes itself in a way that cannot be read ({error})") from None
+
+
+def _unpickle(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n")[0].split(". ")[0]
+        raise IntegrityError(
+            f"{path} holds more than tensors and was not loaded ({reason})", "ask for a .safetensors file"
+        ) from None
+    except (RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
+        raise IntegrityError(f"{path} is not a readable checkpoint ({str(error).splitlines()[0]})") from None
+
+
+def _unwrap(path: Path, value: Any) -> tuple[dict[str, Tensor], str]:
+    taken = "the file"
+    for key in WRAPPERS:
+        if isinstance(value, dict) and isinstance(value.get(key), dict):
+            value, taken = value[key], f"its '{key}' entry"
+            break
+    if not isinstance(value, dict) or not value or not all(isinstance(v, Tensor) for v in value.values()):
+        raise IntegrityError(f"{path} holds no state dict (found {type(value).__name__})")
+    return _plain_names(value), taken
+
+
+def _plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    plain = dict(tensors)
+    for prefix in PREFIXES * 2:  # compiled inside data-parallel, or the other way round
+        if plain and all(name.startswith(prefix) for name in plain):
+            plain = {name.removeprefix(prefix): value for name, value in plain.items()}
+    return plain
+
+
+def infer_config(tensors: Mapping[str, Tensor], num_heads: int | None = None) -> DiTConfig:
+    """The shape of a state dict in the published layout.
+
+    `num_heads` None: as in the published model of that width. IntegrityError if this is no DiT;
+    UsageError if the heads cannot be known.
+    """
+    try:
+        width, channels, patch, _ = tensors["x_embedder.proj.weight"].shape
+        tokens = tensors["pos_embed"].shape[1]
+        rows = tensors["y_embedder.embedding_table.weight"].shape[0]
+        outputs = tensors["final_layer.linear.bias"].shape[0]
+    except KeyError as error:
+        raise IntegrityError(f"this is no DiT in the published layout: it lacks {error}") from None
+    depth = 1 + max((int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")), default=-1)
+    heads = num_heads or HEADS.get(width)
+    if heads is None:
+        raise UsageError(
+            f"a DiT of width {width} is no published shape, so its number of heads is unknown",
+            "name a shape: --base DiT-S/2 --weights FILE",
+        )
+    side = int(tokens**0.5) * patch
+    return DiTConfig(
+        side, channels, patch, width, depth, heads, 0 if rows == 1 else rows - 1, True, outputs == 2 * channels * patch * patch
+    )
+
+
+def dit_from(weights: Weights, num_heads: int | None = None, schedule: ScheduleSpec | None = None) -> DiT:
+    """The model those weights are of; every key must fit. `schedule` None: what the file says, else DiT's linear one.
+
+    IntegrityError on a missing or unexpected key or shape.
+    """
+    config = weights.config or infer_config(weights.tensors, num_heads)
+    model = DiT(config, weights.schedule or schedule)
+    wanted, found = model.state_dict(), weights.tensors
+    wrong = [f"{name} is missing" for name in wanted if name not in found]
+    wrong += [f"{name} is unexpected" for name in found if name not in wanted]
+    wrong += [
+        f"{n} has shape {list(found[n].shape)}, expected {list(wanted[n].shape)}"
+        for n in wanted
+        if n in found and found[n].shape != wanted[n].shape
+    ]
+    if wrong:
+        raise IntegrityError(f"these weights do not fit the DiT they claim to be: {'; '.join(wrong[:3])} ({len(wrong)} in all)")
+    model.load_state_dict(found)
+    return model

@@ -1,0 +1,139 @@
+"""`dmpctl`: finds the command that was named and imports only that one; turns every failure into one sentence."""
+
+import os
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+from typer.main import get_command
+
+from dmpctl.cli.help import WIDTH, Group
+from dmpctl.errors import DmpError, UsageError
+
+SIGINT, SIGPIPE = 130, 141  # exit codes: 128 + the signal
+
+# Each is in dmpctl/cli/<name>.py; its first line of help says the same.
+COMMANDS = {
+    "download": "Fetch assets into the cache, each checked against its sha256.",
+    "pretrain": "Train a backbone from scratch.",
+    "patch": "Train a patch on a frozen backbone.",
+    "sample": "Sample images with a patch, or with its backbone alone.",
+    "fid": "Measure the Frechet distance to real images.",
+    "inspect-gates": "Show how the gates mix the prompts, per block and timestep.",
+    "doctor": "Show versions, devices, caches and the offline state.",
+}
+
+
+class Lazy(Group):
+    """Lists the commands without importing them; the one that is used, or completed, is imported."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        for name, line in COMMANDS.items():
+            self.add_command(TyperCommand(name, short_help=line))
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, found, rest = super().resolve_command(ctx, args)
+        if name is None or found is None:
+            return name, found, rest
+        return name, get_command(import_module(f"dmpctl.cli.{name.replace('-', '_')}").app), rest
+
+
+app = typer.Typer(cls=Lazy, rich_markup_mode=None, invoke_without_command=True, context_settings={"max_content_width": WIDTH})
+
+
+def show_version(wanted: bool) -> None:
+    """--version: the installed version, or that this is a source tree that was never installed."""
+    if wanted:
+        from importlib import metadata
+
+        try:
+            version = metadata.version("dmpctl")
+        except metadata.PackageNotFoundError:
+            version = "(not installed)"
+        typer.echo(f"dmpctl {version}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    ctx: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version.", callback=show_version, is_eager=True)] = False,
+) -> None:
+    """Make a converged diffusion transformer better without retraining it.
+
+    A patch is a small set of gated prompts, trained on a frozen backbone.
+    """
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
+        raise typer.Exit(UsageError.exit_code)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (None: that of this process); returns its exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    state = {"debug": False}
+    try:
+        code = _run(args, state)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = SIGPIPE
+    except KeyboardInterrupt:
+        code = SIGINT
+    except DmpError as error:
+        code = _fail(error, error.message, error.hint, error.exit_code, state)
+    except typer.TyperException as error:
+        code = _fail(error, *_usage(error), error.exit_code, state)
+    except Exception as error:
+        message = f"internal: {type(error).__name__}: {error}".rstrip(": ")
+        hint = "this is a bug; run it again with --debug to see where"
+        code = _fail(error, message, None if state["debug"] else hint, DmpError.exit_code, state)
+    if code == SIGPIPE:  # nobody reads any more: Python must not complain about that at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
+
+
+def _run(args: list[str], state: dict[str, bool]) -> int:
+    try:
+        code = get_command(app).main(args, prog_name="dmpctl", standalone_mode=False, obj=state)
+    except SystemExit as stop:  # completion, and what Typer and rich make of a closed pipe
+        if isinstance(stop.__context__, BrokenPipeError):
+            return SIGPIPE
+        return stop.code if isinstance(stop.code, int) else 0
+    return code if isinstance(code, int) else 0
+
+
+def _usage(error: typer.TyperException) -> tuple[str, str | None]:
+    """Sentence and hint for a line that Typer could not parse."""
+    ctx = getattr(error, "ctx", None)
+    hint = f"{ctx.command_path} --help lists what there is" if ctx is not None else None
+    option = getattr(error, "option_name", None)
+    if not hasattr(error, "possibilities"):
+        return error.format_message().replace("\n", " ").rstrip("."), hint
+    near = getattr(error, "possibilities", None)
+    if not near and ctx is not None and ctx.parent is None:
+        hint = f"options follow the command: dmpctl COMMAND {option}"
+    return f"no such option {option}" + (f", did you mean {near[0]}?" if near else ""), hint
+
+
+def _fail(error: BaseException, message: str, hint: str | None, code: int, state: dict[str, bool]) -> int:
+    """Say what went wrong on stderr, with --debug after the traceback (never with local variables)."""
+    if state["debug"]:
+        typer.echo(redacted("".join(traceback.format_exception(error))), err=True)
+    typer.echo(typer.style("error: ", fg="red", bold=True) + redacted(" ".join(message.split())), err=True)
+    if hint:
+        typer.echo(f"hint: {redacted(hint)}", err=True)
+    return code
+
+
+def redacted(text: str) -> str:
+    """Text without access tokens of the hub."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        token = os.environ.get(name)
+        text = text.replace(token, "***") if token else text
+    return re.sub(r"\bhf_[A-Za-z0-9]{8,}", "***", text)

@@ -1,0 +1,226 @@
+"""What people and machines see: results on stdout, progress and talk on stderr."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any, TextIO
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+from dmpctl.settings import sections
+from dmpctl.settings.commands import field_of, options_of
+from dmpctl.settings.layers import Resolved
+from dmpctl.types import Progress, ProgressTask, Report
+
+SECONDS_PER_LINE = 2.0
+LINES_PER_TASK = 50
+UNBOUNDED = 100_000  # columns of a pipe: tables and paths stay whole
+
+
+def is_main() -> bool:
+    """Whether this process speaks: under torchrun or accelerate launch, only rank 0 does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """A person is watching: a terminal that can move its cursor, and no CI."""
+    return stream.isatty() and not os.environ.get("CI") and os.environ.get("TERM") != "dumb"
+
+
+def progress_for(console: sections.Console) -> Progress:
+    """How progress is shown: a bar on a terminal, plain lines in a pipe or under CI, nothing with --quiet."""
+    if console.quiet or not is_main():
+        return Silent()
+    return Bars() if is_terminal(sys.stderr) else Lines(sys.stderr)
+
+
+class Silent:
+    """No progress, no talk; also the task that shows nothing."""
+
+    def track(self, what: str, total: int, start: int = 0) -> ProgressTask:
+        return self
+
+    def say(self, message: str) -> None:
+        return None
+
+    def advance(self, by: int = 1, **figures: float) -> None:
+        return None
+
+    def __enter__(self) -> ProgressTask:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        return None
+
+
+def shown(figures: Mapping[str, float], rate: float | None) -> str:
+    """`loss 0.0912, 12.5 it/s`. `rate` in it/sec, None: not known yet; left out where the figures hold a speed already."""
+    parts = [f"{value:.4g} {name}" if name.endswith("/s") else f"{name} {value:.4g}" for name, value in figures.items()]
+    if rate is not None and not any(name.endswith("/s") and name != "images/s" for name in figures):
+        parts.append(f"{rate:.3g} it/s")
+    return ", ".join(parts)
+
+
+class Lines:
+    """Plain lines: at most one every 2 s and one every 2 % of the work, so that a log stays readable."""
+
+    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+        self._stream, self._clock = stream, clock
+
+    def track(self, what: str, total: int, start: int = 0) -> ProgressTask:
+        return LinesTask(self.say, self._clock, what, total, start)
+
+    def say(self, message: str) -> None:
+        self._stream.write(message + "\n")
+        self._stream.flush()
+
+
+class LinesTask:
+    """One piece of work shown by `Lines`; the last line is where it ended."""
+
+    def __init__(self, say: Callable[[str], None], clock: Callable[[], float], what: str, total: int, start: int) -> None:
+        self._say, self._clock = say, clock
+        self._what, self._total, self._start = what, total, start
+        self._done = self._last_done = start
+        self._since = self._last_time = clock()
+        self._stride = max(1, math.ceil(total / LINES_PER_TASK))
+        self._figures: dict[str, float] = {}
+
+    def advance(self, by: int = 1, **figures: float) -> None:
+        self._done += by
+        self._figures |= figures
+        if self._done - self._last_done >= self._stride and self._clock() - self._last_time >= SECONDS_PER_LINE:
+            self._line()
+
+    def _line(self) -> None:
+        self._last_done, self._last_time = self._done, self._clock()
+        elapsed = self._last_time - self._since
+        rate = (self._done - self._start) / elapsed if elapsed > 0 and self._done > self._start else None
+        share = f" ({100 * self._done // self._total} %)" if self._total else ""
+        parts = [f"{self._what} {self._done}/{self._total}{share}", shown(self._figures, rate)]
+        if rate is not None and self._done < self._total:
+            parts.append(f"{timedelta(seconds=round((self._total - self._done) / rate))} left")
+        self._say(", ".join(part for part in parts if part))
+
+    def __enter__(self) -> ProgressTask:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._done != self._last_done:
+            self._line()
+
+
+class Bars:
+    """One rich display on stderr; talk scrolls above it. `console` None: this process's stderr."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, highlight=False)
+        self.display = RichProgress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}", markup=False),
+            TimeRemainingColumn(),
+            console=self.console,
+            redirect_stdout=False,  # results are not talk
+        )
+        self.open = 0
+
+    def track(self, what: str, total: int, start: int = 0) -> ProgressTask:
+        return BarsTask(self, self.display.add_task(what, total=total, completed=start, figures=""))
+
+    def say(self, message: str) -> None:
+        self.console.print(message, markup=False, soft_wrap=True)
+
+
+class BarsTask:
+    """One bar; the display runs while at least one is open."""
+
+    def __init__(self, bars: Bars, task: TaskID) -> None:
+        self._bars, self._task = bars, task
+        self._figures: dict[str, float] = {}
+
+    def advance(self, by: int = 1, **figures: float) -> None:
+        self._figures |= figures
+        display = self._bars.display
+        rate = next(task.speed for task in display.tasks if task.id == self._task)
+        display.update(self._task, advance=by, figures=shown(self._figures, rate))
+
+    def __enter__(self) -> ProgressTask:
+        self._bars.open += 1
+        self._bars.display.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bars.open -= 1
+        self._bars.display.stop_task(self._task)
+        if not self._bars.open:
+            self._bars.display.stop()
+
+
+class Output:
+    """The result of a command on stdout, as a table and sentences or (`as_json`) as one JSON object. Rank 0 only."""
+
+    def __init__(self, as_json: bool) -> None:
+        self._as_json = as_json
+
+    def result(self, report: Report) -> None:
+        if not is_main():
+            return
+        if self._as_json:
+            sys.stdout.write(json.dumps(jsonable(report.data), indent=1, allow_nan=False) + "\n")
+            return
+        terminal = is_terminal(sys.stdout)
+        console = Console(
+            file=sys.stdout,
+            highlight=False,
+            force_terminal=terminal,
+            color_system="auto" if terminal else None,
+            width=None if terminal else UNBOUNDED,
+        )
+        if report.table:
+            console.print(table_of(report))
+        for line in report.lines:
+            console.print(line, markup=False, soft_wrap=True)
+
+
+def table_of(report: Report) -> Table:
+    """The rows of a report; columns in the order in which they first appear."""
+    columns = list(dict.fromkeys(name for row in report.table for name in row))
+    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for column in table.columns:
+        column.overflow = "fold"
+    for row in report.table:
+        table.add_row(*(escape(row.get(name, "")) for name in columns))  # [brackets] are text here
+    return table
+
+
+def jsonable(value: Any) -> Any:
+    """JSON has no NaN and no infinity: None instead. Paths and the like become text."""
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, str | int | bool | None) else str(value)
+
+
+def config_report(command: str, resolved: Resolved) -> Report:
+    """--print-config: every value and where it came from."""
+    data, rows = {}, []
+    for name, option in options_of(command).items():
+        value = getattr(getattr(resolved.settings, field_of(option.section)), name, None)
+        origin = resolved.origins[name]
+        data[option.public] = {"value": value, "origin": origin}
+        rows.append({"option": option.public, "value": "-" if value is None else str(value), "origin": origin})
+    return Report(data, tuple(rows))

@@ -1,0 +1,24 @@
+"""`dmpctl inspect-gates`."""
+
+from pathlib import Path
+
+from dmpctl.cli.options import Argument, Call, command
+from dmpctl.types import Report
+
+
+def inspect_gates(call: Call) -> Report:
+    """Show how the gates mix the prompts, per block and timestep.
+
+    Needs no images: the gates see only the timestep, the label and the block index.
+    """
+    from dmpctl.engine import gates
+
+    return gates.inspect(call.settings, call.argument, call.progress)
+
+
+app = command(
+    "inspect-gates",
+    inspect_gates,
+    ["dmpctl inspect-gates runs/digits", "dmpctl inspect-gates runs/digits --timesteps 20 --no-plot --json"],
+    Argument("run", Path, "Run (or checkpoint) with the patch."),
+)

@@ -1,0 +1,1 @@
+"""Data: sources of images, and the order in which training sees them."""

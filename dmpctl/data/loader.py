@@ -1,0 +1,184 @@
+"""What training sees, as a pure function of (seed, step): nothing to save, nothing to skip, the same for any layout of ranks."""
+
+import os
+from collections.abc import Callable, Generator, Iterator, Sequence
+from itertools import count
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from dmpctl.errors import DmpError, UsageError
+from dmpctl.rng import seed_of
+from dmpctl.types import Source
+
+Place = tuple[int, int]  # (epoch, index): which image, in which pass over the data
+
+
+@runtime_checkable
+class Held(Protocol):
+    """A source that may hold all of its images in memory, so that a batch is one gather."""
+
+    def images(self) -> Tensor | None:
+        """uint8 [N, C, S, S]; None if they are not held."""
+        ...
+
+    def labels(self) -> Tensor:
+        """int64 [N]."""
+        ...
+
+
+def permutation(n: int, generator: torch.Generator) -> Tensor:
+    """The order of one epoch, int64 [n]."""
+    return torch.randperm(n, generator=generator)
+
+
+def coins(n: int, generator: torch.Generator) -> Tensor:
+    """A fair coin for every image, bool [n]."""
+    return torch.rand(n, generator=generator) < 0.5
+
+
+class EachEpoch:
+    """A tensor [n] for each epoch, drawn from (seed, purpose, epoch) and kept while that epoch lasts."""
+
+    def __init__(self, draw: Callable[[int, torch.Generator], Tensor], n: int, seed: int, purpose: str) -> None:
+        self._draw, self._n, self._seed, self._purpose = draw, n, seed, purpose
+        self._kept: dict[int, Tensor] = {}
+
+    def of(self, epoch: int) -> Tensor:
+        """The tensor [n] of one epoch."""
+        if epoch not in self._kept:
+            if len(self._kept) > 1:  # a batch may lie across two epochs
+                del self._kept[min(self._kept)]
+            self._kept[epoch] = self._draw(self._n, torch.Generator().manual_seed(seed_of(self._seed, self._purpose, epoch)))
+        return self._kept[epoch]
+
+    def at(self, epochs: Tensor, slots: Tensor) -> Tensor:
+        """Element slots[i] of the tensor of epochs[i], for int64 [B] and [B]."""
+        first, last = int(epochs.min()), int(epochs.max())
+        if first == last:
+            return self.of(first)[slots]
+        return torch.stack([self.of(epoch) for epoch in range(first, last + 1)])[epochs - first, slots]
+
+
+class StepBatches(Sampler[list[Place]]):
+    """A batch sampler without end: step s has the same `size` images on every layout of ranks, each rank taking its stride.
+
+    Epochs are permutations laid end to end, so a batch may lie across two of them; each epoch has every index once.
+    `size` is the global batch, `start` the first step. Raises UsageError if `size` does not divide over `world`, or n is 0.
+    """
+
+    def __init__(self, n: int, size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1) -> None:
+        if n < 1:
+            raise UsageError("there is no image to train on", "check --data")
+        if size % world:
+            hint = f"take a --batch-size that is a multiple of {world}, or another --num-processes"
+            raise UsageError(f"a batch of {size} does not divide over {world} processes", hint)
+        self.n, self.size, self.start = n, size, start
+        self._mine = torch.arange(rank, size, world)
+        self._order = EachEpoch(permutation, n, seed, "order")
+
+    def at(self, step: int) -> tuple[Tensor, Tensor]:
+        """Epochs and indices of this rank's images at one step, int64 [size / world] each."""
+        position = step * self.size + self._mine
+        epochs = position // self.n
+        return epochs, self._order.at(epochs, position % self.n)
+
+    def __iter__(self) -> Iterator[list[Place]]:
+        for step in count(self.start):
+            epochs, indices = self.at(step)
+            yield list(zip(epochs.tolist(), indices.tolist(), strict=True))
+
+
+class TrainingItems(Dataset[tuple[Tensor, int, int]]):
+    """Images as training takes them: items at (epoch, index) are (uint8 [C, S, S], label, index).
+
+    With `hflip` an image is mirrored in half of the epochs: a function of (seed, epoch, index).
+    """
+
+    def __init__(self, source: Source, hflip: bool, seed: int) -> None:
+        self.source, self.hflip = source, hflip
+        self._mirrored = EachEpoch(coins, len(source), seed, "mirror")
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, place: Place) -> tuple[Tensor, int, int]:
+        images, labels, indices = self.__getitems__([place])
+        return images[0], int(labels[0]), int(indices[0])
+
+    def __getitems__(self, places: Sequence[Place]) -> tuple[Tensor, Tensor, Tensor]:
+        """Images uint8 [B, C, S, S], labels int64 [B] and indices int64 [B]; one gather if the source is held in memory."""
+        epochs, indices = torch.tensor(places).unbind(1)
+        images, labels = self._gather(indices)
+        if self.hflip:
+            images = torch.where(self._mirrored.at(epochs, indices).view(-1, 1, 1, 1), images.flip(-1), images)
+        return images, labels, indices
+
+    def _gather(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        if isinstance(self.source, Held) and (held := self.source.images()) is not None:
+            return held[indices], self.source.labels()[indices]
+        items = [self.source.item(index) for index in indices.tolist()]
+        return torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
+
+
+class _Fetched(Dataset[tuple[Tensor, Tensor] | DmpError]):
+    """What a loader process sends: a batch, or the expected failure as a value (else torch sends its traceback as the text)."""
+
+    def __init__(self, items: TrainingItems) -> None:
+        self.items = items
+
+    def __getitems__(self, places: Sequence[Place]) -> tuple[Tensor, Tensor] | DmpError:
+        try:
+            images, labels, _ = self.items.__getitems__(places)
+        except DmpError as error:
+            return error
+        return images, labels
+
+
+def as_fetched(batch: Any) -> Any:
+    """The collate function: batches are gathered already."""
+    return batch
+
+
+def leave_process_group(worker: int) -> None:
+    """Put a loader process into its own group: Ctrl-C and a launcher's killpg must reach the trainer only, which saves first."""
+    os.setpgrp()
+
+
+def batches(
+    source: Source,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    hflip: bool = False,
+    num_workers: int = 0,
+) -> Generator[tuple[Tensor, Tensor], None, None]:
+    """Images uint8 [B, C, S, S] and labels int64 [B] of this rank (B = batch_size / world), from step `start` on, without end.
+
+    `close()` ends the loader processes. Nothing is drawn from torch's global generator.
+    Raises UsageError at once if the batch does not divide over the ranks, and in its turn what an item raises.
+    """
+    loader = DataLoader(
+        _Fetched(TrainingItems(source, hflip, seed)),
+        batch_sampler=StepBatches(len(source), batch_size, seed, start, rank, world),
+        collate_fn=as_fetched,
+        num_workers=num_workers,
+        worker_init_fn=leave_process_group,
+        persistent_workers=num_workers > 0,
+        generator=torch.Generator().manual_seed(seed_of(seed, "loader", rank)),  # or it would draw from the global one
+    )
+    return _unwrapped(iter(loader))
+
+
+def _unwrapped(fetched: Iterator[tuple[Tensor, Tensor] | DmpError]) -> Generator[tuple[Tensor, Tensor], None, None]:
+    try:
+        for batch in fetched:
+            if isinstance(batch, DmpError):
+                raise batch
+            yield batch
+    finally:
+        del fetched  # the last reference ends the processes now; left to the garbage collector they take 5 sec each

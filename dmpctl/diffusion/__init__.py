@@ -1,0 +1,1 @@
+"""Gaussian diffusion: noise schedules, the training objective, guidance and samplers."""

@@ -1,0 +1,50 @@
+"""Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598) as published with DiT.
+
+Shapes: B batch, C/H/W channels, height, width of what is noised.
+"""
+
+from collections.abc import Callable
+from typing import Literal, assert_never
+
+import torch
+from torch import Tensor
+
+from dmpctl.errors import UsageError
+from dmpctl.types import Denoiser
+
+Predict = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # x [B, C, H, W], t [B], cond [B] or None -> [B, C or 2C, H, W]
+
+
+def guide(
+    predict: Predict, cond: Tensor | None, null_class: int | None, scale: float, channels: Literal["3", "all"] = "3"
+) -> Denoiser:
+    """The denoiser null + scale * (cond - null) for labels `cond` [B] (None: unconditional).
+
+    One forward of 2B per call, of B where `scale` is 1. Guided are the first 3 channels of epsilon
+    (published DiT) or all of them; what remains, variance half included, is the conditional prediction's.
+    UsageError for a scale other than 1 without labels or without a null class.
+    """
+    if scale == 1:
+        return lambda x, t: predict(x, t, cond)
+    if cond is None or null_class is None:
+        raise UsageError(f"guidance {scale:g} needs a class-conditional backbone, this one is not", "use --cfg 1")
+    both = torch.cat([cond, torch.full_like(cond, null_class)])
+
+    def guided(x: Tensor, t: Tensor) -> Tensor:
+        prediction, null = predict(x.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
+        count = _guided_channels(channels, x.shape[1])
+        eps, null_eps = prediction[:, :count], null[:, :count]
+        return torch.cat([null_eps + scale * (eps - null_eps), prediction[:, count:]], dim=1)
+
+    return guided
+
+
+def _guided_channels(channels: Literal["3", "all"], available: int) -> int:
+    """How many of the `available` channels of epsilon are guided."""
+    match channels:
+        case "3":
+            return min(3, available)
+        case "all":
+            return available
+        case _:
+            assert_never(channels)

@@ -1,0 +1,110 @@
+"""From noise to x0: DDPM, DDIM and DPM-Solver++ over respaced timesteps.
+
+A sampler is a generator of the states after each of its steps, so that only the latest is kept.
+Shapes: B batch, C/H/W channels, height, width. States are float32 whatever the denoiser's dtype.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, assert_never
+
+import torch
+from torch import Tensor
+
+from dmpctl.diffusion.schedule import NoiseSchedule, respaced_timesteps, split_prediction
+from dmpctl.errors import NumericalError, UsageError
+from dmpctl.types import Denoiser, Draw
+
+Sampler = Literal["ddpm", "ddim", "dpm-solver++"]
+Predict = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]  # x, original timestep -> epsilon, variance half or None
+
+LOWEST_LAMBDA = -5.1  # log(alpha / sigma) below which DPM-Solver++ is unstable (cosine schedules), as diffusers advises
+
+
+def sample(
+    denoiser: Denoiser,
+    draw: Draw,
+    schedule: NoiseSchedule,
+    learned_sigma: bool,
+    sampler: Sampler,
+    steps: int,
+    eta: float = 0.0,
+    on_step: Callable[[int], None] | None = None,
+) -> Tensor:
+    """x0 [B, C, H, W] float32: x_T is the first `draw()`, each later step that adds noise draws once, t descending.
+
+    `schedule` is the whole one; `eta` is DDIM's; `on_step` gets the number of steps done, None: nobody is told.
+    Call it under `torch.inference_mode`. UsageError for more steps than the schedule has, NumericalError if x0 is not finite.
+    """
+    x = draw().float()
+
+    def predict(x: Tensor, timestep: int) -> tuple[Tensor, Tensor | None]:
+        t = torch.full((len(x),), timestep, dtype=torch.int64, device=x.device)
+        return split_prediction(denoiser(x, t), x.shape[1], learned_sigma)
+
+    match sampler:
+        case "ddpm":
+            states = _ddpm(predict, draw, x, schedule, steps)
+        case "ddim":
+            states = _ddim(predict, draw, x, schedule, steps, eta)
+        case "dpm-solver++":
+            states = _dpm_solver(predict, x, schedule, steps)
+        case _:
+            assert_never(sampler)
+    for done, state in enumerate(states, start=1):
+        x = state
+        if on_step is not None:
+            on_step(done)
+    bad = int((~x.isfinite().flatten(1).all(1)).sum())
+    if bad:
+        raise NumericalError(
+            f"{bad} of {len(x)} samples are not finite after {steps} {sampler} steps",
+            "check the weights, lower --cfg, or use --precision no",
+        )
+    return x
+
+
+def _ddpm(predict: Predict, draw: Draw, x: Tensor, schedule: NoiseSchedule, steps: int) -> Iterator[Tensor]:
+    """Ancestral sampling (Ho et al. 2020, algorithm 2): learned variance, or beta where there is none; x0 not clipped."""
+    spaced = schedule.respace(respaced_timesteps(len(schedule), steps)).to(x.device)
+    for i in reversed(range(steps)):
+        at = torch.tensor([i], device=x.device)
+        eps, v = predict(x, int(spaced.timesteps[i]))
+        mean = spaced.posterior_mean(spaced.predict_x0(x, at, eps), x, at)
+        log_variance = spaced.log_beta(at) if v is None else spaced.learned_log_variance(v, at)
+        x = mean + (log_variance / 2).exp() * draw() if i else mean
+        yield x
+
+
+def _ddim(predict: Predict, draw: Draw, x: Tensor, schedule: NoiseSchedule, steps: int, eta: float) -> Iterator[Tensor]:
+    """Song et al. 2021 (arXiv 2010.02502), eq. 12 and 16; a learned variance is not used. `eta` 0 draws nothing."""
+    spaced = schedule.respace(respaced_timesteps(len(schedule), steps)).to(x.device)
+    for i in reversed(range(steps)):
+        eps, _ = predict(x, int(spaced.timesteps[i]))
+        x0 = spaced.predict_x0(x, torch.tensor([i], device=x.device), eps)
+        abar, prev = float(spaced.alphas_cumprod[i]), float(spaced.alphas_cumprod_prev[i])
+        sigma = eta * math.sqrt((1 - prev) / (1 - abar) * (1 - abar / prev))  # 0 at the last step, where prev is 1
+        x = math.sqrt(prev) * x0 + math.sqrt(max(1 - prev - sigma**2, 0)) * eps
+        if sigma > 0:
+            x = x + sigma * draw()
+        yield x
+
+
+def _dpm_solver(predict: Predict, x: Tensor, schedule: NoiseSchedule, steps: int) -> Iterator[Tensor]:
+    """DPM-Solver++ 2M (Lu et al. 2022, arXiv 2211.01095) by diffusers; deterministic, so it draws nothing.
+
+    Its timesteps are diffusers' own ("linspace"): one more than asked for, without 0, as the last step goes to no noise.
+    """
+    from diffusers import DPMSolverMultistepScheduler
+
+    abar = schedule.alphas_cumprod
+    usable = int(((abar / (1 - abar)).log() / 2 >= LOWEST_LAMBDA).sum())
+    if steps >= usable:
+        raise UsageError(f"dpm-solver++ takes at most {usable - 1} steps here, {steps} were asked for", "use --sampler ddim")
+    scheduler: Any = DPMSolverMultistepScheduler  # untyped
+    solver = scheduler(trained_betas=schedule.betas.tolist(), solver_order=2, algorithm_type="dpmsolver++")
+    solver.set_timesteps(timesteps=respaced_timesteps(usable, steps + 1)[:0:-1])
+    for timestep in solver.timesteps:
+        eps, _ = predict(x, int(timestep))
+        x = solver.step(eps, timestep, x, return_dict=False)[0]
+        yield x

@@ -1,0 +1,1 @@
+"""Where the rooms meet: building, training, generating, measuring."""

@@ -1,0 +1,143 @@
+"""From settings to things: backbone, patch, codec, source. What can fail fails here, before anything is written."""
+
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dmpctl.backbones.dit import SHAPES, DiT, DiTConfig, shape_config
+from dmpctl.backbones.dit_weights import digest_of, dit_from, read_weights
+from dmpctl.codecs.identity import Identity
+from dmpctl.data.source import open_source
+from dmpctl.errors import MissingError, UsageError
+from dmpctl.methods.dmp import DmpPatch, dmp_shape
+from dmpctl.settings.sections import Base, Data, Dmp, Launch
+from dmpctl.types import BackboneSpec, Codec, Source
+
+BUNDLED = {"digits": "digits-dit.safetensors"}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A frozen backbone and where it came from. `data`: what it was trained on, None if its file does not say."""
+
+    model: DiT
+    digest: str
+    origin: str
+    data: str | None
+
+    @property
+    def spec(self) -> BackboneSpec:
+        return self.model.spec
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Eval mode, no gradients: a backbone is never anything else."""
+    return model.eval().requires_grad_(False)
+
+
+def load_backbone(base: Base) -> Loaded:
+    """The backbone that --base (and --weights) name, frozen, on the CPU.
+
+    UsageError for an unknown name, MissingError where weights are needed, IntegrityError where they do not fit.
+    """
+    path, heads = backbone_file(base)
+    weights = read_weights(path)
+    model = dit_from(weights, heads)
+    freeze(model)
+    return Loaded(model, digest_of(model.state_dict()), f"{path} ({weights.taken})", weights.data)
+
+
+def backbone_file(base: Base) -> tuple[Path, int | None]:
+    """Where the weights of --base lie, and the heads that a shape name fixes (None: the file says)."""
+    if base.base in BUNDLED:
+        return Path(str(resources.files("dmpctl") / "assets" / BUNDLED[base.base])), None
+    shape = shape_config(base.base)
+    if shape is not None:
+        if base.weights is None:
+            train = f"dmpctl pretrain --data DIR --hidden-size {shape.hidden_size} --depth {shape.depth} --num-heads {shape.num_heads}"
+            raise MissingError(
+                f"no weights for {base.base}: no public checkpoint of this shape is bundled",
+                f"add --weights FILE, or train one: {train}",
+            )
+        return base.weights, shape.num_heads
+    path = Path(base.base).expanduser()
+    if path.is_dir():
+        if not (path / "backbone.safetensors").is_file():
+            raise MissingError(
+                f"{path} holds no finished backbone (backbone.safetensors)", "name a run of dmpctl pretrain that has ended"
+            )
+        return path / "backbone.safetensors", None
+    if path.is_file():
+        return path, None
+    raise unknown_base(base.base)
+
+
+def unknown_base(name: str) -> UsageError:
+    """The failure for a --base that is nothing we know, with the nearest name."""
+    from difflib import get_close_matches
+
+    shapes = [f"{shape}/{patch}" for shape in SHAPES for patch in (2, 4, 8)]
+    near = get_close_matches(name, [*BUNDLED, *shapes], 1, 0.5)
+    hint = f"did you mean {near[0]}?" if near else f"name one of {', '.join(BUNDLED)}, a shape such as DiT-L/2, a file or a run"
+    return UsageError(f"--base {name} is no known backbone, no file and no run", hint)
+
+
+def planned_config(base: Base) -> DiTConfig | None:
+    """Config of a shape named without weights, for a report that needs none; None where weights are at hand."""
+    return shape_config(base.base) if base.weights is None else None
+
+
+def build_patch(spec: BackboneSpec, method: Dmp) -> DmpPatch:
+    """A fresh patch for this backbone; UsageError where the settings do not fit it."""
+    return DmpPatch(dmp_shape(spec, method), method)
+
+
+def added_parameters(spec: BackboneSpec, method: Dmp) -> tuple[int, float]:
+    """Numbers a patch adds, and their share of the backbone's in %; nothing is allocated."""
+    count = dmp_shape(spec, method).parameters()
+    return count, 100 * count / spec.parameters
+
+
+def open_data(data: Data, spec: BackboneSpec, trained_on: str | None) -> Source:
+    """The images to train on, in the size and channels the backbone takes; `trained_on`: the default for --data."""
+    name = data.data or trained_on
+    if name is None:
+        raise UsageError("nothing says which images to patch on", "add --data digits or --data DIR")
+    channels, height, _ = spec.latent_shape
+    if data.size not in (None, height):
+        raise UsageError(f"this backbone takes {height}x{height} images, --size says {data.size}", "leave --size out")
+    if channels not in (1, 3):
+        raise UsageError(
+            f"this backbone works on latents of {channels} channels, not on pixels",
+            "patch a pixel-space backbone, such as --base digits",
+        )
+    return open_source(data.model_copy(update={"data": name}), height, channels)
+
+
+def build_codec(spec: BackboneSpec, source: Source) -> Codec:
+    """The codec between the source's images and the backbone's latents; UsageError where they cannot meet."""
+    codec = Identity()
+    channels, size, _ = source.item(0)[0].shape
+    found = codec.latent_shape(channels, size)
+    if found != spec.latent_shape:
+        raise UsageError(
+            f"the images are {channels}x{size}x{size}, the backbone takes {'x'.join(map(str, spec.latent_shape))}",
+            "name other --data, or a backbone trained on images of this size",
+        )
+    return codec
+
+
+def resolve_device(launch: Launch) -> torch.device:
+    """The device to use; UsageError where it is not there."""
+    if launch.cpu or launch.device == "cpu":
+        return torch.device("cpu")
+    if launch.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(launch.device)
+    there = torch.cuda.device_count() if device.type == "cuda" else int(torch.backends.mps.is_available())
+    if there <= (device.index or 0):
+        raise UsageError(f"--device {launch.device} is not there ({there} found)", "use --device cpu")
+    return device

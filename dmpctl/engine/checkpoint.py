@@ -1,0 +1,133 @@
+"""Checkpoints: a folder that appears by one rename, complete and verified, or not at all. Nothing is pickled."""
+
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dmpctl.errors import IntegrityError
+from dmpctl.files import fsync, read_json, read_tensors, sha256_of, write_json, write_tensors
+
+SCHEMA_VERSION = 1
+NAME = re.compile(r"step-(\d{7,})")
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """All that training needs to go on: `raw` and `ema` weights by name, AdamW moments by name, the scaler's state.
+
+    `ema` is empty where no average is kept; `scaler` is empty without fp16.
+    """
+
+    step: int
+    raw: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    optimizer: dict[str, dict[str, Tensor]]
+    scaler: dict[str, Any]
+
+
+def capture(
+    step: int, module: nn.Module, optimizer: torch.optim.Optimizer, ema: Mapping[str, Tensor], scaler: dict[str, Any]
+) -> TrainerState:
+    """The state of training after `step` steps."""
+    parameters = dict(module.named_parameters())
+    moments = {
+        n: {k: torch.as_tensor(v) for k, v in optimizer.state[p].items()} for n, p in parameters.items() if p in optimizer.state
+    }
+    return TrainerState(step, {n: p.detach() for n, p in parameters.items()}, dict(ema), moments, scaler)
+
+
+@torch.no_grad()
+def restore(state: TrainerState, module: nn.Module, optimizer: torch.optim.Optimizer, ema: Mapping[str, Tensor]) -> None:
+    """Put a state back in place; IntegrityError where names or shapes are not exactly the module's."""
+    parameters = dict(module.named_parameters())
+    for found, wanted in ((state.raw, parameters), (state.ema, ema)):
+        refuse_other_keys(found, wanted, "this checkpoint")
+        for name, tensor in wanted.items():
+            tensor.copy_(found[name])
+    for name, moments in state.optimizer.items():
+        optimizer.state[parameters[name]] = {k: v if k == "step" else v.to(parameters[name].device) for k, v in moments.items()}
+
+
+def refuse_other_keys(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what: str) -> None:
+    """IntegrityError unless both hold the same names with the same shapes."""
+    if missing := sorted(set(wanted) - set(found)):
+        raise IntegrityError(f"{what} lacks {', '.join(missing[:3])}{' and more' if len(missing) > 3 else ''}")
+    if extra := sorted(set(found) - set(wanted)):
+        raise IntegrityError(f"{what} has unexpected {', '.join(extra[:3])}{' and more' if len(extra) > 3 else ''}")
+    for name, tensor in wanted.items():
+        if found[name].shape != tensor.shape:
+            raise IntegrityError(f"{what}: {name} has shape {list(found[name].shape)}, expected {list(tensor.shape)}")
+
+
+def save(
+    folder: Path, kind: str, weights: Mapping[str, Tensor], described: Mapping[str, Any], state: TrainerState, keep: int
+) -> Path:
+    """Write `step-NNNNNNN/` with {kind}.safetensors, {kind}.json and the trainer's files; keep the last `keep`.
+
+    trainer.json is written last and holds the sha256 of all others.
+    """
+    final = folder / f"step-{state.step:07d}"
+    temporary = folder / f"{final.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        hashes = {f"{kind}.safetensors": write_tensors(temporary / f"{kind}.safetensors", weights)}
+        write_json(temporary / f"{kind}.json", {**described, "sha256": hashes[f"{kind}.safetensors"]})
+        hashes[f"{kind}.json"] = sha256_of(temporary / f"{kind}.json")
+        tensors = {f"raw.{n}": v for n, v in state.raw.items()} | {f"ema.{n}": v for n, v in state.ema.items()}
+        tensors |= {f"optimizer.{k}.{n}": v for n, moments in state.optimizer.items() for k, v in moments.items()}
+        hashes["trainer.safetensors"] = write_tensors(temporary / "trainer.safetensors", tensors)
+        manifest = {"schema_version": SCHEMA_VERSION, "step": state.step, "scaler": state.scaler, "sha256": hashes}
+        write_json(temporary / "trainer.json", manifest)
+        fsync(temporary)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    fsync(folder)
+    for old in complete(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def complete(folder: Path) -> list[Path]:
+    """Finished checkpoints, oldest first; leftovers of an interrupted save are no checkpoints."""
+    found = [p for p in folder.iterdir() if NAME.fullmatch(p.name) and (p / "trainer.json").is_file()] if folder.is_dir() else []
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def load(path: Path) -> TrainerState:
+    """Read and verify one checkpoint; IntegrityError naming the file whose bytes are not those that were written."""
+    manifest = read_json(path / "trainer.json", SCHEMA_VERSION)
+    for name, expected in manifest["sha256"].items():
+        actual = sha256_of(path / name) if (path / name).is_file() else "no file"
+        if actual != expected:
+            raise IntegrityError(
+                f"{path / name} is damaged: sha256 {actual}, expected {expected}", f"delete {path} to go on from the one before"
+            )
+    tensors, _ = read_tensors(path / "trainer.safetensors")
+    raw = {n.removeprefix("raw."): v for n, v in tensors.items() if n.startswith("raw.")}
+    ema = {n.removeprefix("ema."): v for n, v in tensors.items() if n.startswith("ema.")}
+    moments: dict[str, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, key, parameter = name.split(".", 2)
+            moments.setdefault(parameter, {})[key] = value
+    return TrainerState(int(manifest["step"]), raw, ema, moments, manifest["scaler"])
+
+
+def publish(checkpoint: Path, kind: str, run: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Put the weights of a finished checkpoint into the run's root, each file by one rename, its JSON last.
+
+    `metadata` goes into the safetensors file, so that it describes itself; None: nothing.
+    """
+    tensors, _ = read_tensors(checkpoint / f"{kind}.safetensors")
+    digest = write_tensors(run / f"{kind}.safetensors", tensors, metadata)
+    write_json(run / f"{kind}.json", {**read_json(checkpoint / f"{kind}.json"), "sha256": digest})

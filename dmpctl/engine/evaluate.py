@@ -1,0 +1,264 @@
+"""`dmpctl fid`, and the comparison of a patch with its backbone that ends every `dmpctl patch`."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, assert_never
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmpctl.data.folder import ImageFolder
+from dmpctl.data.source import open_source
+from dmpctl.engine.build import resolve_device
+from dmpctl.engine.fetch import cached
+from dmpctl.engine.generate import in_batches
+from dmpctl.engine.paired_loss import LossDifference, epsilon_errors, loss_difference
+from dmpctl.engine.patched import Patched, load_result
+from dmpctl.engine.rundir import version_of
+from dmpctl.errors import IntegrityError, MissingError, UsageError
+from dmpctl.files import write_json
+from dmpctl.metrics.features.inception import Inception
+from dmpctl.metrics.features.pixels import Pixels
+from dmpctl.metrics.frechet import (
+    CONFIDENCE,
+    FidEstimate,
+    PairedDifference,
+    features_to_fid,
+    noise_floor,
+    paired_difference,
+    verdict,
+)
+from dmpctl.metrics.moments import features_to_moments
+from dmpctl.settings.model import Settings
+from dmpctl.settings.sections import Data, Fid
+from dmpctl.types import Extractor, Progress, Report, Source
+
+SCHEMA_VERSION = 1
+SMALL_SIDE = 32  # below it, Inception has nothing to say
+PUBLISHED_N = 50_000
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Backbone and patch side by side, on common sampling seeds, images, timesteps and noise."""
+
+    backbone: FidEstimate
+    patched: FidEstimate
+    difference: PairedDifference
+    loss: LossDifference
+    floor: float
+    backbone_images: Tensor
+    patched_images: Tensor
+
+    def verdict(self) -> str:
+        """In plain words, at a stated confidence."""
+        if self.difference.standard_error is None:
+            return "no verdict: more images than features are needed for a standard error"
+        word = verdict(self.difference.value, self.difference.standard_error)
+        return f"{word} ({100 * CONFIDENCE:.0f} % confidence over the sampling of images; another training seed may differ)"
+
+    def loss_verdict(self) -> str:
+        """The same for the paired loss on the training images."""
+        word = verdict(self.loss.difference, self.loss.standard_error)
+        return f"{word} ({100 * CONFIDENCE:.0f} % confidence over the {self.loss.images} training images)"
+
+
+def images_of(source: Source, limit: int | None = None, batch: int = 256) -> Iterable[Tensor]:
+    """The images of a source in order, uint8 batches; `limit` None: all."""
+    count = len(source) if limit is None else min(limit, len(source))
+    for first in range(0, count, batch):
+        yield torch.stack([source.item(i)[0] for i in range(first, min(first + batch, count))])
+
+
+def in_parts(images: Tensor, batch: int = 512) -> Iterable[Tensor]:
+    """Images [N, C, H, W] as batches."""
+    return (images[first : first + batch] for first in range(0, len(images), batch))
+
+
+def extract(extractor: Extractor, batches: Iterable[Tensor]) -> Tensor:
+    """Features [N, width] float32 on the CPU."""
+    found = [extractor(images).cpu() for images in batches]
+    if not found:
+        raise UsageError("there are no images to measure")
+    return torch.cat(found)
+
+
+def compare(patched: Patched, source: Source, settings: Settings, device: torch.device, progress: Progress) -> Comparison:
+    """Sample both with the same seeds and measure them against the training images, in pixels."""
+    channels, height, _ = patched.backbone.spec.latent_shape
+    extractor = Pixels(channels, height)
+    reference_features = extract(extractor, images_of(source))
+    reference = features_to_moments([reference_features])
+    indices = range(settings.evaluate.eval_images)
+    plain = patched.unpatched()
+    errors, steps = epsilon_errors(plain, source, device, settings.sampling.sample_seed, progress)
+    loss = loss_difference(errors, epsilon_errors(patched, source, device, settings.sampling.sample_seed, progress)[0], steps)
+    images = [
+        torch.cat([i for _, i in in_batches(model, indices, settings.sampling, device, progress)]) for model in (plain, patched)
+    ]
+    before, after = (extract(extractor, in_parts(part)) for part in images)
+    difference = paired_difference(after, before, reference)
+    floor = noise_floor(reference_features, settings.sampling.sample_seed).value
+    return Comparison(difference.b, difference.a, difference, loss, floor, images[0], images[1])
+
+
+def fid(settings: Settings, what: str, progress: Progress) -> Report:
+    """Fréchet distance of a run, a folder or an npz to real images; for a run, recorded in its metrics/."""
+    device, options = resolve_device(settings.launch), settings.fid
+    path = Path(what).expanduser()
+    model = load_result(path) if (path / "config.json").is_file() or (path / "patch.json").is_file() else None
+    shape, count = _shape_and_count(path, model, options)
+    reference_name = options.reference or (reference_of(path, model) if model else None)
+    if reference_name is None:
+        raise UsageError(f"nothing says what to compare {what} with", "add --reference digits or --reference DIR")
+    source = open_source(Data(data=reference_name), shape[1], shape[0])
+    extractor = build_extractor(options, shape, device)
+    _refuse_small(count, extractor, options)
+    if settings.console.dry_run:
+        return Report(
+            {"dry_run": True, "n": count, "extractor": extractor.fingerprint},
+            (),
+            (f"would compare {count} images", "dry run: nothing was written"),
+        )
+    reference = features_to_moments([extract(extractor, images_of(source))])
+    batches = _images(path, model, count, settings, device, progress, shape)
+    estimate = features_to_fid(extract(extractor, batches), reference, debias=True)
+    name = metric_name(extractor, estimate.n)
+    data = {
+        "schema_version": SCHEMA_VERSION,
+        "metric": name,
+        **asdict(estimate),
+        "extractor": extractor.fingerprint,
+        "reference": {"name": reference_name, "fingerprint": source.fingerprint, "n": len(source)},
+        "images": {"what": str(path.absolute()), "shape": list(shape)},
+        "sampling": settings.sampling.model_dump(mode="json", exclude={"sample_batch"}) if model else None,
+        "patch": None
+        if model is None
+        else {"step": model.step, "patch_sha256": model.about.get("sha256"), "backbone_sha256": model.backbone.digest},
+        "versions": {name: version_of(name) for name in ("dmpctl", "torch", "torch-fidelity")},
+    }
+    lines = _warnings(estimate, extractor)
+    if model is not None:
+        target = _metrics_file(path, name, model, settings)
+        write_json(target, data)
+        lines = (*lines, f"recorded in {target}")
+    error = "" if estimate.standard_error is None else f" ± {estimate.standard_error:.4g}"
+    row = {
+        "metric": name,
+        "value": f"{estimate.value:.4f}{error}",
+        "debiased": f"{estimate.debiased:.4f}",
+        "images": str(estimate.n),
+        "reference": f"{reference_name} ({len(source)})",
+    }
+    return Report(data, (row,), lines)
+
+
+def metric_name(extractor: Extractor, n: int) -> str:
+    """A name that carries N: fid50k, fd-pixels-5k."""
+    number = f"{n // 1000}k" if n % 1000 == 0 else str(n)
+    return f"fid{number}" if extractor.name == "inception" else f"fd-{extractor.name}-{number}"
+
+
+def _metrics_file(run: Path, name: str, model: Patched, settings: Settings) -> Path:
+    sampling = settings.sampling
+    folder = run.absolute() / "metrics"
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot write to {folder}: {error.strerror}") from None
+    return (
+        folder
+        / f"{name}-{model.step:07d}-{sampling.sampler}-{sampling.steps}-cfg{sampling.cfg:g}-seed{sampling.sample_seed}.json"
+    )
+
+
+def reference_of(run: Path, model: Patched) -> str | None:
+    """The images a run was trained on, by a name that opens them; None if it does not say."""
+    if model.about:
+        return str(model.about["data"]["name"])
+    return model.backbone.data
+
+
+def build_extractor(options: Fid, shape: tuple[int, int, int], device: torch.device) -> Extractor:
+    """The extractor that --extractor names; MissingError where Inception has no weights."""
+    kind = options.extractor or ("pixels" if shape[1] < SMALL_SIDE else "inception")
+    match kind:
+        case "pixels":
+            return Pixels(shape[0], shape[1])
+        case "inception":
+            weights = options.extractor_weights or cached("inception")
+            if weights is None:
+                raise MissingError(
+                    "the Inception extractor needs its weights, weights-inception-2015-12-05-6726825d.pth",
+                    "fetch them with dmpctl download inception, add --extractor-weights FILE, or measure with --extractor pixels",
+                )
+            return Inception(weights, pinned=options.extractor_weights is None, device=device)
+        case _:
+            assert_never(kind)
+
+
+def _refuse_small(count: int, extractor: Extractor, options: Fid) -> None:
+    if count <= extractor.width and not options.allow_small:
+        raise UsageError(
+            f"{count} images are too few for {extractor.width} features: the distance would be mostly bias",
+            f"compare more than {extractor.width} images, or add --allow-small",
+        )
+
+
+def _warnings(estimate: FidEstimate, extractor: Extractor) -> tuple[str, ...]:
+    lines = []
+    if extractor.name == "inception" and estimate.n < PUBLISHED_N:
+        lines.append(
+            f"warning: {estimate.n} images; published numbers use {PUBLISHED_N}, and fewer images give a larger distance"
+        )
+    if estimate.standard_error is None:
+        lines.append(f"warning: no standard error with {estimate.n} images for {extractor.width} features")
+    if not getattr(extractor, "known", True):
+        lines.append("warning: these are not the published Inception weights; compare with nothing else")
+    return tuple(lines)
+
+
+def _shape_and_count(path: Path, model: Patched | None, options: Fid) -> tuple[tuple[int, int, int], int]:
+    """(C, H, W) of the images of WHAT, and how many will be compared."""
+    if model is not None:
+        return model.backbone.spec.latent_shape, options.max_images
+    if path.is_dir():
+        folder = ImageFolder(path)
+        channels, height, width = folder.item(0)[0].shape
+        return (channels, height, width), min(len(folder), options.max_images)
+    if path.suffix == ".npz" and path.is_file():
+        n, height, width, channels = _npz_images(path).shape
+        return (channels, height, width), min(n, options.max_images)
+    raise MissingError(f"{path} is no run, no folder of images and no .npz file", "name a run, such as runs/digits")
+
+
+def _images(
+    path: Path,
+    model: Patched | None,
+    count: int,
+    settings: Settings,
+    device: torch.device,
+    progress: Progress,
+    shape: tuple[int, int, int],
+) -> Iterable[Tensor]:
+    if model is not None:
+        return (images for _, images in in_batches(model, range(count), settings.sampling, device, progress))
+    if path.is_dir():
+        return images_of(ImageFolder(path, shape[1], shape[0]), count)
+    array = _npz_images(path)
+    return (torch.from_numpy(np.ascontiguousarray(array[i : i + 256])).permute(0, 3, 1, 2) for i in range(0, count, 256))
+
+
+def _npz_images(path: Path) -> "np.ndarray[Any, np.dtype[np.uint8]]":
+    """`arr_0` uint8 [N, H, W, 3] of an npz in ADM layout; IntegrityError for anything else. Nothing is unpickled."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            array = archive["arr_0"]
+    except (OSError, ValueError, KeyError) as error:
+        raise IntegrityError(f"{path} holds no arr_0 of images ({error})") from None
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
+        raise IntegrityError(f"{path}: arr_0 should be uint8 [N, H, W, 3], found {array.dtype} {list(array.shape)}")
+    found: np.ndarray[Any, np.dtype[np.uint8]] = array
+    return found

@@ -1,0 +1,35 @@
+"""How a command runs: on which device, through accelerate, and what makes two runs the same experiment."""
+
+import shlex
+import sys
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from dmpctl.engine.build import resolve_device
+from dmpctl.settings.model import Settings
+
+
+def accelerator_for(settings: Settings) -> Accelerator:
+    """The accelerator that training goes through, even on one CPU."""
+    device = resolve_device(settings.launch)
+    if settings.launch.deterministic:
+        torch.use_deterministic_algorithms(True)
+    return Accelerator(cpu=device.type == "cpu", mixed_precision=settings.train.precision)
+
+
+def again_command() -> str:
+    """The command line that was typed, to be typed again."""
+    return shlex.join(["dmpctl", *sys.argv[1:]])
+
+
+def science_of(settings: Settings) -> dict[str, Any]:
+    """Flat values that make a run this experiment: a change of one of them is refused on resume.
+
+    More iterations at a constant rate are the same experiment taken further, so --iters counts only under a decay.
+    """
+    found = settings.science()
+    if settings.train.lr_schedule == "constant":
+        found.pop("iters", None)
+    return found

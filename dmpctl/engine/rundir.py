@@ -1,0 +1,142 @@
+"""The run directory: who owns it, what it was asked to do, and what it has measured."""
+
+import fcntl
+import json
+import os
+import socket
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from dmpctl.errors import IntegrityError, MissingError, UsageError
+from dmpctl.files import read_json, write_atomic, write_json
+
+SCHEMA_VERSION = 1
+Kind = str  # "patch" or "backbone": what the run trains, and the name of the files that hold it
+
+
+class RunDir:
+    """One run on disk. Holds its lock while open as a context; reading needs none."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.expanduser().absolute()
+        self._lock: int | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def __enter__(self) -> "RunDir":
+        """Create the folder and take the lock; UsageError if another command holds it or the folder is something else."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UsageError(f"{self.path} is a file, a run is a folder", "name another --run")
+        foreign = self.path.is_dir() and any(self.path.iterdir()) and not self._ours()
+        if foreign:
+            raise UsageError(f"{self.path} is not empty and is no run of dmpctl", "name another --run")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UsageError(f"cannot write to {self.path}: {error.strerror}", "name another --run") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = os.read(self._lock, 200).decode(errors="replace").strip()
+            os.close(self._lock)
+            self._lock = None
+            raise UsageError(f"{self.path} is in use by {holder}", "wait for it, or name another --run") from None
+        os.truncate(self._lock, 0)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        os.pwrite(self._lock, f"pid {os.getpid()} on {socket.gethostname()} since {now}\n".encode(), 0)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _ours(self) -> bool:
+        return (self.path / "config.json").is_file() or {p.name for p in self.path.iterdir()} <= {".lock"}
+
+    def config(self) -> dict[str, Any]:
+        """config.json: the command and its settings; MissingError if this is no run."""
+        if not (self.path / "config.json").is_file():
+            raise MissingError(f"{self.path} is no run: it has no config.json", "name a run made by dmpctl patch or pretrain")
+        return read_json(self.path / "config.json", SCHEMA_VERSION)
+
+    def begin(self, command: str, science: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+        """Record what the run is asked to do; True if this resumes it.
+
+        `science`: flat name -> value of all that makes it this experiment. UsageError if the run holds another one.
+        """
+        resumed = (self.path / "config.json").is_file()
+        if resumed:
+            before = self.config()
+            if before["command"] != command:
+                raise UsageError(f"{self.path} was made by dmpctl {before['command']}, not {command}", "name another --run")
+            self._refuse_other_science(before["science"], dict(science))
+        value = {"schema_version": SCHEMA_VERSION, "command": command, "science": science, "settings": settings}
+        write_json(self.path / "config.json", value)
+        return resumed
+
+    def _refuse_other_science(self, old: dict[str, Any], new: dict[str, Any]) -> None:
+        new = json.loads(json.dumps(new))
+        changed = [f"{key}: {old.get(key)} there, {new.get(key)} now" for key in old | new if old.get(key) != new.get(key)]
+        if changed:
+            raise UsageError(
+                f"{self.path} holds another experiment ({'; '.join(changed[:4])})",
+                "name another --run, or give the settings of that run",
+            )
+
+    def record(self, facts: Mapping[str, Any]) -> None:
+        """provenance.json: versions, command line and what was found; one entry per session."""
+        path = self.path / "provenance.json"
+        sessions = read_json(path, SCHEMA_VERSION)["sessions"] if path.is_file() else []
+        packages = ("dmpctl", "torch", "accelerate", "numpy", "safetensors")
+        session = {
+            "at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "argv": ["dmpctl", *sys.argv[1:]],
+            "versions": {"python": sys.version.split()[0]} | {name: version_of(name) for name in packages},
+            **facts,
+        }
+        write_json(path, {"schema_version": SCHEMA_VERSION, "sessions": [*sessions, session]})
+
+    def log_metrics(self, line: Mapping[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def cut_metrics(self, step: int) -> None:
+        """Drop the lines after `step`: training goes on from there and will write them again."""
+        path = self.path / "metrics.jsonl"
+        if path.is_file():
+            kept = [line for line in path.read_text("utf-8").splitlines() if _step_of(line) <= step]
+            write_atomic(path, "".join(line + "\n" for line in kept).encode())
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All lines of metrics.jsonl; IntegrityError at a line that is not JSON."""
+        path = self.path / "metrics.jsonl"
+        try:
+            return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []
+        except json.JSONDecodeError as error:
+            raise IntegrityError(f"{path} is not valid JSON lines ({error})") from None
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; a torn last line counts as beyond every step."""
+    try:
+        return float(json.loads(line)["step"])
+    except (json.JSONDecodeError, KeyError):
+        return float("inf")
+
+
+def version_of(package: str) -> str:
+    """Installed version, "not installed" where there is none."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

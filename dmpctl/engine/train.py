@@ -1,0 +1,304 @@
+"""The training loop, the same for a fresh backbone and for a patch on a frozen one.
+
+Everything random is a function of (seed, step, sample): resumed equals uninterrupted, bit for bit on a CPU.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from dmpctl.data.loader import batches
+from dmpctl.diffusion.objective import HybridObjective
+from dmpctl.diffusion.schedule import NoiseSchedule
+from dmpctl.engine import checkpoint
+from dmpctl.engine.rundir import RunDir
+from dmpctl.engine.stop import Stop, interrupted
+from dmpctl.errors import NumericalError
+from dmpctl.rng import StepDraws
+from dmpctl.settings.model import Settings
+from dmpctl.types import BackboneSpec, Codec, Progress, ProgressTask, Routing, Source
+
+Predict = Callable[[nn.Module, Tensor, Tensor, "Tensor | None", "Tensor | None"], tuple[Tensor, "Routing | None"]]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is trained.
+
+    `predict(module, x_t, t, cond, gate_noise)` gives the prediction and the routing; `gate_noise_shape` is one sample's
+    gate noise, None if there is none; `described` goes into {kind}.json beside the weights.
+    """
+
+    kind: str
+    module: nn.Module
+    groups: list[dict[str, Any]]
+    predict: Predict
+    penalty: Callable[[Routing | None], dict[str, Tensor]]
+    gate_noise_shape: tuple[int, ...] | None
+    described: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Noised:
+    """One training batch: x_t is x0 with `noise` at `t`; `cond` None for an unconditional backbone."""
+
+    x0: Tensor
+    x_t: Tensor
+    t: Tensor
+    noise: Tensor
+    cond: Tensor | None
+    gate_noise: Tensor | None
+
+
+class Averages:
+    """Running means of a few scalars between two log lines, without waiting for the device."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+
+    def add(self, figures: Mapping[str, Tensor]) -> None:
+        for name, value in figures.items():
+            self._sums[name] = self._sums.get(name, torch.zeros((), device=value.device)) + value.detach()
+        self._count += 1
+
+    def take(self) -> dict[str, float]:
+        """Means since the last call."""
+        means = {name: float(total) / max(self._count, 1) for name, total in self._sums.items()}
+        self._sums, self._count = {}, 0
+        return means
+
+
+class Trainer:
+    """Trains one subject inside an open run directory, from its newest checkpoint if there is one."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        spec: BackboneSpec,
+        codec: Codec,
+        source: Source,
+        settings: Settings,
+        run: RunDir,
+        accelerator: Accelerator,
+    ) -> None:
+        self.subject, self.spec, self.codec, self.source = subject, spec, codec, source
+        self.settings, self.run, self.accelerator = settings, run, accelerator
+        train = settings.train
+        self.device = accelerator.device
+        optimizer = torch.optim.AdamW(subject.groups, betas=(train.beta1, train.beta2), weight_decay=train.weight_decay)
+        self.rates = [group["lr"] for group in optimizer.param_groups]
+        self.module, self.optimizer = accelerator.prepare(subject.module, optimizer)
+        self.parameters = {n: p for n, p in subject.module.named_parameters() if p.requires_grad}
+        self.ema = {n: p.detach().clone() for n, p in self.parameters.items()} if train.ema else {}
+        self.schedule = NoiseSchedule.from_spec(spec.schedule).to(self.device)
+        self.objective = HybridObjective(self.schedule, spec.learned_sigma, settings.objective)
+        rank, world = accelerator.process_index, accelerator.num_processes
+        self.draws = StepDraws(settings.run.seed, train.batch_size, rank, world)
+        self.step, self.bad_steps = 0, 0
+
+    def resume(self) -> int:
+        """Go back to the newest checkpoint; returns its step, 0 if there is none."""
+        found = checkpoint.complete(self.run.checkpoints)
+        if found:
+            state = checkpoint.load(found[-1])
+            checkpoint.restore(state, self.subject.module, self._plain_optimizer(), self.ema)
+            if self.accelerator.scaler is not None and state.scaler:
+                self.accelerator.scaler.load_state_dict(state.scaler)
+            self.step = state.step
+        if self.accelerator.is_main_process:
+            self.run.cut_metrics(self.step)
+        return self.step
+
+    def train(self, progress: Progress, again: str) -> None:
+        """Train to `--iters`, saving on the way; `again` is the command that goes on after an interruption.
+
+        Raises Interrupted after saving on a signal, NumericalError after too many losses in a row that are not finite.
+        """
+        settings, averages = self.settings, Averages()
+        stream = self._stream()
+        with Stop() as stop, progress.track(f"training the {self.subject.kind}", settings.train.iters, self.step) as task:
+            clock = Clock(settings.train.batch_size)
+            while self.step < settings.train.iters:
+                with clock.waiting():
+                    images, labels = next(stream)
+                averages.add(self._one_step(images, labels))
+                self.step += 1
+                clock.tick()
+                if self.step % settings.save.log_every == 0 or self.step == settings.train.iters:
+                    self._log(averages.take(), clock, task)
+                number = stop.agreed()
+                if number or self.step % settings.save.save_every == 0 or self.step == settings.train.iters:
+                    self.save()
+                if number:
+                    raise interrupted(number, self.step, again)
+
+    def _stream(self) -> Iterator[tuple[Tensor, Tensor]]:
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        mirror = self.settings.data.hflip
+        return batches(
+            self.source,
+            self.settings.train.batch_size,
+            self.settings.run.seed,
+            self.step,
+            rank,
+            world,
+            self.source.mirror if mirror is None else mirror,
+            self.settings.data.num_workers,
+        )
+
+    def _noised(self, images: Tensor, labels: Tensor) -> Noised:
+        """Latents, timesteps and noise of this step; each kind of noise has a stream of its own."""
+        moments, step, device = self.codec.encode(images.to(self.device)), self.step, self.device
+        shape = moments.mean.shape[1:]
+        x0 = moments.mean
+        if moments.logvar is not None:
+            x0 = x0 + (0.5 * moments.logvar).exp() * self.draws.at(step, "latent").normal(*shape).to(device)
+        t = self.draws.at(step, "timestep").integers(self.spec.schedule.steps).to(device)
+        noise = self.draws.at(step, "noise").normal(*shape).to(device)
+        cond = None
+        if self.spec.null_class is not None:
+            dropped = self.draws.at(step, "label").uniform() < self.settings.objective.class_dropout
+            cond = torch.where(dropped, self.spec.null_class, labels).to(device)
+        gate_shape = self.subject.gate_noise_shape
+        gate_noise = None if gate_shape is None else self.draws.at(step, "gate").normal(*gate_shape).to(device)
+        return Noised(x0, self.schedule.add_noise(x0, t, noise), t, noise, cond, gate_noise)
+
+    def _one_step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """One optimizer step; returns scalars to log. A loss that is not finite is counted and skipped."""
+        batch = self._noised(images, labels)
+        with self.accelerator.autocast():
+            prediction, routing = self.subject.predict(self.module, batch.x_t, batch.t, batch.cond, batch.gate_noise)
+        losses = self.objective(prediction, batch.x0, batch.x_t, batch.t, batch.noise)
+        balance = self.subject.penalty(routing)
+        loss = losses.loss.mean() + sum(balance.values(), torch.zeros((), device=self.device))
+        if not math.isfinite(self.accelerator.reduce(loss.detach(), "mean").item()):
+            self._count_bad(batch)
+            return {}
+        self.bad_steps = 0
+        factor = self._rate_factor()
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        self.accelerator.backward(loss)
+        clip = self.settings.train.grad_clip
+        norm = self.accelerator.clip_grad_norm_(self.parameters.values(), math.inf if clip is None else clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._average()
+        figures = {"loss": loss, "mse": losses.mse.mean(), "grad_norm": torch.as_tensor(norm), **balance}
+        return figures if losses.vb is None else {**figures, "vb": losses.vb.mean()}
+
+    def _rate_factor(self) -> float:
+        """Learning rate at this step as a share of the full one: linear warm-up, then constant or half a cosine."""
+        train = self.settings.train
+        if self.step < train.warmup:
+            return (self.step + 1) / train.warmup
+        if train.lr_schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * (self.step - train.warmup) / max(1, train.iters - train.warmup)))
+        return 1.0
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Exponential moving average of the trained weights; decay warms up as min(decay, (1 + n) / (10 + n))."""
+        if self.ema:
+            decay = min(self.settings.train.ema, (1 + self.step) / (10 + self.step))
+            torch._foreach_lerp_(list(self.ema.values()), list(self.parameters.values()), 1 - decay)
+
+    def _count_bad(self, batch: Noised) -> None:
+        self.bad_steps += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.bad_steps >= self.settings.train.max_bad_steps:
+            where = f"last at step {self.step} with timesteps {batch.t[:8].tolist()}"
+            raise NumericalError(
+                f"the loss was not finite {self.bad_steps} steps in a row, {where}",
+                "lower the learning rates; the last checkpoint is good",
+            )
+
+    def _log(self, means: dict[str, float], clock: "Clock", task: ProgressTask) -> None:
+        speed = clock.take()
+        task.advance(int(speed.pop("steps")), loss=means.get("loss", math.nan), **{"steps/s": speed["steps_per_sec"]})
+        if self.accelerator.is_main_process:
+            line = {"step": self.step, **means, "lr": [g["lr"] for g in self.optimizer.param_groups], **speed}
+            self.run.log_metrics({k: v for k, v in line.items() if not isinstance(v, float) or math.isfinite(v)})
+
+    def save(self) -> None:
+        """Write a checkpoint of this step (main process) and let the others wait for it."""
+        if self.accelerator.is_main_process:
+            described = {**self.subject.described, "step": self.step, "weights": "ema" if self.ema else "raw"}
+            checkpoint.save(
+                self.run.checkpoints, self.subject.kind, self.weights(), described, self._state(), self.settings.save.keep_last
+            )
+        self.accelerator.wait_for_everyone()
+
+    def weights(self) -> dict[str, Tensor]:
+        """What is used afterwards: the average where one is kept, else the trained weights; every key of the module."""
+        return dict(self.subject.module.state_dict()) | self.ema
+
+    def _state(self) -> checkpoint.TrainerState:
+        scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}
+        return checkpoint.capture(self.step, self.subject.module, self._plain_optimizer(), self.ema, scaler)
+
+    def _plain_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer inside accelerate's wrapper, whose state is keyed by the parameters themselves."""
+        plain: torch.optim.Optimizer = self.optimizer.optimizer
+        return plain
+
+
+class Clock:
+    """Speed and data wait between two log lines."""
+
+    def __init__(self, batch_size: int) -> None:
+        self._batch = batch_size
+        self._reset()
+
+    def _reset(self) -> None:
+        self._start, self._wait, self._steps = time.perf_counter(), 0.0, 0
+
+    def tick(self) -> None:
+        self._steps += 1
+
+    def waiting(self) -> "_Wait":
+        return _Wait(self)
+
+    def add_wait(self, seconds: float) -> None:
+        self._wait += seconds
+
+    def take(self) -> dict[str, float]:
+        """steps/sec, images/sec, share of time spent waiting for data, and peak memory in MiB; starts anew."""
+        elapsed = max(time.perf_counter() - self._start, 1e-9)
+        rate = self._steps / elapsed
+        figures = {
+            "steps": float(self._steps),
+            "steps_per_sec": round(rate, 3),
+            "images_per_sec": round(rate * self._batch, 1),
+            "data_wait": round(self._wait / elapsed, 4),
+            "peak_memory_mib": peak_memory_mib(),
+        }
+        self._reset()
+        return figures
+
+
+class _Wait:
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+
+    def __enter__(self) -> None:
+        self._since = time.perf_counter()
+
+    def __exit__(self, *exc: object) -> None:
+        self._clock.add_wait(time.perf_counter() - self._since)
+
+
+def peak_memory_mib() -> float:
+    """Peak memory of this process in MiB: of the GPU where one is used, else resident."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    import resource
+
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)

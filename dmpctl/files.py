@@ -1,0 +1,103 @@
+"""Files that are either the old one or the new one, never half of each; and their hashes. Nothing is pickled."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dmpctl.errors import IntegrityError, MissingError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 of a file's bytes, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync(path: Path) -> None:
+    """Force a file or folder to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write `path` so that a crash leaves the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync(path.parent)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Atomically write JSON, readable and with stable order."""
+    write_atomic(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path, schema_version: int | None = None) -> dict[str, Any]:
+    """Read a JSON object; `schema_version`: the newest this code reads, None for files without one.
+
+    Raises MissingError if the file is not there, IntegrityError if it is not such an object or is newer.
+    """
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise MissingError(f"{path} is not there") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise IntegrityError(f"{path} is not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise IntegrityError(f"{path} should hold a JSON object, found {type(value).__name__}")
+    if schema_version is not None and not 1 <= int(value.get("schema_version", 0)) <= schema_version:
+        found = value.get("schema_version")
+        raise IntegrityError(f"{path} has schema_version {found}, this dmpctl reads up to {schema_version}", "upgrade dmpctl")
+    return value
+
+
+def tensors_to_bytes(tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None = None) -> bytes:
+    """safetensors bytes with a sorted header: equal content gives equal bytes (and so equal hashes)."""
+    from safetensors.torch import save
+
+    data = save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, metadata=dict(metadata or {}))
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    if metadata:
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    packed = json.dumps(header, separators=(",", ":")).encode()
+    packed += b" " * (-len(packed) % 8)
+    return len(packed).to_bytes(8, "little") + packed + data[8 + length :]
+
+
+def write_tensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None = None) -> str:
+    """Atomically write a safetensors file; returns its sha256."""
+    data = tensors_to_bytes(tensors, metadata)
+    write_atomic(path, data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_tensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, str]]:
+    """Tensors (on the CPU) and metadata of a safetensors file.
+
+    Raises MissingError if it is not there, IntegrityError if it is corrupt.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise MissingError(f"{path} is not there")
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise IntegrityError(f"{path} is not a readable safetensors file ({error})") from None

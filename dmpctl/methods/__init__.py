@@ -1,0 +1,1 @@
+"""What produces the edit: one file per method."""

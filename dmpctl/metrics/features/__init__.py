@@ -1,0 +1,1 @@
+"""Extractors: images to the features that a distance is taken in."""

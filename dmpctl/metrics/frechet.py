@@ -1,0 +1,233 @@
+"""Frechet distance between features (Heusel et al. 2017), its standard error, and whether two of them differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, reduce
+from typing import Literal
+
+import torch
+from scipy.stats import norm
+from torch import Tensor
+
+from dmpctl.errors import NumericalError, UsageError
+from dmpctl.metrics.moments import BLOCK, FeatureMoments, features_to_moments, same_width
+from dmpctl.rng import seed_of
+
+Verdict = Literal["improved", "no significant change", "worse"]
+CONFIDENCE = 0.95  # two-sided
+GROUPS = 10  # of the delete-group jackknife
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """A Gaussian with its covariance factored once, S = root root^T, on the support of S alone.
+
+    `mean` [D], `vectors` [D, r] orthonormal, `deviations` [r] (square roots of the eigenvalues), float64. Eigenvalues up
+    to D eps max are rounding: a constant feature, or fewer images than features, leave r < D and an exact distance.
+    """
+
+    count: int
+    mean: Tensor
+    vectors: Tensor
+    deviations: Tensor
+    trace: float
+
+    @classmethod
+    def of(cls, moments: FeatureMoments | Factor) -> Factor:
+        """Factor of moments (a factor is returned as it is: keep the reference's and it is computed once).
+
+        Raises UsageError for fewer than two vectors, NumericalError for no covariance at all.
+        """
+        if isinstance(moments, Factor):
+            return moments
+        covariance = moments.covariance()
+        if not torch.isfinite(covariance).all():
+            raise NumericalError("the covariance of the features is not finite", "look for features that are far too large")
+        values, vectors = torch.linalg.eigh(covariance)
+        largest = float(values[-1])
+        if float(values[0]) < -1e-6 * abs(largest):
+            raise NumericalError(f"the covariance of the features has a negative eigenvalue ({float(values[0]):.3g})")
+        keep = values > moments.width * torch.finfo(torch.float64).eps * largest
+        trace = float(covariance.trace())
+        return cls(moments.count, moments.mean.clone(), vectors[:, keep], values[keep].sqrt(), trace)
+
+    @property
+    def width(self) -> int:
+        """Features per vector, D."""
+        return self.mean.shape[0]
+
+    @cached_property
+    def root(self) -> Tensor:
+        """L [D, r] with S = L L^T."""
+        return self.vectors * self.deviations
+
+
+Gaussian = FeatureMoments | Factor
+
+
+@dataclass(frozen=True)
+class FidEstimate:
+    """A distance and how certain it is.
+
+    `standard_error` covers the sampling of the `n` images only, not of the reference. `debiased` is the delete-group
+    jackknife's value, None where it was not asked for. Both are None where n <= width: neither law holds there.
+    """
+
+    value: float
+    standard_error: float | None
+    n: int
+    n_reference: int
+    debiased: float | None = None
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """FID of `a` minus FID of `b` on common seeds: negative means that `a` is closer to the reference.
+
+    `standard_error`, `z` and the two-sided `p_value` are None where n <= width.
+    """
+
+    value: float
+    standard_error: float | None
+    z: float | None
+    p_value: float | None
+    n: int
+    n_reference: int
+    a: FidEstimate
+    b: FidEstimate
+
+
+def moments_to_fid(a: Gaussian, b: Gaussian) -> float:
+    """|mu_a - mu_b|^2 + tr S_a + tr S_b - 2 tr (S_a S_b)^1/2, the last as the sum of singular values of L_a^T L_b.
+
+    Raises UsageError if the widths differ or a side has fewer than two vectors.
+    """
+    a, b = Factor.of(a), Factor.of(b)
+    same_width(a.width, b.width)
+    return _distance(a, b, torch.linalg.svdvals(a.root.T @ b.root))
+
+
+def features_to_fid(features: Tensor, reference: Gaussian, debias: bool = False) -> FidEstimate:
+    """FID of features [N, D] to a reference, with its standard error; `debias` adds the jackknife (ten more distances)."""
+    parts = _group_moments(features, GROUPS if debias else 1)
+    return _estimate(features, parts, Factor.of(reference))[0]
+
+
+def fid_standard_error(features: Tensor, reference: Gaussian) -> float | None:
+    """Standard error of the FID of features [N, D] by its influence function, sd(g) / sqrt(N); None where N <= D."""
+    return features_to_fid(features, reference).standard_error
+
+
+def jackknife_debiased(features: Tensor, reference: Gaussian) -> float:
+    """FID of features [N, D] without its bias of order 1/N, by the delete-group jackknife. The reference's bias stays.
+
+    Group g of ten holds rows g, g + 10, ... Where N is not well above D the bias is no longer of order 1/N, and this
+    takes away too much. Raises UsageError for fewer than two rows a group.
+    """
+    parts = _group_moments(features, GROUPS)
+    reference = Factor.of(reference)
+    return _debiased(parts, reference, moments_to_fid(reduce(FeatureMoments.merge, parts), reference))
+
+
+def paired_difference(features_a: Tensor, features_b: Tensor, reference: Gaussian) -> PairedDifference:
+    """FID(a) - FID(b) for features [N, D] whose rows k come from the same sampling seed.
+
+    The standard error is that of the mean of g_a(k) - g_b(k), the two influence functions image by image: what the two
+    sets have in common cancels. Raises UsageError if they do not pair up.
+    """
+    if features_a.shape != features_b.shape:
+        found = f"{list(features_a.shape)} and {list(features_b.shape)}"
+        raise UsageError(f"features on common seeds should pair up row by row, found {found}", "sample both with the same seeds")
+    reference = Factor.of(reference)
+    a, influence_a = _estimate(features_a, _group_moments(features_a, 1), reference)
+    b, influence_b = _estimate(features_b, _group_moments(features_b, 1), reference)
+    value, error, z, p_value = a.value - b.value, None, None, None
+    if influence_a is not None and influence_b is not None:
+        error = _error_of_mean(influence_a - influence_b)
+        z = _z(value, error)
+        p_value = float(2 * norm.sf(abs(z)))
+    return PairedDifference(value, error, z, p_value, a.n, a.n_reference, a, b)
+
+
+def verdict(difference: float, standard_error: float, confidence: float = CONFIDENCE) -> Verdict:
+    """What a difference of two FIDs (new minus old) says at a two-sided `confidence`; negative is an improvement."""
+    z = _z(difference, standard_error)
+    if abs(z) <= norm.ppf((1 + confidence) / 2):
+        return "no significant change"
+    return "improved" if z < 0 else "worse"
+
+
+def noise_floor(features: Tensor, seed: int) -> FidEstimate:
+    """FID of one random half of real features [N, D] to the other: what a perfect generator of N/2 images would score."""
+    if len(features) < 4:
+        raise UsageError(f"two halves need at least 4 feature vectors, found {len(features)}", "use more images")
+    generator = torch.Generator().manual_seed(seed_of(seed, "noise floor"))
+    order = torch.randperm(len(features), generator=generator).to(features.device)
+    half = len(features) // 2
+    return features_to_fid(features[order[:half]], features_to_moments([features[order[half:]]]))
+
+
+def _distance(a: Factor, b: Factor, singular_values: Tensor) -> float:
+    """The distance from what its parts have become; rounding may not take it below 0."""
+    shift = a.mean - b.mean
+    return max(0.0, float(shift @ shift) + a.trace + b.trace - 2 * float(singular_values.sum()))
+
+
+def _estimate(features: Tensor, parts: list[FeatureMoments], reference: Factor) -> tuple[FidEstimate, Tensor | None]:
+    """Estimate and influence of each image [N] (None where N <= D); more than one of `parts`: debiased too."""
+    sample = Factor.of(reduce(FeatureMoments.merge, parts))
+    same_width(sample.width, reference.width)
+    if sample.count <= sample.width:
+        return FidEstimate(moments_to_fid(sample, reference), None, sample.count, reference.count), None
+    rotation, singular_values, _ = torch.linalg.svd(sample.root.T @ reference.root, full_matrices=False)
+    value = _distance(sample, reference, singular_values)
+    influence = torch.cat(list(_influence(features, sample, reference, rotation, singular_values)))
+    debiased = _debiased(parts, reference, value) if len(parts) > 1 else None
+    return FidEstimate(value, _error_of_mean(influence), sample.count, reference.count, debiased), influence
+
+
+def _influence(
+    features: Tensor, sample: Factor, reference: Factor, rotation: Tensor, singular_values: Tensor
+) -> Iterator[Tensor]:
+    """g(x) = 2 (mu1 - mu2)^T (x - mu1) + (x - mu1)^T (I - T) (x - mu1), block by block, each [B].
+
+    With L1^T L2 = U s Q^T, the transport map T = S1^-1/2 (S1^1/2 S2 S1^1/2)^1/2 S1^-1/2 is A s A^T, A = V1 w1^-1/2 U:
+    an inverse on the support of S1 alone, outside which x - mu1 is zero.
+    """
+    whiten = sample.vectors / sample.deviations @ rotation
+    shift = sample.mean - reference.mean
+    for block in torch.split(features.detach(), BLOCK):
+        centred = block.cpu().double() - sample.mean
+        yield 2 * centred @ shift + centred.square().sum(dim=1) - (centred @ whiten).square() @ singular_values
+
+
+def _error_of_mean(values: Tensor) -> float:
+    return float(values.std() / len(values) ** 0.5)
+
+
+def _z(difference: float, standard_error: float) -> float:
+    """Difference in standard errors; without any error, 0 or infinite. Raises NumericalError where either is not a number."""
+    if difference != difference or standard_error != standard_error or standard_error < 0:
+        raise NumericalError(f"a difference of {difference} with standard error {standard_error} says nothing")
+    if standard_error == 0:
+        return 0.0 if difference == 0 else float("inf") * difference
+    return difference / standard_error
+
+
+def _group_moments(features: Tensor, groups: int) -> list[FeatureMoments]:
+    """Moments of `groups` interleaved groups of rows, so that sorted classes spread evenly."""
+    if groups > 1 and len(features) < 2 * groups:
+        raise UsageError(f"a jackknife of {groups} groups needs {2 * groups} feature vectors, found {len(features)}")
+    return [features_to_moments([features[group::groups]]) for group in range(groups)]
+
+
+def _debiased(parts: list[FeatureMoments], reference: Factor, value: float) -> float:
+    """Delete-group jackknife: G FID - sum (1 - n_g / N) FID without g (Busing et al. 1999, for groups of any size)."""
+    total = sum(part.count for part in parts)
+    debiased = len(parts) * value
+    for index, part in enumerate(parts):
+        rest = reduce(FeatureMoments.merge, parts[:index] + parts[index + 1 :])
+        debiased -= (1 - part.count / total) * moments_to_fid(rest, reference)
+    return debiased

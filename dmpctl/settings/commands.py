@@ -1,0 +1,135 @@
+"""Which options each command shows, and the names that users write for them."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cache
+from types import NoneType
+from typing import Any, get_args
+
+from pydantic.fields import FieldInfo
+
+from dmpctl.settings.sections import (
+    METHODS,
+    Base,
+    Console,
+    Data,
+    Evaluate,
+    Fid,
+    Flag,
+    Gates,
+    Images,
+    Launch,
+    Objective,
+    Pretrain,
+    Run,
+    Sampling,
+    Save,
+    Section,
+    Shape,
+    Train,
+    choices_of,
+)
+
+VARIABLE_PREFIX = "DMPCTL_"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A section as one command shows it. `only`: these fields, empty for all; `panel`: None for the section's own."""
+
+    section: type[Section]
+    only: tuple[str, ...] = ()
+    panel: str | None = None
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option. `name` is its field; `public` is what users write: --batch-size, DMPCTL_BATCH_SIZE, batch_size in TOML.
+
+    `choices` is empty where any value of the type will do.
+    """
+
+    name: str
+    public: str
+    field: FieldInfo
+    section: type[Section]
+    panel: str
+    choices: tuple[Any, ...]
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.public.replace("_", "-")
+
+    @property
+    def off(self) -> str:
+        """The flag that says no, for a yes-or-no option."""
+        return "--no-" + self.public.replace("_", "-")
+
+    @property
+    def variable(self) -> str:
+        return VARIABLE_PREFIX + self.public.upper()
+
+    @property
+    def plain_type(self) -> Any:
+        """The type of a value that was given: X of X | None."""
+        annotation: Any = self.field.annotation
+        rest = [part for part in get_args(annotation) if part is not NoneType]
+        return rest[0] if NoneType in get_args(annotation) and len(rest) == 1 else annotation
+
+
+def _parts(*sections: type[Section]) -> tuple[Part, ...]:
+    return tuple(Part(section) for section in sections)
+
+
+# In the order of `dmpctl --help`; the parts in the order of each command's own help.
+COMMANDS: dict[str, tuple[Part, ...]] = {
+    "download": _parts(Console),
+    "pretrain": _parts(Shape, Data, Objective, Train, Pretrain, Run, Save, Launch, Console),
+    "patch": (
+        *_parts(Base, Data, *METHODS.values(), Objective, Train, Run, Save),
+        *_parts(Evaluate, Sampling, Launch, Console),
+    ),
+    "sample": _parts(Images, Sampling, Launch, Console),
+    "fid": _parts(Fid, Sampling, Launch, Console),
+    "inspect-gates": (Part(Gates), Part(Images, ("out",), "Gates"), Part(Console)),
+    "doctor": _parts(Console),
+}
+
+
+def options_in(parts: Iterable[Part]) -> dict[str, Option]:
+    """The options of some parts by field name; a name that several methods share offers the choices of all of them."""
+    options: dict[str, Option] = {}
+    for part in parts:
+        for name, field in part.section.model_fields.items():
+            if part.only and name not in part.only:
+                continue
+            public = next((mark.name for mark in field.metadata if isinstance(mark, Flag)), name)
+            panel = part.panel or part.section.panel
+            option = Option(name, public, field, part.section, panel, choices_of(field.annotation))
+            if name in options:
+                more = (choice for choice in option.choices if choice not in options[name].choices)
+                option = replace(options[name], choices=(*options[name].choices, *more))
+            options[name] = option
+    return options
+
+
+@cache
+def options_of(command: str) -> dict[str, Option]:
+    """The options that `command` shows, by field name, in the order of its help."""
+    return options_in(COMMANDS[command])
+
+
+def field_of(section: type[Section]) -> str:
+    """The field of Settings that holds a section; all methods share one."""
+    return "method" if section in METHODS.values() else section.__name__.lower()
+
+
+def sections_of(command: str) -> tuple[str, ...]:
+    """The fields of Settings that `command` has options in."""
+    return tuple(dict.fromkeys(field_of(part.section) for part in COMMANDS[command]))
+
+
+@cache
+def every_option() -> dict[str, Option]:
+    """The options of all commands, by the name that users write."""
+    return {option.public: option for command in COMMANDS for option in options_of(command).values()}

@@ -1,0 +1,97 @@
+"""The one settings model. Building it looks at nothing but its arguments: workers rebuild it from config.json."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
+
+from pydantic import Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from dmpctl.errors import IntegrityError
+from dmpctl.settings.sections import (
+    Base,
+    Console,
+    Data,
+    Dmp,
+    Evaluate,
+    Fid,
+    Gates,
+    Images,
+    Launch,
+    Method,
+    Objective,
+    Pretrain,
+    Run,
+    Sampling,
+    Save,
+    Section,
+    Shape,
+    Train,
+)
+
+
+class Settings(BaseSettings):
+    """Every option of every command, one field per section.
+
+    A section that was passed in (`model_fields_set`) is one that the command has; the others keep their defaults.
+    """
+
+    model_config = SettingsConfigDict(extra="forbid", frozen=True)
+
+    console: Console = Console()
+    launch: Launch = Launch()
+    run: Run = Run()
+    base: Base = Base()
+    shape: Shape = Shape()
+    data: Data = Data()
+    method: Annotated[Method, Field(discriminator="method")] = Dmp()
+    objective: Objective = Objective()
+    train: Train = Train()
+    pretrain: Pretrain = Pretrain()
+    save: Save = Save()
+    sampling: Sampling = Sampling()
+    images: Images = Images()
+    evaluate: Evaluate = Evaluate()
+    fid: Fid = Fid()
+    gates: Gates = Gates()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments only: variables and files are read once, in `layers`."""
+        return (init_settings,)
+
+    @model_validator(mode="after")
+    def _patches_fill_images(self) -> Self:
+        size, patch_size = self.data.size, self.shape.patch_size
+        if "shape" in self.model_fields_set and size is not None and size % patch_size:
+            raise ValueError(f"size {size} is not a multiple of patch_size {patch_size}")
+        return self
+
+    @classmethod
+    def from_dict(cls, sections: Mapping[str, Any]) -> Self:
+        """The settings that `to_dict` wrote; IntegrityError if they do not fit this version."""
+        try:
+            return cls(**sections)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"])) or "settings"
+            raise IntegrityError(f"recorded settings do not fit this dmpctl: {where}: {first['msg']}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The sections that were passed in with all their values, JSON-able; `from_dict` gives the same settings back."""
+        return self.model_dump(mode="json", include=set(self.model_fields_set))
+
+    def science(self) -> dict[str, Any]:
+        """JSON-able flat values that make a run this experiment and no other, from the sections that were passed in."""
+        flat: dict[str, Any] = {}
+        for name, values in self.to_dict().items():
+            section: Section = getattr(self, name)
+            if section.science:
+                flat |= {key: value for key, value in values.items() if key not in section.free}
+        return flat

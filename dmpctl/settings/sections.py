@@ -1,0 +1,247 @@
+"""Every option of every command, declared once: name, type, bounds, help. Flags, DMPCTL_* and TOML keys follow.
+
+A field named `batch_size` is the flag `--batch-size`, the variable `DMPCTL_BATCH_SIZE` and the TOML key
+`batch_size` (or `batch-size`). Names are unique across sections, so no prefix is ever needed.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+@dataclass(frozen=True)
+class Flag:
+    """The option's public name where the field cannot carry it (`json` would hide a method of BaseModel)."""
+
+    name: str
+
+
+def choices_of(annotation: object) -> tuple[Any, ...]:
+    """The values of a Literal (or of a Literal | None); empty for any other type."""
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    return tuple(choice for part in get_args(annotation) for choice in choices_of(part))
+
+
+class Section(BaseModel):
+    """A panel of `--help` and a table of config.json.
+
+    `science`: a change of its fields makes it another experiment, but for those named in `free`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    panel: ClassVar[str]
+    science: ClassVar[bool] = True
+    free: ClassVar[frozenset[str]] = frozenset()
+
+
+class Console(Section):
+    panel: ClassVar[str] = "Console"
+    science: ClassVar[bool] = False
+    json_output: Annotated[bool, Field(description="Results as JSON on stdout."), Flag("json")] = False
+    quiet: Annotated[bool, Field(description="No progress and no talk, results only.")] = False
+    debug: Annotated[bool, Field(description="Show tracebacks.")] = False
+    offline: Annotated[bool, Field(description="Never open a connection.")] = False
+    dry_run: Annotated[bool, Field(description="Validate settings, assets and shapes; write nothing.")] = False
+    print_config: Annotated[bool, Field(description="Print every value and where it came from, then stop.")] = False
+
+
+class Launch(Section):
+    panel: ClassVar[str] = "Launch"
+    science: ClassVar[bool] = False
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:N or mps.")] = "auto"
+    cpu: Annotated[bool, Field(description="Same as --device cpu.")] = False
+    num_processes: Annotated[int | None, Field(ge=1, description="Processes on this machine; default: one per GPU.")] = None
+    deterministic: Annotated[bool, Field(description="Deterministic kernels (slower on a GPU).")] = False
+
+    @model_validator(mode="after")
+    def _one_device(self) -> Self:
+        if self.cpu and self.device not in ("auto", "cpu"):
+            raise ValueError(f"cpu and device {self.device} contradict each other, give one of the two")
+        return self
+
+
+class Run(Section):
+    panel: ClassVar[str] = "Run"
+    free: ClassVar[frozenset[str]] = frozenset({"run"})
+    run: Annotated[Path | None, Field(description="Run directory; default: runs/<data>.")] = None
+    seed: Annotated[int, Field(ge=0, description="Seed of training: order, timesteps, noise.")] = 0
+
+
+class Base(Section):
+    panel: ClassVar[str] = "Backbone"
+    free: ClassVar[frozenset[str]] = frozenset({"base", "weights", "preset"})  # the backbone's sha256 is compared instead
+    base: Annotated[str, Field(description="Backbone: digits (bundled), a shape (DiT-L/2), a file or a run.")] = "digits"
+    weights: Annotated[Path | None, Field(description="Weights of a shape: a .pt or .safetensors file; default: none.")] = None
+    preset: Annotated[
+        Literal["auto", "dmp", "digits"],
+        Field(description="Recipe for what is not given: dmp (published), digits; auto: digits for the bundled backbone."),
+    ] = "auto"
+
+
+class Shape(Section):
+    panel: ClassVar[str] = "Backbone"
+    hidden_size: Annotated[int, Field(ge=8, description="Width of the tokens.")] = 384
+    depth: Annotated[int, Field(ge=1, description="Transformer blocks.")] = 12
+    num_heads: Annotated[int, Field(ge=1, description="Attention heads.")] = 6
+    patch_size: Annotated[int, Field(ge=1, description="Side of the square that becomes one token.")] = 2
+    learned_sigma: Annotated[bool, Field(description="Predict the variance too.")] = True
+    schedule: Annotated[Literal["linear", "cosine"], Field(description="Noise schedule.")] = "linear"
+    class_conditional: Annotated[bool, Field(description="Condition on the labels of the data.")] = False
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+        return self
+
+
+class Data(Section):
+    panel: ClassVar[str] = "Data"
+    free: ClassVar[frozenset[str]] = frozenset({"data", "num_workers"})  # the data's fingerprint is compared instead
+    data: Annotated[
+        str | None,
+        Field(description="Images: digits (bundled) or a folder of PNG/JPEG; default: what the backbone was trained on."),
+    ] = None
+    size: Annotated[
+        int | None, Field(ge=2, description="Side of the images in pixels; default: the backbone's, or the data's own.")
+    ] = None
+    channels: Annotated[
+        Literal[1, 3] | None, Field(description="1 grey, 3 colour; default: the backbone's, or the data's own.")
+    ] = None
+    hflip: Annotated[bool | None, Field(description="Mirror half of the images; default: what suits the data.")] = None
+    on_bad: Annotated[Literal["fail", "skip"], Field(description="What to do about unreadable images.")] = "fail"
+    num_workers: Annotated[int, Field(ge=0, description="Loader processes.")] = 0
+
+
+class Dmp(Section):
+    """The method of the paper: gated prompts added to (or prepended before) the tokens of every block."""
+
+    panel: ClassVar[str] = "Method"
+    method: Annotated[Literal["dmp"], Field(description="What is trained.")] = "dmp"
+    prompts: Annotated[int | None, Field(ge=1, description="Prompts per block; default: as many as tokens.")] = None
+    position: Annotated[Literal["add", "prepend"], Field(description="Add prompts to the tokens, or prepend them.")] = "add"
+    prompt_depth: Annotated[int | None, Field(ge=1, description="Patch only the first blocks; default: all.")] = None
+    gate: Annotated[Literal["soft", "topk"], Field(description="Mix all prompts, or the k best.")] = "soft"
+    topk: Annotated[int | None, Field(ge=1, description="Prompts that --gate topk keeps; default: none with --gate soft.")] = None
+    gate_scale: Annotated[float | None, Field(gt=0, description="Factor on the gate weights; default: 1 (published).")] = None
+    gate_noise: Annotated[bool, Field(description="Learned gate noise in training (Shazeer et al. 2017).")] = True
+    balance: Annotated[
+        Literal["shazeer", "per-sample", "none"], Field(description="Balance loss; per-sample is the published code's.")
+    ] = "shazeer"
+    importance_weight: Annotated[float, Field(ge=0, description="Weight of the importance loss.")] = 0.01
+    load_weight: Annotated[float, Field(ge=0, description="Weight of the load loss (topk only).")] = 0.01
+    prompt_lr: Annotated[float, Field(gt=0, description="Learning rate of the prompts.")] = 1e-4
+    gate_lr: Annotated[float, Field(gt=0, description="Learning rate of gate and gate noise.")] = 1e-3
+
+    @model_validator(mode="after")
+    def _topk_fits(self) -> Self:
+        if self.gate == "topk" and self.topk is None:
+            raise ValueError("gate topk needs topk, the number of prompts that it keeps")
+        if self.gate != "topk" and self.topk is not None:
+            raise ValueError(f"topk {self.topk} needs gate topk, found gate {self.gate}")
+        if self.topk is not None and self.prompts is not None and self.topk > self.prompts:
+            raise ValueError(f"topk {self.topk} is more than prompts {self.prompts}")
+        return self
+
+
+# What `method` can be. A second kind: its class above, and its name here (`Dmp | Lora`).
+Method = Dmp
+METHODS: dict[str, type[Section]] = {kind.model_fields["method"].default: kind for kind in get_args(Method) or (Method,)}
+
+
+class Objective(Section):
+    panel: ClassVar[str] = "Objective"
+    loss_weight: Annotated[Literal["constant", "min-snr", "p2"], Field(description="Timestep weights in the MSE.")] = "constant"
+    min_snr_gamma: Annotated[float, Field(gt=0, description="Gamma of min-SNR.")] = 5.0
+    p2_gamma: Annotated[float, Field(ge=0, description="Gamma of P2.")] = 1.0
+    class_dropout: Annotated[float, Field(ge=0, le=1, description="Share of labels dropped in training, for guidance.")] = 0.1
+    p2_k: Annotated[float, Field(gt=0, description="k of P2.")] = 1.0
+
+
+class Train(Section):
+    panel: ClassVar[str] = "Training"
+    free: ClassVar[frozenset[str]] = frozenset({"max_bad_steps"})
+    iters: Annotated[int, Field(ge=1, description="Optimizer steps in all.")] = 50_000
+    batch_size: Annotated[int, Field(ge=1, description="Global batch size, over all processes.")] = 128
+    beta1: Annotated[float, Field(ge=0, lt=1, description="AdamW beta 1.")] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1, description="AdamW beta 2.")] = 0.999
+    weight_decay: Annotated[float, Field(ge=0, description="AdamW weight decay.")] = 0.0
+    lr_schedule: Annotated[Literal["constant", "cosine"], Field(description="cosine decays to zero at --iters.")] = "constant"
+    warmup: Annotated[int, Field(ge=0, description="Steps of linear warm-up.")] = 0
+    ema: Annotated[float, Field(ge=0, lt=1, description="Decay of the average of the trained weights; 0: off.")] = 0.0
+    grad_clip: Annotated[float | None, Field(gt=0, description="Largest gradient norm; default: no clipping.")] = None
+    precision: Annotated[Literal["no", "bf16", "fp16"], Field(description="Mixed precision of the backbone.")] = "no"
+    max_bad_steps: Annotated[int, Field(ge=1, description="Steps in a row with a loss that is not finite before giving up.")] = 10
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> Self:
+        if self.warmup > self.iters:
+            raise ValueError(f"warmup {self.warmup} is longer than iters {self.iters}")
+        return self
+
+
+class Pretrain(Section):
+    panel: ClassVar[str] = "Training"
+    lr: Annotated[float, Field(gt=0, description="Learning rate.")] = 1e-4
+
+
+class Save(Section):
+    panel: ClassVar[str] = "Run"
+    science: ClassVar[bool] = False
+    save_every: Annotated[int, Field(ge=1, description="Steps between checkpoints.")] = 5_000
+    keep_last: Annotated[int, Field(ge=1, description="Checkpoints kept.")] = 3
+    log_every: Annotated[int, Field(ge=1, description="Steps between lines of metrics.jsonl.")] = 100
+
+
+class Sampling(Section):
+    panel: ClassVar[str] = "Sampling"
+    science: ClassVar[bool] = False
+    sampler: Annotated[Literal["ddpm", "ddim", "dpm-solver++"], Field(description="Sampler.")] = "ddpm"
+    steps: Annotated[int, Field(ge=1, le=1000, description="Denoising steps.")] = 250
+    eta: Annotated[float, Field(ge=0, le=1, description="Noise of DDIM, 0 = deterministic.")] = 0.0
+    cfg: Annotated[float, Field(ge=0, description="Guidance scale, 1 = none.")] = 1.0
+    cfg_channels: Annotated[Literal["3", "all"], Field(description="Channels that guidance acts on (3: published DiT).")] = "3"
+    sample_seed: Annotated[int, Field(ge=0, description="Seed of images: image k depends on (seed, k) alone.")] = 0
+    sample_batch: Annotated[int, Field(ge=1, description="Images denoised at once.")] = 256
+
+
+class Images(Section):
+    panel: ClassVar[str] = "Images"
+    science: ClassVar[bool] = False
+    num_images: Annotated[int, Field(ge=1, description="How many images.")] = 64
+    image_label: Annotated[int | None, Field(ge=0, description="Class of all images; default: drawn."), Flag("label")] = None
+    image_format: Annotated[Literal["png", "npz"], Field(description="PNG folder, or one npz as ADM's."), Flag("format")] = "png"
+    unpatched: Annotated[bool, Field(description="Sample the backbone without its patch.")] = False
+    out: Annotated[Path | None, Field(description="Where to write; default: inside the run.")] = None
+
+
+class Evaluate(Section):
+    panel: ClassVar[str] = "Evaluation"
+    science: ClassVar[bool] = False
+    evaluate: Annotated[bool, Field(description="End with a comparison of backbone and patch.")] = True
+    eval_images: Annotated[int, Field(ge=2, description="Images sampled for each side of the comparison.")] = 5_000
+
+
+class Fid(Section):
+    panel: ClassVar[str] = "Distance"
+    science: ClassVar[bool] = False
+    reference: Annotated[str | None, Field(description="Real images: digits or a folder; default: the run's own data.")] = None
+    extractor: Annotated[
+        Literal["pixels", "inception"] | None,
+        Field(description="Features the distance is taken in; default: pixels for images under 32 pixels, else inception."),
+    ] = None
+    extractor_weights: Annotated[
+        Path | None, Field(description="Inception-v3 weights (2015-12-05), a file; default: the cached ones.")
+    ] = None
+    max_images: Annotated[int, Field(ge=2, description="Images compared.")] = 50_000
+    allow_small: Annotated[bool, Field(description="Allow fewer images than features.")] = False
+
+
+class Gates(Section):
+    panel: ClassVar[str] = "Gates"
+    science: ClassVar[bool] = False
+    timesteps: Annotated[int, Field(ge=2, le=1000, description="Timesteps looked at, evenly spaced.")] = 50
+    plot: Annotated[bool, Field(description="Write a heat map (PNG).")] = True

@@ -1,0 +1,228 @@
+"""The protocols that the rooms meet through, and the small frozen records that pass between them.
+
+Shapes: B batch, T tokens, D width, L patched sites, N prompts, C/H/W channels, height, width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Prediction = Literal["epsilon"]
+Condition = "Tensor | None"  # class labels [B] int64; None for an unconditional backbone
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where tokens can be edited: the input of one transformer block."""
+
+    tokens: int
+    width: int
+
+
+@dataclass(frozen=True)
+class ScheduleSpec:
+    """The noise schedule a backbone was trained with; a patch refuses any other."""
+
+    kind: Literal["linear", "cosine"] = "linear"
+    steps: int = 1000
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """What everything else may know of a backbone.
+
+    `latent_shape` is (C, H, W) of what is noised. `num_classes` 0 means unconditional.
+    """
+
+    latent_shape: tuple[int, int, int]
+    sites: tuple[Site, ...]
+    prediction: Prediction
+    learned_sigma: bool
+    schedule: ScheduleSpec
+    num_classes: int
+    parameters: int
+
+    @property
+    def null_class(self) -> int | None:
+        """The label that means "no class", for guidance; None for an unconditional backbone."""
+        return self.num_classes or None
+
+
+class Edit(Protocol):
+    """What a method does to the tokens [B, T, D] that enter block `site`."""
+
+    def __call__(self, site: int, tokens: Tensor) -> Tensor: ...
+
+
+class Backbone(Protocol):
+    """A frozen denoiser: eval mode, no gradient for its weights, always."""
+
+    @property
+    def spec(self) -> BackboneSpec: ...
+
+    def embed(self, t: Tensor, cond: Tensor | None) -> Tensor:
+        """Conditioning vector c [B, D] of timesteps t [B] and `cond` (None: an unconditional backbone)."""
+        ...
+
+    def embed_time(self, t: Tensor) -> Tensor:
+        """The timestep's share of `embed`, [B, D]."""
+        ...
+
+    def denoise(self, x: Tensor, t: Tensor, cond: Tensor | None, edit: Edit | None = None) -> Tensor:
+        """Prediction [B, C or 2C, H, W] for noised x [B, C, H, W]; `edit` None leaves the tokens alone."""
+        ...
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How prompts were mixed. `gates` [L, B, N] sum to 1 over N.
+
+    `load` [L, N] is the expected number of samples that keep each prompt under fresh gate noise
+    (Shazeer et al. 2017, appendix A); None where it is undefined (k = N, or no gate noise).
+    """
+
+    gates: Tensor
+    load: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one conditioning batch asks of the backbone. `routing` is None for a method without gates."""
+
+    edit: Edit
+    routing: Routing | None = None
+
+
+class Patch(Protocol):
+    """The trainable part: a module whose forward is `plan`, so that it can be wrapped for many processes."""
+
+    def plan(self, c: Tensor, noise: Tensor | None = None) -> Plan:
+        """Plan for conditioning c [B, D]; `noise` [B, L, N] standard normal, None: no gate noise."""
+        ...
+
+    def noise_shape(self) -> tuple[int, ...] | None:
+        """Shape of one sample's gate noise, None if the method draws none."""
+        ...
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """AdamW parameter groups with their learning rates; together exactly the patch's parameters."""
+        ...
+
+    def penalty(self, routing: Routing | None) -> dict[str, Tensor]:
+        """Weighted balance losses by name, each a scalar; empty where there is nothing to balance."""
+        ...
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Posterior of a codec over latents [B, C, H, W]; `logvar` None means exactly `mean`."""
+
+    mean: Tensor
+    logvar: Tensor | None = None
+
+
+class Codec(Protocol):
+    """Pixels (uint8 [B, C, H, W]) to latents (float32) and back."""
+
+    @property
+    def name(self) -> str: ...
+
+    def latent_shape(self, channels: int, size: int) -> tuple[int, int, int]: ...
+
+    def encode(self, images: Tensor) -> Moments: ...
+
+    def decode(self, latents: Tensor) -> Tensor: ...
+
+
+class Source(Protocol):
+    """A finite list of images. Item i never changes: uint8 [C, S, S] and a label (0 without classes)."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def num_classes(self) -> int: ...
+
+    @property
+    def mirror(self) -> bool:
+        """Whether a mirrored image is still one of these images (digits: no)."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over what the items are made of."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def item(self, index: int) -> tuple[Tensor, int]: ...
+
+
+class Extractor(Protocol):
+    """Images to features: uint8 [B, C, H, W] -> float32 [B, width]."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of weights and preprocessing, recorded with every number."""
+        ...
+
+    def __call__(self, images: Tensor) -> Tensor: ...
+
+
+class Denoiser(Protocol):
+    """What a sampler calls: x [B, C, H, W], t [B] in the original 0..steps-1 -> prediction [B, C or 2C, H, W]."""
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor: ...
+
+
+class Draw(Protocol):
+    """Fresh standard normal noise [B, C, H, W], each image from its own generator."""
+
+    def __call__(self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a command found: `data` is JSON (all that --json prints); people see `table` (rows), then `lines` (sentences)."""
+
+    data: dict[str, Any]
+    table: tuple[dict[str, str], ...] = ()
+    lines: tuple[str, ...] = ()
+
+
+class Progress(Protocol):
+    """Carries events from the engine up to whatever shows them."""
+
+    def track(self, what: str, total: int, start: int = 0) -> ProgressTask: ...
+
+    def say(self, message: str) -> None:
+        """One line of talk (stderr)."""
+        ...
+
+
+class ProgressTask(Protocol):
+    """One running piece of work."""
+
+    def advance(self, by: int = 1, **figures: float) -> None:
+        """`figures` are shown beside the bar: loss, images/s."""
+        ...
+
+    def __enter__(self) -> ProgressTask: ...
+
+    def __exit__(self, *exc: object) -> None: ...
+
+
+Batch = Iterator["tuple[Tensor, Tensor]"]
+Metadata = Mapping[str, Any]
+Module = "nn.Module"

@@ -1,0 +1,58 @@
+"""What every Codec promises."""
+
+import pytest
+import torch
+
+from dmpctl.codecs.identity import Identity
+from dmpctl.types import Codec
+
+CODECS = {"identity": (Identity, 3, 16)}  # how to make it, and the channels and side of the images to try it on
+
+
+@pytest.fixture(params=CODECS)
+def case(request) -> tuple[Codec, torch.Tensor]:
+    make, channels, size = CODECS[request.param]
+    codec = make()
+    assert codec.name == request.param
+    images = torch.randint(0, 256, (3, channels, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return codec, images
+
+
+def test_latents_have_the_shape_that_was_announced(case):
+    codec, images = case
+    moments = codec.encode(images)
+    assert tuple(moments.mean.shape) == (3, *codec.latent_shape(images.shape[1], images.shape[2]))
+    assert moments.mean.dtype == torch.float32
+    assert moments.logvar is None or moments.logvar.shape == moments.mean.shape
+    assert moments.mean.isfinite().all()
+
+
+def test_decoding_gives_back_bytes_of_the_same_shape(case):
+    codec, images = case
+    decoded = codec.decode(codec.encode(images).mean)
+    assert decoded.dtype == torch.uint8
+    assert decoded.shape == images.shape
+
+
+def test_any_latents_can_be_decoded(case):
+    codec, images = case
+    latents = 10 * torch.randn(codec.encode(images).mean.shape, generator=torch.Generator().manual_seed(1))
+    assert codec.decode(latents).dtype == torch.uint8
+
+
+def test_an_image_does_not_depend_on_its_batch(case):
+    codec, images = case
+    together = codec.encode(images).mean
+    alone = torch.cat([codec.encode(image[None]).mean for image in images])
+    assert torch.allclose(together, alone, atol=1e-5)
+    assert (codec.decode(together).int() - torch.cat([codec.decode(row[None]) for row in together]).int()).abs().max() <= 1
+
+
+def test_nothing_is_written_into_the_arguments(case):
+    codec, images = case
+    kept = images.clone()
+    latents = codec.encode(images).mean
+    before = latents.clone()
+    codec.decode(latents)
+    assert torch.equal(images, kept)
+    assert torch.equal(latents, before)

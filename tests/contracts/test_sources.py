@@ -1,0 +1,130 @@
+"""What every Source promises."""
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dmpctl.data import folder
+from dmpctl.data.bundled import Digits
+from dmpctl.data.folder import ImageFolder
+from dmpctl.data.loader import TrainingItems
+from dmpctl.types import Source
+
+
+def made_folder(root: Path, seed: int = 0) -> Path:
+    draw = np.random.default_rng(seed)
+    for name in ("cat/1.png", "cat/2.png", "dog/1.png", "emu/1.png"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw.integers(0, 256, (9, 9, 3), dtype=np.uint8)).save(root / name)
+    return root
+
+
+SOURCES: dict[str, Callable[[Path], Source]] = {
+    "digits": lambda root: Digits(),
+    "digits-rgb": lambda root: Digits(channels=3),
+    "folder": lambda root: ImageFolder(made_folder(root)),
+    "folder-cropped": lambda root: ImageFolder(made_folder(root), 6, 1),
+    "folder-lazy": lambda root: ImageFolder(made_folder(root)),
+}
+
+
+@pytest.fixture(params=SOURCES)
+def opened(request, tmp_path, monkeypatch) -> Callable[[], Source]:
+    if request.param == "folder-lazy":
+        monkeypatch.setattr(folder, "HELD_FILES", 0)
+    SOURCES[request.param](tmp_path)
+    return lambda: SOURCES[request.param](tmp_path) if "digits" in request.param else again(request.param, tmp_path)
+
+
+def again(name: str, root: Path) -> Source:
+    """The same files, opened anew."""
+    return ImageFolder(root, 6, 1) if name == "folder-cropped" else ImageFolder(root)
+
+
+def some(source: Source) -> list[int]:
+    return [0, 1, len(source) // 2, len(source) - 1]
+
+
+def test_items_are_square_bytes_of_one_shape(opened):
+    source = opened()
+    first, _ = source.item(0)
+    channels, height, width = first.shape
+    assert height == width
+    assert channels in (1, 3)
+    for index in some(source):
+        image, _ = source.item(index)
+        assert image.dtype == torch.uint8
+        assert image.shape == first.shape
+
+
+def test_labels_lie_within_the_classes(opened):
+    source = opened()
+    labels = [source.item(index)[1] for index in range(min(len(source), 200))]
+    assert all(type(label) is int for label in labels)
+    assert set(labels) <= set(range(max(source.num_classes, 1)))
+    assert len(set(labels)) == max(source.num_classes, 1)
+
+
+def test_an_item_never_changes(opened):
+    one, two = opened(), opened()
+    assert len(one) == len(two)
+    for index in some(one):
+        image, label = one.item(index)
+        kept = image.clone()
+        one.item(0)
+        for source in (one, two):
+            assert torch.equal(source.item(index)[0], kept)
+            assert source.item(index)[1] == label
+
+
+def test_items_are_not_all_the_same(opened):
+    source = opened()
+    assert not torch.equal(source.item(0)[0], source.item(1)[0])
+
+
+def test_the_end_is_the_end(opened):
+    source = opened()
+    with pytest.raises(IndexError):
+        source.item(len(source))
+
+
+def test_the_fingerprint_is_a_stable_sha256(opened):
+    one, two = opened(), opened()
+    assert one.fingerprint == two.fingerprint
+    assert len(bytes.fromhex(one.fingerprint)) == 32
+
+
+def test_fingerprints_tell_sources_apart(tmp_path, monkeypatch):
+    sources = [make(tmp_path / name) for name, make in SOURCES.items() if name != "folder-lazy"]
+    monkeypatch.setattr(folder, "HELD_FILES", 0)
+    sources += [SOURCES["folder-lazy"](tmp_path / "lazy"), ImageFolder(made_folder(tmp_path / "other", seed=1))]
+    assert len({source.fingerprint for source in sources}) == len(sources)
+
+
+def test_it_says_what_it_is(opened):
+    source = opened()
+    assert source.name
+    assert source.name.isprintable()
+    assert isinstance(source.mirror, bool)
+
+
+def test_loader_processes_get_the_same_source(opened):
+    source = opened()
+    copy = pickle.loads(pickle.dumps(source))  # noqa: S301
+    for index in some(source):
+        assert torch.equal(copy.item(index)[0], source.item(index)[0])
+
+
+def test_training_sees_the_items(opened):
+    source = opened()
+    places = [(0, index) for index in some(source)]
+    images, labels, indices = TrainingItems(source, hflip=False, seed=0).__getitems__(places)
+    assert (images.dtype, labels.dtype) == (torch.uint8, torch.int64)
+    for row, index in enumerate(indices.tolist()):
+        assert torch.equal(images[row], source.item(index)[0])
+        assert int(labels[row]) == source.item(index)[1]

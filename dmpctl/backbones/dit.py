@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dmpctl.errors import UsageError
 from dmpctl.types import BackboneSpec, Edit, ScheduleSpec, Site
 
 FREQUENCIES = 256  # width of the sinusoidal timestep embedding, fixed in the published model
@@ -32,6 +33,17 @@ class DiTConfig:
     num_classes: int = 1000
     null_class: bool = True
     learned_sigma: bool = True
+
+    def __post_init__(self) -> None:
+        """UsageError for sizes that make no model."""
+        sizes = (self.input_size, self.channels, self.patch_size, self.hidden_size, self.depth, self.num_heads)
+        if any(type(size) is not int or size < 1 for size in sizes) or type(self.num_classes) is not int or self.num_classes < 0:
+            raise UsageError(f"sizes of a DiT are whole and positive, found {self}")
+        if self.input_size % self.patch_size:
+            raise UsageError(f"patches of {self.patch_size} do not tile images of side {self.input_size}")
+        for divisor, reason in ((4, "as its position table has four parts"), (self.num_heads, "its number of heads")):
+            if self.hidden_size % divisor:
+                raise UsageError(f"a DiT's width must be a multiple of {divisor}, {reason}; found {self.hidden_size}")
 
     @property
     def tokens(self) -> int:

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import pickle
+import re
+from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -79,20 +81,22 @@ def _described(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str])
         if value["schema_version"] != 1:
             raise IntegrityError(f"{path} has schema_version {value['schema_version']}, this dmpctl reads 1", "upgrade dmpctl")
         return Weights(tensors, "the file", DiTConfig(**value["config"]), ScheduleSpec(**value["schedule"]), value["data"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, KeyError, TypeError, UsageError) as error:
         raise IntegrityError(f"{path} describes itself in a way that cannot be read ({error})") from None
 
 
 def _unpickle(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0].split(". ")[0]
-        raise IntegrityError(
-            f"{path} holds more than tensors and was not loaded ({reason})", "ask for a .safetensors file"
-        ) from None
-    except (RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
-        raise IntegrityError(f"{path} is not a readable checkpoint ({str(error).splitlines()[0]})") from None
+        with torch.serialization.safe_globals([Namespace]):  # the published training scripts store their arguments too
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes raise anything: IndexError, struct.error, AssertionError, ...
+        forbidden = re.search(r"Unsupported (?:global|class|operand)\W+(?:GLOBAL )?([\w.]+)", str(error))
+        if isinstance(error, pickle.UnpicklingError) and forbidden:
+            raise IntegrityError(
+                f"{path} holds more than tensors ({forbidden[1]}) and was not loaded", "ask for a .safetensors file"
+            ) from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise IntegrityError(f"{path} is not a readable checkpoint ({reason})") from None
 
 
 def _unwrap(path: Path, value: Any) -> tuple[dict[str, Tensor], str]:
@@ -101,7 +105,11 @@ def _unwrap(path: Path, value: Any) -> tuple[dict[str, Tensor], str]:
         if isinstance(value, dict) and isinstance(value.get(key), dict):
             value, taken = value[key], f"its '{key}' entry"
             break
-    if not isinstance(value, dict) or not value or not all(isinstance(v, Tensor) for v in value.values()):
+    if (
+        not isinstance(value, dict)
+        or not value
+        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+    ):
         raise IntegrityError(f"{path} holds no state dict (found {type(value).__name__})")
     return _plain_names(value), taken
 
@@ -127,7 +135,12 @@ def infer_config(tensors: Mapping[str, Tensor], num_heads: int | None = None) ->
         outputs = tensors["final_layer.linear.bias"].shape[0]
     except KeyError as error:
         raise IntegrityError(f"this is no DiT in the published layout: it lacks {error}") from None
-    depth = 1 + max((int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")), default=-1)
+    except (ValueError, IndexError):
+        raise IntegrityError("this is no DiT in the published layout: its tensors have other dimensions") from None
+    blocks = [re.match(r"blocks\.(\d+)\.", name) for name in tensors]
+    depth = 1 + max((int(block[1]) for block in blocks if block), default=-1)
+    if not depth:
+        raise IntegrityError("this is no DiT in the published layout: it lacks 'blocks.0'")
     heads = num_heads or HEADS.get(width)
     if heads is None:
         raise UsageError(

@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperCommand
 from typer.main import get_command
 
+from dmpctl import __version__
 from dmpctl.cli.help import WIDTH, Group
 from dmpctl.errors import DmpError, UsageError
 
@@ -48,15 +49,9 @@ app = typer.Typer(cls=Lazy, rich_markup_mode=None, invoke_without_command=True, 
 
 
 def show_version(wanted: bool) -> None:
-    """--version: the installed version, or that this is a source tree that was never installed."""
+    """--version, then stop."""
     if wanted:
-        from importlib import metadata
-
-        try:
-            version = metadata.version("dmpctl")
-        except metadata.PackageNotFoundError:
-            version = "(not installed)"
-        typer.echo(f"dmpctl {version}")
+        typer.echo(f"dmpctl {__version__}")
         raise typer.Exit
 
 

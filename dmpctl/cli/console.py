@@ -139,7 +139,7 @@ class Bars:
         return BarsTask(self, self.display.add_task(what, total=total, completed=start, figures=""))
 
     def say(self, message: str) -> None:
-        self.console.print(message, markup=False, soft_wrap=True)
+        self.console.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
 class BarsTask:
@@ -196,7 +196,7 @@ class Output:
 def table_of(report: Report) -> Table:
     """The rows of a report; columns in the order in which they first appear."""
     columns = list(dict.fromkeys(name for row in report.table for name in row))
-    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table = Table(*map(escape, columns), box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for column in table.columns:
         column.overflow = "fold"
     for row in report.table:

@@ -24,7 +24,7 @@ def write_options(command: TyperCommand | TyperGroup, ctx: Any, formatter: Any) 
             panels.setdefault(title, []).append((styled(record[0], fg="cyan"), record[1]))
     for title, records in panels.items():
         with formatter.section(styled(title, bold=True)):
-            formatter.write_dl(records)
+            formatter.write_dl(records, col_max=min(30, formatter.width // 3))
 
 
 class Command(TyperCommand):

@@ -50,7 +50,6 @@ class ImageFolder:
             raise UsageError(f"no images in {shown}: looked for {', '.join(EXTENSIONS)}", "check --data")
         self._top = os.path.realpath(path)
         self.name = printable(os.path.basename(self._top))
-        self.classes = classes_of(entries)
         self.bad: list[Bad] = []
         good, _ = self._sort_out(entries, [entry.wrong or entry for entry in entries])
         good, headers = self._sort_out(good, attempt(read_header, [self._path(entry) for entry in good]))
@@ -62,6 +61,7 @@ class ImageFolder:
         if self.bad and (on_bad == "fail" or not good):
             raise refused(self.bad, len(entries), shown)
         self._entries = good
+        self.classes = classes_of([entry.name for entry in entries], [entry.name for entry in good])
         number = {name: label for label, name in enumerate(self.classes)}
         self._labels = torch.tensor([number.get(entry.name.split("/")[0], 0) for entry in good])
         self.fingerprint = fingerprint_of(good, versions, self.classes, (self._channels, self._size))
@@ -139,15 +139,14 @@ def _folder(path: str | Path) -> Path:
     raise MissingError(f"there is no folder {shown}", "check --data")
 
 
-def classes_of(entries: Iterable[Entry]) -> tuple[str, ...]:
-    """Names of the first-level sub-folders, sorted, if every usable image lies in one; else none.
+def classes_of(names: Iterable[str], usable: Iterable[str]) -> tuple[str, ...]:
+    """The first-level sub-folders among the files' names, sorted, if every usable file lies in one; else none.
 
-    Sub-folders with nothing but bad files count too, so that leaving files out never renumbers the labels.
+    A sub-folder with nothing but bad files counts too: leaving files out must not renumber the labels.
     """
-    names = [(entry.name, entry.wrong) for entry in entries]
-    if any("/" not in name for name, wrong in names if wrong is None):
+    if not all("/" in name for name in usable):
         return ()
-    return tuple(sorted({name.split("/")[0] for name, _ in names if "/" in name}, key=os.fsencode))
+    return tuple(sorted({name.split("/")[0] for name in names if "/" in name}, key=os.fsencode))
 
 
 def common_side(headers: Sequence[Header], shown: str) -> int:

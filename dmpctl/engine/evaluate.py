@@ -148,7 +148,7 @@ def fid(settings: Settings, what: str, progress: Progress) -> Report:
     row = {
         "metric": name,
         "value": f"{estimate.value:.4f}{error}",
-        "debiased": f"{estimate.debiased:.4f}",
+        "debiased": "" if estimate.debiased is None else f"{estimate.debiased:.4f}",
         "images": str(estimate.n),
         "reference": f"{reference_name} ({len(source)})",
     }

@@ -1,5 +1,6 @@
 """How a command runs: on which device, through accelerate, and what makes two runs the same experiment."""
 
+import os
 import shlex
 import sys
 from typing import Any
@@ -8,11 +9,15 @@ import torch
 from accelerate import Accelerator
 
 from dmpctl.engine.build import resolve_device
+from dmpctl.errors import UsageError
 from dmpctl.settings.model import Settings
 
 
 def accelerator_for(settings: Settings) -> Accelerator:
-    """The accelerator that training goes through, even on one CPU."""
+    """The accelerator that training goes through, even on one CPU; UsageError for more than one process."""
+    world = settings.launch.num_processes or int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        raise UsageError(f"{world} processes were asked for, this version trains in one", "leave --num-processes out")
     device = resolve_device(settings.launch)
     if settings.launch.deterministic:
         torch.use_deterministic_algorithms(True)

@@ -169,7 +169,9 @@ class DmpPatch(nn.Module):
 
 
 def squared_cv(values: Tensor) -> Tensor:
-    """Squared coefficient of variation over the last axis: variance / mean² (Shazeer et al. 2017, eq. 7)."""
+    """Squared coefficient of variation over the last axis: variance / mean² (Shazeer et al. 2017, eq. 7); 0 for one value."""
+    if values.shape[-1] < 2:
+        return values.sum(dim=-1) * 0
     return values.var(dim=-1) / (values.mean(dim=-1).square() + EPS)
 
 

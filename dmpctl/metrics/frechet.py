@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, reduce
@@ -170,9 +171,12 @@ def noise_floor(features: Tensor, seed: int) -> FidEstimate:
 
 
 def _distance(a: Factor, b: Factor, singular_values: Tensor) -> float:
-    """The distance from what its parts have become; rounding may not take it below 0."""
+    """The distance from what its parts have become; rounding may not take it below 0. Raises NumericalError on overflow."""
     shift = a.mean - b.mean
-    return max(0.0, float(shift @ shift) + a.trace + b.trace - 2 * float(singular_values.sum()))
+    distance = float(shift @ shift) + a.trace + b.trace - 2 * float(singular_values.sum())
+    if not math.isfinite(distance):
+        raise NumericalError(f"the distance is {distance}", "look for features that are far too large")
+    return max(0.0, distance)
 
 
 def _estimate(features: Tensor, parts: list[FeatureMoments], reference: Factor) -> tuple[FidEstimate, Tensor | None]:
@@ -209,10 +213,10 @@ def _error_of_mean(values: Tensor) -> float:
 
 def _z(difference: float, standard_error: float) -> float:
     """Difference in standard errors; without any error, 0 or infinite. Raises NumericalError where either is not a number."""
-    if difference != difference or standard_error != standard_error or standard_error < 0:
+    if math.isnan(difference) or not standard_error >= 0:
         raise NumericalError(f"a difference of {difference} with standard error {standard_error} says nothing")
     if standard_error == 0:
-        return 0.0 if difference == 0 else float("inf") * difference
+        return 0.0 if difference == 0 else math.copysign(math.inf, difference)
     return difference / standard_error
 
 

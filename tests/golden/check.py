@@ -90,7 +90,7 @@ def compare(name: str, scale: Scale, found: Tensor, expected: Tensor) -> Finding
     return Finding(name, scale, scale.worst(found, expected))
 
 
-class Absent(Exception):  # noqa: N818
+class Absent(Exception):
     """A tensor cannot be recomputed, as one of its inputs is not in the file."""
 
 
@@ -98,7 +98,7 @@ class Replay:
     """A Draw that returns the recorded noise [B, C, H, W] in the order in which it was drawn."""
 
     def __init__(self, z: Tensor, noises: Tensor) -> None:
-        self._left = iter([z, *noises])
+        self._left: Iterator[Tensor] = iter([z, *noises])
 
     def __call__(self) -> Tensor:
         for noise in self._left:

@@ -1,7 +1,6 @@
 import os
 import random
 import struct
-import warnings
 import zlib
 from pathlib import Path
 
@@ -110,12 +109,11 @@ BAD = [
 
 
 @pytest.mark.parametrize(("spoil", "reason"), BAD, ids=[spoil.__name__ for spoil, _ in BAD])
-def test_a_bad_file_is_named_and_never_replaced(tmp_path, spoil, reason):
+def test_a_bad_file_is_named_and_never_replaced(tmp_path, recwarn, spoil, reason):
     root = fill(tmp_path / "images", "a.png", "c.png")
     spoil(root / "b.png")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        source = ImageFolder(root, 8, on_bad="skip")
+    source = ImageFolder(root, 8, on_bad="skip")
+    assert not list(recwarn)
     assert [name for name, _ in source.bad] == ["b.png"]
     assert reason in source.bad[0][1]
     assert names(source) == ["a.png", "c.png"]
@@ -270,10 +268,11 @@ def test_folders_are_classes_if_every_image_lies_in_one(tmp_path):
     assert ImageFolder(tmp_path).labels().tolist() == [0, 0, 0, 0]
 
 
-def test_a_class_of_bad_files_keeps_its_number(tmp_path):
+def test_a_class_of_bad_files_keeps_its_number_and_a_bad_stray_is_no_image(tmp_path):
     fill(tmp_path, "cat/1.png", "dog/1.png")
     (tmp_path / "cow").mkdir()
     text(tmp_path / "cow" / "1.png")
+    truncated(tmp_path / "stray.png")
     source = ImageFolder(tmp_path, on_bad="skip")
     assert source.classes == ("cat", "cow", "dog")
     assert source.labels().tolist() == [0, 2]

@@ -362,3 +362,9 @@ def test_what_is_no_covariance_is_refused():
         Factor.of(gaussian(torch.zeros(2), torch.tensor([[1.0, 2.0], [2.0, 1.0]])))
     with pytest.raises(NumericalError, match="not finite"):
         Factor.of(gaussian(torch.zeros(2), torch.full((2, 2), float("inf"))))
+
+
+def test_a_distance_that_overflows_is_refused_not_called_zero():
+    a, b = gaussian(torch.full((2,), 1e200, dtype=torch.float64), torch.eye(2)), gaussian(torch.zeros(2), torch.eye(2))
+    with pytest.raises(NumericalError, match="the distance is inf"):
+        moments_to_fid(a, b)

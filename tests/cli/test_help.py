@@ -1,0 +1,102 @@
+"""Help is complete, quick and whole at any width."""
+
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from typer.main import get_command
+
+from dmpctl import __version__
+from dmpctl.cli.app import COMMANDS
+from dmpctl.settings import commands
+
+HEAVY = ("torch", "numpy", "pydantic_settings", "datasets", "diffusers", "huggingface_hub", "accelerate", "rich", "pydantic")
+
+
+def built(name: str):
+    return get_command(importlib.import_module(f"dmpctl.cli.{name.replace('-', '_')}").app)
+
+
+def imported_by(*argv: str) -> set[str]:
+    line = [sys.executable, "-X", "importtime", "-m", "dmpctl", *argv]
+    found = subprocess.run(line, capture_output=True, text=True, check=True)
+    return {row.rsplit("|", 1)[1].strip().split(".")[0] for row in found.stderr.splitlines() if row.startswith("import time:")}
+
+
+def test_root_help_imports_nothing_heavy():
+    assert not imported_by("--help") & set(HEAVY)
+
+
+def test_command_help_imports_nothing_heavier_than_pydantic():
+    assert not imported_by("patch", "--help") & (set(HEAVY) - {"pydantic", "rich"})
+
+
+def test_the_commands_and_their_order(dmpctl_):
+    code, out, _ = dmpctl_("--help")
+    assert code == 0
+    listed = re.findall(r"^  ([a-z-]+)  +[A-Z]", out.split("Commands:")[1], re.MULTILINE)
+    assert listed == list(COMMANDS) == list(commands.COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_list_says_what_the_command_says(name, dmpctl_):
+    assert (built(name).help or "").splitlines()[0] == COMMANDS[name]
+    assert COMMANDS[name] in dmpctl_("--help")[1]
+
+
+@pytest.mark.parametrize("columns", ["60", "80", "200"])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_is_there_whole_with_its_help(name, columns, dmpctl_, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    code, out, err = dmpctl_(name, "--help")
+    assert (code, err) == (0, "")
+    assert "\x1b" not in out
+    words = set(out.split())
+    flat = " ".join(out.split())
+    for option in commands.options_of(name).values():
+        assert option.flag in words
+        assert option.field.description.split()[0] in words
+        assert option.variable in flat
+        assert f"{option.panel}:" in out
+        assert option.plain_type is not bool or option.off in words
+        for choice in option.choices:
+            assert str(choice) in flat
+    assert "--config" in words
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_parameter_has_help(name):
+    for param in built(name).params:
+        assert param.help, param.name
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_examples_are_shown_and_are_lines_that_work(name, dmpctl_):
+    _, out, _ = dmpctl_(name, "--help")
+    examples = [line.strip() for line in out.split("Examples:")[1].splitlines() if line.strip()]
+    assert examples
+    for example in examples:
+        program, *argv = shlex.split(example)
+        code, _, err = dmpctl_(*argv, "--print-config")
+        assert (program, argv[0], code, err) == ("dmpctl", name, 0, "")
+
+
+def test_bounds_and_defaults(dmpctl_):
+    _, out, _ = dmpctl_("sample", "--help")
+    assert "--steps <int >=1 <=1000>" in out
+    assert "default: 250" in out
+    assert "<soft|topk>" in dmpctl_("patch", "--help")[1]
+    assert "--prompt-lr <float >0>" in dmpctl_("patch", "--help")[1]
+
+
+def test_version(dmpctl_):
+    assert dmpctl_("--version") == (0, f"dmpctl {__version__}\n", "")
+
+
+def test_no_command_shows_the_help_and_is_a_usage_error(dmpctl_):
+    code, out, _ = dmpctl_()
+    assert code == 2
+    assert "Commands:" in out

@@ -1,0 +1,44 @@
+"""The recipes fit the options, and `dmp` is what was published."""
+
+import pytest
+
+from dmpctl.settings.commands import options_of
+from dmpctl.settings.layers import resolve
+from dmpctl.settings.presets import PRESETS, chosen_preset
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_names_options_of_patch_with_values_they_take(name):
+    assert set(PRESETS[name]) <= set(options_of("patch"))
+    resolved = resolve("patch", {"preset": name})
+    for option in PRESETS[name]:
+        assert resolved.origins[option] == f"preset {name}"
+
+
+def test_every_preset_can_be_chosen():
+    assert set(options_of("patch")["preset"].choices) == {"auto", *PRESETS}
+
+
+def test_the_published_recipe():
+    settings = resolve("patch", {"preset": "dmp"}).settings
+    method, train = settings.method, settings.train
+    assert (method.prompts, method.gate, method.topk, method.gate_scale) == (None, "soft", None, 1.0)
+    assert (method.balance, method.importance_weight, method.load_weight) == ("per-sample", 1.0, 1.0)
+    assert (method.prompt_lr, method.gate_lr) == (1e-4, 1e-3)
+    assert (train.iters, train.batch_size, train.ema, train.lr_schedule, train.warmup) == (50_000, 128, 0.0, "constant", 0)
+    assert (train.beta1, train.beta2, train.weight_decay) == (0.9, 0.999, 0.0)
+    assert settings.data.hflip is True
+
+
+@pytest.mark.parametrize(
+    ("preset", "base", "chosen"),
+    [
+        ("auto", "digits", "digits"),
+        ("auto", "DiT-L/2", None),
+        ("dmp", "digits", "dmp"),
+        ("digits", "x.pt", "digits"),
+        ("dpm", "digits", None),
+    ],
+)
+def test_auto_follows_the_backbone(preset, base, chosen):
+    assert chosen_preset(preset, base) == chosen

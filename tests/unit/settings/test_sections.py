@@ -1,0 +1,98 @@
+"""Names, help and cross-checks of every option."""
+
+import inspect
+import math
+
+import pytest
+from pydantic import ValidationError
+
+from dmpctl.settings import sections
+from dmpctl.settings.commands import COMMANDS, every_option, options_of
+from dmpctl.settings.sections import METHODS, Data, Dmp, Fid, Launch, Method, Sampling, Section, Shape, Train, choices_of
+
+CLASSES = {kind for _, kind in inspect.getmembers(sections, inspect.isclass)}
+SECTIONS = sorted((kind for kind in CLASSES if issubclass(kind, Section) and kind is not Section), key=lambda kind: kind.__name__)
+FIELDS = [(section, name, field) for section in SECTIONS for name, field in section.model_fields.items()]
+
+
+def test_every_field_name_is_unique_across_sections():
+    names = [name for section, name, _ in FIELDS if not (section in METHODS.values() and name == "method")]
+    assert len(names) == len(set(names))
+
+
+def test_every_field_of_every_section_is_offered_by_some_command():
+    offered = {option.name for command in COMMANDS for option in options_of(command).values()}
+    assert {name for _, name, _ in FIELDS} == offered
+
+
+def test_public_names_are_unique_and_never_shadow_config():
+    options = {option.name: option.public for command in COMMANDS for option in options_of(command).values()}
+    assert len(set(options.values())) == len(options)
+    assert "config" not in options.values()
+    assert "json" in every_option()
+
+
+@pytest.mark.parametrize(("section", "name", "field"), FIELDS, ids=[name for _, name, _ in FIELDS])
+def test_help_is_a_sentence_and_an_absent_default_is_explained(section, name, field):
+    assert field.description
+    assert field.description.endswith(".")
+    if field.default is None:
+        assert "default:" in field.description
+
+
+@pytest.mark.parametrize(("section", "name", "field"), FIELDS, ids=[name for _, name, _ in FIELDS])
+def test_defaults_are_valid(section, name, field):
+    assert getattr(section(**{name: field.default}), name) == field.default
+
+
+def test_free_names_are_fields():
+    for section in SECTIONS:
+        assert section.free <= set(section.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "sentence"),
+    [
+        (Dmp, {"gate": "topk"}, "gate topk needs topk"),
+        (Dmp, {"topk": 4}, "topk 4 needs gate topk"),
+        (Dmp, {"gate": "topk", "topk": 9, "prompts": 8}, "topk 9 is more than prompts 8"),
+        (Shape, {"hidden_size": 30, "num_heads": 4}, "hidden_size 30 is not a multiple of num_heads 4"),
+        (Train, {"iters": 10, "warmup": 11}, "warmup 11 is longer than iters 10"),
+        (Launch, {"cpu": True, "device": "cuda:1"}, "cpu and device cuda:1 contradict"),
+    ],
+)
+def test_values_that_do_not_go_together(section, values, sentence):
+    with pytest.raises(ValidationError, match=sentence):
+        section(**values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"gate": "topk", "topk": 8, "prompts": 8}, {"gate": "topk", "topk": 4, "position": "prepend"}, {"position": "prepend"}],
+)
+def test_values_that_do_go_together(values):
+    assert Dmp(**values)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, "nan", "inf"])
+def test_no_number_is_infinite(value):
+    with pytest.raises(ValidationError):
+        Sampling(cfg=value)
+
+
+def test_sections_are_frozen_and_refuse_unknown_names():
+    with pytest.raises(ValidationError):
+        Train().iters = 3
+    with pytest.raises(ValidationError):
+        Train(itrs=3)
+
+
+def test_choices_of():
+    assert choices_of(Data.model_fields["channels"].annotation) == (1, 3)
+    assert choices_of(Fid.model_fields["extractor"].annotation) == ("pixels", "inception")
+    assert choices_of(int | None) == ()
+
+
+def test_methods_are_listed_by_their_tag():
+    assert METHODS["dmp"] is Dmp
+    assert Method is Dmp

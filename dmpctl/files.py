@@ -1,16 +1,38 @@
 """Files that are either the old one or the new one, never half of each; and their hashes. Nothing is pickled."""
 
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dmpctl.errors import IntegrityError, MissingError
+from dmpctl.errors import IntegrityError, MissingError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around all that writes `path`: a full disk, or a place that cannot be written to, becomes a UsageError."""
+    try:
+        yield
+    except OSError as error:
+        hint = "free some space: what was finished before is still good" if error.errno in FULL else "name another place"
+        raise UsageError(f"cannot write to {path}: {error.strerror or error}", hint) from None
+
+
+def make_folder(path: Path) -> Path:
+    """The folder, made if it is not there; UsageError where it cannot be made."""
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def sha256_of(path: Path) -> str:
@@ -29,22 +51,29 @@ def fsync(path: Path) -> None:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write `path` so that a crash leaves the old file or the new one."""
+    """Write `path` so that a crash leaves the old file or the new one; UsageError where it cannot be written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    fsync(path.parent)
+    with writing(path):
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            with suppress(OSError):
+                temporary.unlink()
+        fsync(path.parent)
+
+
+def json_to_bytes(value: Mapping[str, Any]) -> bytes:
+    """JSON, readable and with stable order."""
+    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Atomically write JSON, readable and with stable order."""
-    write_atomic(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+    """Atomically write JSON."""
+    write_atomic(path, json_to_bytes(value))
 
 
 def read_json(path: Path, schema_version: int | None = None) -> dict[str, Any]:
@@ -56,12 +85,14 @@ def read_json(path: Path, schema_version: int | None = None) -> dict[str, Any]:
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise MissingError(f"{path} is not there") from None
+    except OSError as error:
+        raise IntegrityError(f"{path} cannot be read: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise IntegrityError(f"{path} is not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise IntegrityError(f"{path} should hold a JSON object, found {type(value).__name__}")
-    if schema_version is not None and not 1 <= int(value.get("schema_version", 0)) <= schema_version:
-        found = value.get("schema_version")
+    found = value.get("schema_version")
+    if schema_version is not None and not (isinstance(found, int) and 1 <= found <= schema_version):
         raise IntegrityError(f"{path} has schema_version {found}, this dmpctl reads up to {schema_version}", "upgrade dmpctl")
     return value
 

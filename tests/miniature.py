@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from scipy.stats import ttest_1samp
 
+from dmpctl.cli.console import Silent
 from dmpctl.data.bundled import Digits
 from dmpctl.engine.evaluate import extract, images_of, in_parts
 from dmpctl.engine.generate import generate
@@ -27,7 +28,6 @@ from dmpctl.metrics.frechet import Factor, features_to_fid, paired_difference
 from dmpctl.metrics.moments import features_to_moments
 from dmpctl.settings.layers import resolve
 from dmpctl.settings.sections import Sampling
-from tests.progress import Silent
 from tests.digit_features import DigitFeatures
 
 CPU = torch.device("cpu")
@@ -49,7 +49,10 @@ def noise(reference: dict[str, Factor], plain: Patched, count: int, seeds: list[
     others = [sampled(plain, count, seed) for seed in seeds]
     again = [real[torch.randint(len(real), (count,), generator=generator)] for _ in range(5)]
     for extractor in EXTRACTORS:
-        distances = [[features_to_fid(extract(extractor, in_parts(i)), reference[extractor.name]).value for i in s] for s in (others, again)]
+        distances = [
+            [features_to_fid(extract(extractor, in_parts(i)), reference[extractor.name]).value for i in s]
+            for s in (others, again)
+        ]
         found[extractor.name] = {"backbone_other_seeds": distances[0], "real_resampled": distances[1]}
     return found
 
@@ -75,7 +78,12 @@ def paired(model: Patched, seed: int) -> dict[str, float]:
     source = Digits()
     errors, steps = epsilon_errors(model.unpatched(), source, CPU, seed, Silent())
     found = loss_difference(errors, epsilon_errors(model, source, CPU, seed, Silent())[0], steps)
-    return {"backbone": found.backbone, "patched": found.patched, "difference": found.difference, "standard_error": found.standard_error}
+    return {
+        "backbone": found.backbone,
+        "patched": found.patched,
+        "difference": found.difference,
+        "standard_error": found.standard_error,
+    }
 
 
 def summary(seeds: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -85,8 +93,16 @@ def summary(seeds: dict[str, dict[str, Any]]) -> dict[str, Any]:
         values = [seed[name]["difference"] for seed in seeds.values() if name in seed]
         if values:
             p_value = float(ttest_1samp(values, 0).pvalue) if len(values) > 1 else None
-            found[name] = {"mean": mean(values), "sd": stdev(values) if len(values) > 1 else None, "p_value": p_value, "seeds": len(values)}
-            found[name] |= {"backbone": mean(s[name]["backbone"] for s in seeds.values()), "patched": mean(s[name]["patched"] for s in seeds.values())}
+            found[name] = {
+                "mean": mean(values),
+                "sd": stdev(values) if len(values) > 1 else None,
+                "p_value": p_value,
+                "seeds": len(values),
+            }
+            found[name] |= {
+                "backbone": mean(s[name]["backbone"] for s in seeds.values()),
+                "patched": mean(s[name]["patched"] for s in seeds.values()),
+            }
     return found
 
 
@@ -116,7 +132,14 @@ def main() -> None:
             found |= measure(model, before, reference, args.images)
         seeds[str(seed)] = found
         sys.stderr.write(f"seed {seed}: {json.dumps(found)}\n")
-    result = {"schema_version": 1, "set": changes, "images": args.images, "seeds": seeds, "summary": summary(seeds), "noise": floor}
+    result = {
+        "schema_version": 1,
+        "set": changes,
+        "images": args.images,
+        "seeds": seeds,
+        "summary": summary(seeds),
+        "noise": floor,
+    }
     write_json(args.out / "miniature.json", result)
     sys.stdout.write(json.dumps({"set": changes, "summary": result["summary"]}, indent=1) + "\n")
 

@@ -90,12 +90,11 @@ def _unpickle(path: Path) -> Any:
         with torch.serialization.safe_globals([Namespace]):  # the published training scripts store their arguments too
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes raise anything: IndexError, struct.error, AssertionError, ...
-        forbidden = re.search(r"Unsupported (?:global|class|operand)\W+(?:GLOBAL )?([\w.]+)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and forbidden:
-            raise IntegrityError(
-                f"{path} holds more than tensors ({forbidden[1]}) and was not loaded", "ask for a .safetensors file"
-            ) from None
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        forbidden = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if forbidden:
+            message = f"{path} holds more than tensors ({forbidden[1]}) and was not loaded"
+            raise IntegrityError(message, "ask for a .safetensors file") from None
+        reason = f"{type(error).__name__} {error}".splitlines()[0].strip()
         raise IntegrityError(f"{path} is not a readable checkpoint ({reason})") from None
 
 
@@ -105,13 +104,10 @@ def _unwrap(path: Path, value: Any) -> tuple[dict[str, Tensor], str]:
         if isinstance(value, dict) and isinstance(value.get(key), dict):
             value, taken = value[key], f"its '{key}' entry"
             break
-    if (
-        not isinstance(value, dict)
-        or not value
-        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
-    ):
+    found = value if isinstance(value, dict) else {}
+    if not found or not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in found.items()):
         raise IntegrityError(f"{path} holds no state dict (found {type(value).__name__})")
-    return _plain_names(value), taken
+    return _plain_names(found), taken
 
 
 def _plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -137,7 +133,7 @@ def infer_config(tensors: Mapping[str, Tensor], num_heads: int | None = None) ->
         raise IntegrityError(f"this is no DiT in the published layout: it lacks {error}") from None
     except (ValueError, IndexError):
         raise IntegrityError("this is no DiT in the published layout: its tensors have other dimensions") from None
-    blocks = [re.match(r"blocks\.(\d+)\.", name) for name in tensors]
+    blocks = [re.match(r"blocks\.(\d{1,4})\.", name) for name in tensors]
     depth = 1 + max((int(block[1]) for block in blocks if block), default=-1)
     if not depth:
         raise IntegrityError("this is no DiT in the published layout: it lacks 'blocks.0'")

@@ -57,10 +57,10 @@ def backbone_file(base: Base) -> tuple[Path, int | None]:
     shape = shape_config(base.base)
     if shape is not None:
         if base.weights is None:
-            train = f"dmpctl pretrain --data DIR --hidden-size {shape.hidden_size} --depth {shape.depth} --num-heads {shape.num_heads}"
+            sizes = f"--hidden-size {shape.hidden_size} --depth {shape.depth} --num-heads {shape.num_heads}"
             raise MissingError(
                 f"no weights for {base.base}: no public checkpoint of this shape is bundled",
-                f"add --weights FILE, or train one: {train}",
+                f"add --weights FILE, or train one: dmpctl pretrain --data DIR {sizes}",
             )
         return base.weights, shape.num_heads
     path = Path(base.base).expanduser()
@@ -109,6 +109,10 @@ def open_data(data: Data, spec: BackboneSpec, trained_on: str | None) -> Source:
     channels, height, _ = spec.latent_shape
     if data.size not in (None, height):
         raise UsageError(f"this backbone takes {height}x{height} images, --size says {data.size}", "leave --size out")
+    if data.channels not in (None, channels):
+        raise UsageError(
+            f"this backbone takes images of {channels} channels, --channels says {data.channels}", "leave --channels out"
+        )
     if channels not in (1, 3):
         raise UsageError(
             f"this backbone works on latents of {channels} channels, not on pixels",

@@ -1,5 +1,6 @@
 """Checkpoints: a folder that appears by one rename, complete and verified, or not at all. Nothing is pickled."""
 
+import hashlib
 import re
 import shutil
 from collections.abc import Mapping
@@ -11,7 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from dmpctl.errors import IntegrityError
-from dmpctl.files import fsync, read_json, read_tensors, sha256_of, write_json, write_tensors
+from dmpctl.files import (
+    fsync,
+    json_to_bytes,
+    make_folder,
+    read_json,
+    read_tensors,
+    sha256_of,
+    tensors_to_bytes,
+    write_atomic,
+    write_json,
+    write_tensors,
+    writing,
+)
 
 SCHEMA_VERSION = 1
 NAME = re.compile(r"step-(\d{7,})")
@@ -70,12 +83,12 @@ def save(
 ) -> Path:
     """Write `step-NNNNNNN/` with {kind}.safetensors, {kind}.json and the trainer's files; keep the last `keep`.
 
-    trainer.json is written last and holds the sha256 of all others.
+    trainer.json is written last and holds the sha256 of all others. UsageError where the disk is full.
     """
     final = folder / f"step-{state.step:07d}"
-    temporary = folder / f"{final.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    for leftover in folder.glob("step-*.tmp"):  # of a save that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary = make_folder(folder / f"{final.name}.tmp")
     try:
         hashes = {f"{kind}.safetensors": write_tensors(temporary / f"{kind}.safetensors", weights)}
         write_json(temporary / f"{kind}.json", {**described, "sha256": hashes[f"{kind}.safetensors"]})
@@ -85,13 +98,14 @@ def save(
         hashes["trainer.safetensors"] = write_tensors(temporary / "trainer.safetensors", tensors)
         manifest = {"schema_version": SCHEMA_VERSION, "step": state.step, "scaler": state.scaler, "sha256": hashes}
         write_json(temporary / "trainer.json", manifest)
-        fsync(temporary)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
+        with writing(final):
+            fsync(temporary)
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+            fsync(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    fsync(folder)
     for old in complete(folder)[:-keep]:
         shutil.rmtree(old)
     return final
@@ -126,8 +140,12 @@ def load(path: Path) -> TrainerState:
 def publish(checkpoint: Path, kind: str, run: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Put the weights of a finished checkpoint into the run's root, each file by one rename, its JSON last.
 
+    A file that is there already is left alone, so this may be done again: training may have been killed just before it.
     `metadata` goes into the safetensors file, so that it describes itself; None: nothing.
     """
     tensors, _ = read_tensors(checkpoint / f"{kind}.safetensors")
-    digest = write_tensors(run / f"{kind}.safetensors", tensors, metadata)
-    write_json(run / f"{kind}.json", {**read_json(checkpoint / f"{kind}.json"), "sha256": digest})
+    data = tensors_to_bytes(tensors, metadata)
+    about = {**read_json(checkpoint / f"{kind}.json"), "sha256": hashlib.sha256(data).hexdigest()}
+    for path, content in ((run / f"{kind}.safetensors", data), (run / f"{kind}.json", json_to_bytes(about))):
+        if not path.is_file() or path.read_bytes() != content:
+            write_atomic(path, content)

@@ -75,7 +75,7 @@ def folders() -> list[dict[str, Any]]:
     """The caches that downloads go to, and the working directory, each with free disk in GiB."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    places = {"dmpctl cache": cache_dir(), "hub cache": HF_HUB_CACHE, "working directory": "."}
+    places: dict[str, str | Path] = {"dmpctl cache": cache_dir(), "hub cache": HF_HUB_CACHE, "working directory": "."}
     found = []
     for what, place in places.items():
         path = Path(place).expanduser().absolute()

@@ -1,7 +1,9 @@
-"""`dmpctl fid`, and the comparison of a patch with its backbone that ends every `dmpctl patch`."""
+"""`dmpctl fid`: the Fréchet distance of a run, a folder or an npz to real images."""
 
+import zipfile
+import zlib
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -14,22 +16,13 @@ from dmpctl.data.source import open_source
 from dmpctl.engine.build import resolve_device
 from dmpctl.engine.fetch import cached
 from dmpctl.engine.generate import in_batches
-from dmpctl.engine.paired_loss import LossDifference, epsilon_errors, loss_difference
 from dmpctl.engine.patched import Patched, load_result
 from dmpctl.engine.rundir import version_of
 from dmpctl.errors import IntegrityError, MissingError, UsageError
-from dmpctl.files import write_json
+from dmpctl.files import make_folder, write_json
 from dmpctl.metrics.features.inception import Inception
 from dmpctl.metrics.features.pixels import Pixels
-from dmpctl.metrics.frechet import (
-    CONFIDENCE,
-    FidEstimate,
-    PairedDifference,
-    features_to_fid,
-    noise_floor,
-    paired_difference,
-    verdict,
-)
+from dmpctl.metrics.frechet import GROUPS, FidEstimate, features_to_fid
 from dmpctl.metrics.moments import features_to_moments
 from dmpctl.settings.model import Settings
 from dmpctl.settings.sections import Data, Fid
@@ -38,31 +31,6 @@ from dmpctl.types import Extractor, Progress, Report, Source
 SCHEMA_VERSION = 1
 SMALL_SIDE = 32  # below it, Inception has nothing to say
 PUBLISHED_N = 50_000
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Backbone and patch side by side, on common sampling seeds, images, timesteps and noise."""
-
-    backbone: FidEstimate
-    patched: FidEstimate
-    difference: PairedDifference
-    loss: LossDifference
-    floor: float
-    backbone_images: Tensor
-    patched_images: Tensor
-
-    def verdict(self) -> str:
-        """In plain words, at a stated confidence."""
-        if self.difference.standard_error is None:
-            return "no verdict: more images than features are needed for a standard error"
-        word = verdict(self.difference.value, self.difference.standard_error)
-        return f"{word} ({100 * CONFIDENCE:.0f} % confidence over the sampling of images; another training seed may differ)"
-
-    def loss_verdict(self) -> str:
-        """The same for the paired loss on the training images."""
-        word = verdict(self.loss.difference, self.loss.standard_error)
-        return f"{word} ({100 * CONFIDENCE:.0f} % confidence over the {self.loss.images} training images)"
 
 
 def images_of(source: Source, limit: int | None = None, batch: int = 256) -> Iterable[Tensor]:
@@ -85,25 +53,6 @@ def extract(extractor: Extractor, batches: Iterable[Tensor]) -> Tensor:
     return torch.cat(found)
 
 
-def compare(patched: Patched, source: Source, settings: Settings, device: torch.device, progress: Progress) -> Comparison:
-    """Sample both with the same seeds and measure them against the training images, in pixels."""
-    channels, height, _ = patched.backbone.spec.latent_shape
-    extractor = Pixels(channels, height)
-    reference_features = extract(extractor, images_of(source))
-    reference = features_to_moments([reference_features])
-    indices = range(settings.evaluate.eval_images)
-    plain = patched.unpatched()
-    errors, steps = epsilon_errors(plain, source, device, settings.sampling.sample_seed, progress)
-    loss = loss_difference(errors, epsilon_errors(patched, source, device, settings.sampling.sample_seed, progress)[0], steps)
-    images = [
-        torch.cat([i for _, i in in_batches(model, indices, settings.sampling, device, progress)]) for model in (plain, patched)
-    ]
-    before, after = (extract(extractor, in_parts(part)) for part in images)
-    difference = paired_difference(after, before, reference)
-    floor = noise_floor(reference_features, settings.sampling.sample_seed).value
-    return Comparison(difference.b, difference.a, difference, loss, floor, images[0], images[1])
-
-
 def fid(settings: Settings, what: str, progress: Progress) -> Report:
     """Fréchet distance of a run, a folder or an npz to real images; for a run, recorded in its metrics/."""
     device, options = resolve_device(settings.launch), settings.fid
@@ -124,7 +73,7 @@ def fid(settings: Settings, what: str, progress: Progress) -> Report:
         )
     reference = features_to_moments([extract(extractor, images_of(source))])
     batches = _images(path, model, count, settings, device, progress, shape)
-    estimate = features_to_fid(extract(extractor, batches), reference, debias=True)
+    estimate = features_to_fid(extract(extractor, batches), reference, debias=count > max(extractor.width, 2 * GROUPS - 1))
     name = metric_name(extractor, estimate.n)
     data = {
         "schema_version": SCHEMA_VERSION,
@@ -163,11 +112,7 @@ def metric_name(extractor: Extractor, n: int) -> str:
 
 def _metrics_file(run: Path, name: str, model: Patched, settings: Settings) -> Path:
     sampling = settings.sampling
-    folder = run.absolute() / "metrics"
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot write to {folder}: {error.strerror}") from None
+    folder = make_folder(run.absolute() / "metrics")
     return (
         folder
         / f"{name}-{model.step:07d}-{sampling.sampler}-{sampling.steps}-cfg{sampling.cfg:g}-seed{sampling.sample_seed}.json"
@@ -256,7 +201,7 @@ def _npz_images(path: Path) -> "np.ndarray[Any, np.dtype[np.uint8]]":
     try:
         with np.load(path, allow_pickle=False) as archive:
             array = archive["arr_0"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise IntegrityError(f"{path} holds no arr_0 of images ({error})") from None
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
         raise IntegrityError(f"{path}: arr_0 should be uint8 [N, H, W, 3], found {array.dtype} {list(array.shape)}")

@@ -1,16 +1,16 @@
 """`dmpctl download`: files that the tool uses and may not ship, fetched over https, verified, put in place by one rename."""
 
 import hashlib
+import http.client
 import os
-import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dmpctl.errors import IntegrityError, MissingError, UsageError
-from dmpctl.files import fsync, sha256_of
+from dmpctl.files import fsync, make_folder, sha256_of, writing
 from dmpctl.settings.model import Settings
 from dmpctl.types import Progress, Report
 
@@ -114,33 +114,57 @@ def _verified(asset: Asset, path: Path) -> str:
 
 
 def fetch(asset: Asset, target: Path, progress: Progress) -> None:
-    """Download into `target`.part, check the hash, rename.
+    """Download into `target`.part, check size and hash, rename.
 
-    MissingError if it cannot be fetched, IntegrityError if something else came.
+    MissingError if it cannot be fetched as a whole, IntegrityError if something else came, UsageError on a full disk.
     """
-    part = target.with_name(target.name + ".part")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256()
+    part = make_folder(target.parent) / f"{target.name}.part"
     try:
-        with urllib.request.urlopen(asset.url, timeout=60) as answer, part.open("wb") as file:
-            total = int(answer.headers.get("Content-Length") or asset.size or 0)
-            with progress.track(f"fetching {asset.name}", total) as task:
-                while chunk := answer.read(CHUNK):
-                    file.write(chunk)
-                    digest.update(chunk)
-                    task.advance(len(chunk))
-            file.flush()
-            os.fsync(file.fileno())
-    except (urllib.error.URLError, OSError) as error:
+        digest = _receive(asset, part, progress)
+        if asset.sha256 not in (None, digest):
+            raise IntegrityError(
+                f"{asset.url} gave sha256 {digest}, expected {asset.sha256}", "try again; if it stays, the file there has changed"
+            )
+        with writing(target):
+            part.replace(target)
+            fsync(target.parent)
+    finally:
         part.unlink(missing_ok=True)
-        raise MissingError(
-            f"cannot fetch {asset.url}: {getattr(error, 'reason', error)}", "check the connection, or put the file there by hand"
-        ) from None
-    if asset.sha256 not in (None, digest.hexdigest()):
-        part.unlink()
-        raise IntegrityError(
-            f"{asset.url} gave sha256 {digest.hexdigest()}, expected {asset.sha256}",
-            "try again; if it stays, the file there has changed",
-        )
-    part.replace(target)
-    fsync(target.parent)
+
+
+def _receive(asset: Asset, part: Path, progress: Progress) -> str:
+    """Download into `part`; returns the sha256 of what came."""
+    digest, received = hashlib.sha256(), 0
+    with _opened(asset) as answer, writing(part), part.open("wb") as file:
+        total = int(answer.headers.get("Content-Length") or asset.size or 0)
+        with progress.track(f"fetching {asset.name}", total) as task:
+            for chunk in _chunks(asset, answer):
+                file.write(chunk)
+                digest.update(chunk)
+                received += len(chunk)
+                task.advance(len(chunk))
+        file.flush()
+        os.fsync(file.fileno())
+    if total and received != total:
+        raise _not_fetched(asset, f"the connection ended after {received} of {total} bytes")
+    return digest.hexdigest()
+
+
+def _opened(asset: Asset) -> Any:
+    try:
+        return urllib.request.urlopen(asset.url, timeout=60)
+    except (OSError, http.client.HTTPException) as error:
+        raise _not_fetched(asset, getattr(error, "reason", error)) from None
+
+
+def _chunks(asset: Asset, answer: Any) -> Iterator[bytes]:
+    """What comes, piece by piece; MissingError where the connection breaks."""
+    try:
+        while chunk := answer.read(CHUNK):
+            yield chunk
+    except (OSError, http.client.HTTPException) as error:
+        raise _not_fetched(asset, error) from None
+
+
+def _not_fetched(asset: Asset, why: object) -> MissingError:
+    return MissingError(f"cannot fetch {asset.url}: {why}", "check the connection, or put the file there by hand")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dmpctl.engine.patched import load_patch
 from dmpctl.errors import UsageError
-from dmpctl.files import write_atomic, write_json
+from dmpctl.files import make_folder, write_atomic, write_json
 from dmpctl.settings.model import Settings
 from dmpctl.types import Progress, Report
 
@@ -98,11 +98,7 @@ def inspect(settings: Settings, run: Path, progress: Progress) -> Report:
     }
     if settings.console.dry_run:
         return Report(data, _table(sites), (*lines, "dry run: nothing was written"))
-    folder = (settings.images.out or run / "gates").absolute()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot write to {folder}: {error.strerror}", "name another --out") from None
+    folder = make_folder((settings.images.out or run / "gates").absolute())
     target = folder / f"{model.step:07d}.json"
     write_json(target, data)
     lines.append(f"figures: {target}")

@@ -3,6 +3,7 @@
 import json
 import zipfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,18 +13,19 @@ from PIL import Image
 from torch import Tensor
 
 from dmpctl.codecs.identity import Identity
+from dmpctl.data.scan import BROKEN
 from dmpctl.diffusion.guidance import guide
 from dmpctl.diffusion.samplers import sample as run_sampler
 from dmpctl.diffusion.schedule import NoiseSchedule
 from dmpctl.engine.build import resolve_device
 from dmpctl.engine.patched import Patched, load_result
-from dmpctl.engine.stop import Stop
-from dmpctl.errors import Interrupted, UsageError
-from dmpctl.files import read_json, write_atomic, write_json
+from dmpctl.engine.stop import Stop, interrupted
+from dmpctl.errors import UsageError
+from dmpctl.files import make_folder, read_json, write_atomic, write_json, writing
 from dmpctl.rng import ImageDraws, seed_of
 from dmpctl.settings.model import Settings
 from dmpctl.settings.sections import Sampling
-from dmpctl.types import Progress, Report
+from dmpctl.types import Denoiser, Progress, Report
 
 SCHEMA_VERSION = 1
 
@@ -39,16 +41,23 @@ def labels_of(indices: Sequence[int], seed: int, num_classes: int, label: int | 
     return torch.tensor([seed_of(seed, "label", i) % num_classes if label is None else label for i in indices])
 
 
+def denoiser_of(
+    model: Patched, indices: Sequence[int], settings: Sampling, device: torch.device, label: int | None = None
+) -> Denoiser:
+    """What the sampler calls for these images; UsageError where the label or the guidance does not suit the backbone."""
+    spec = model.backbone.spec
+    labels = labels_of(indices, settings.sample_seed, spec.num_classes, label)
+    cond = None if labels is None else labels.to(device)
+    return guide(model.predict, cond, spec.null_class, settings.cfg, settings.cfg_channels)
+
+
 @torch.inference_mode()
 def generate(
     model: Patched, indices: Sequence[int], settings: Sampling, device: torch.device, label: int | None = None
 ) -> Tensor:
     """Images of these indices, uint8 [B, C, H, W] on the CPU, denoised at once."""
     spec = model.backbone.spec
-    cond = labels_of(indices, settings.sample_seed, spec.num_classes, label)
-    denoiser = guide(
-        model.predict, None if cond is None else cond.to(device), spec.null_class, settings.cfg, settings.cfg_channels
-    )
+    denoiser = denoiser_of(model, indices, settings, device, label)
     draw = ImageDraws(settings.sample_seed, indices, spec.latent_shape, device)
     schedule = NoiseSchedule.from_spec(spec.schedule).to(device)
     latents = run_sampler(denoiser, draw, schedule, spec.learned_sigma, settings.sampler, settings.steps, settings.eta)
@@ -66,9 +75,7 @@ def in_batches(
             yield part, generate(model, part, settings, device, label)
             task.advance(len(part))
             if stop.got:
-                raise Interrupted(
-                    f"stopped after {first + len(part)} of {len(indices)} images", stop.got, "the same command goes on from there"
-                )
+                raise interrupted(stop.got, f"after {first + len(part)} of {len(indices)} images", "give the same command again")
 
 
 def folder_name(model: Patched, settings: Sampling) -> str:
@@ -93,6 +100,7 @@ def sample(settings: Settings, run: Path, progress: Progress) -> Report:
         "step": model.step,
     }
     device = resolve_device(settings.launch)
+    denoiser_of(model, [0], sampling, device, wanted.image_label)  # what does not fit fails before anything is written
     if settings.console.dry_run:
         return Report(
             {"dry_run": True, "out": str(folder), **about},
@@ -133,13 +141,9 @@ def begin_samples(folder: Path, about: dict[str, Any]) -> None:
                 f"{folder} holds images made with another {', '.join(changed)}", "name another --out, or remove that folder"
             )
         return
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(not leftover.name.startswith(".samples.json.") for leftover in folder.iterdir()):
         raise UsageError(f"{folder} is not empty and holds no samples of dmpctl", "name another --out")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot write to {folder}: {error.strerror}", "name another --out") from None
-    write_json(path, about)
+    write_json(make_folder(folder) / path.name, about)
 
 
 def to_image(image: Tensor) -> Image.Image:
@@ -153,8 +157,9 @@ def write_pngs(folder: Path, indices: Sequence[int], images: Tensor) -> None:
     for index, image in zip(indices, images, strict=True):
         final = folder / f"{index:06d}.png"
         temporary = final.with_name(f".{final.name}")
-        to_image(image).save(temporary, "PNG")
-        temporary.replace(final)
+        with writing(final):
+            to_image(image).save(temporary, "PNG")
+            temporary.replace(final)
 
 
 def is_png(path: Path) -> bool:
@@ -162,7 +167,7 @@ def is_png(path: Path) -> bool:
     try:
         with Image.open(path) as image:
             image.load()
-    except OSError:
+    except BROKEN:
         return False
     return True
 
@@ -211,13 +216,16 @@ def write_npz(path: Path, batches: Iterator[Tensor], count: int) -> None:
     temporary = path.with_name(f".{path.name}")
     try:
         with (
+            writing(path),
             zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
             archive.open("arr_0.npy", "w", force_zip64=True) as file,
         ):
             _write_array(file, batches, count)  # type: ignore[arg-type]  # a zip member is a binary file
-        temporary.replace(path)
+        with writing(path):
+            temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def _write_array(file: BinaryIO, batches: Iterator[Tensor], count: int) -> None:

@@ -2,17 +2,15 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor
 
 from dmpctl.backbones.dit import DiT
-from dmpctl.engine import checkpoint
+from dmpctl.engine import checkpoint, compare
 from dmpctl.engine.build import (
     Loaded,
     added_parameters,
@@ -23,17 +21,18 @@ from dmpctl.engine.build import (
     planned_config,
     resolve_device,
 )
-from dmpctl.engine.evaluate import SCHEMA_VERSION, Comparison, compare
-from dmpctl.engine.generate import contact_sheet, write_picture
+from dmpctl.engine.generate import denoiser_of, write_picture
 from dmpctl.engine.launch import accelerator_for, again_command, science_of
-from dmpctl.engine.patched import backbone_digest, describe_patch, lasting_name, load_patch, predict_patched
+from dmpctl.engine.patched import Patched, backbone_digest, describe_patch, lasting_name, load_patch, predict_patched
 from dmpctl.engine.rundir import RunDir
 from dmpctl.engine.train import Subject, Trainer
 from dmpctl.errors import IntegrityError
-from dmpctl.files import write_json
+from dmpctl.files import make_folder, read_json, write_json
 from dmpctl.methods.dmp import DmpPatch
 from dmpctl.settings.model import Settings
 from dmpctl.types import Progress, Report, Source
+
+SCHEMA_VERSION = 1
 
 
 def patch(settings: Settings, progress: Progress) -> Report:
@@ -47,6 +46,8 @@ def patch(settings: Settings, progress: Progress) -> Report:
     source = open_data(settings.data, loaded.spec, loaded.data)
     module = build_patch(loaded.spec, settings.method)
     codec = build_codec(loaded.spec, source)
+    if settings.evaluate.evaluate:
+        denoiser_of(Patched(loaded, None, {}), [0], settings.sampling, torch.device("cpu"))  # fails now, not after training
     data_name = lasting_name(settings.data.data or str(loaded.data))
     path = (settings.run.run or Path("runs") / Path(data_name).name).expanduser().absolute()
     described = describe_patch(loaded, settings.base, module, data_name, source.fingerprint)
@@ -71,7 +72,7 @@ def patch(settings: Settings, progress: Progress) -> Report:
             )
             trainer.train(progress, again_command())
             refuse_changed_backbone(loaded)
-            checkpoint.publish(checkpoint.complete(run.checkpoints)[-1], "patch", run.path)
+        checkpoint.publish(checkpoint.complete(run.checkpoints)[-1], "patch", run.path)
         seconds = time.perf_counter() - started
         return _report(settings, run, source, described, seconds, start, progress)
 
@@ -127,96 +128,50 @@ def _planned(settings: Settings, path: Path, described: Mapping[str, Any], sourc
 def _report(
     settings: Settings, run: RunDir, source: Source, described: Mapping[str, Any], seconds: float, start: int, progress: Progress
 ) -> Report:
-    """The table that ends the command; the comparison is made once and kept in metrics/."""
+    """The table that ends the command. The comparison is made once: a complete run shows what it has recorded."""
     patched = load_patch(run.path)
     done = start >= settings.train.iters
-    data: dict[str, Any] = {
-        "schema_version": SCHEMA_VERSION,
-        "run": str(run.path),
-        "step": patched.step,
-        "complete": done,
-        "train_seconds": round(seconds, 1),
-    }
+    data: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "run": str(run.path), "step": patched.step}
+    data |= {"patch_sha256": patched.about["sha256"], "train_seconds": round(seconds, 1)}
     data |= {"added_parameters": described["added_parameters"], "added_percent": described["added_percent"]}
     first = (
         f"the run was complete already, at step {patched.step}"
         if done
         else f"trained {patched.step - start} steps in {seconds:.0f} s"
     )
+    first += f"; the patch adds {added_words(described)}"
+    where = f"patch: {run.path / 'patch.safetensors'}"
     if not settings.evaluate.evaluate:
-        return Report(data, (), (first, f"patch: {run.path / 'patch.safetensors'}"))
-    began = time.perf_counter()
-    found = compare(patched, source, settings, resolve_device(settings.launch), progress)
-    eval_seconds = time.perf_counter() - began
-    data |= comparison_dict(found, settings) | {"eval_seconds": round(eval_seconds, 1)}
-    (run.path / "metrics").mkdir(exist_ok=True)
-    write_json(run.path / "metrics" / f"comparison-{patched.step:07d}.json", data)
-    sheet = run.path / "before-after.png"
-    write_picture(sheet, before_after(found.backbone_images[:32], found.patched_images[:32]))
+        return Report(data, (), (first, where))
+    data |= _compared(settings, run, source, patched, progress)
     lines = (
-        f"{first}, compared in {eval_seconds:.0f} s; the patch adds {added_words(described)}",
-        f"Fréchet distance: {found.verdict()}",
-        f"denoising loss: {found.loss_verdict()}",
-        f"patch: {run.path / 'patch.safetensors'}",
-        f"look at: {sheet}",
+        first,
+        f"Fréchet distance: {data['verdict']}",
+        f"denoising loss: {data['paired_loss_verdict']}",
+        where,
+        f"look at: {run.path / 'before-after.png'}",
     )
-    return Report(data, _table(found), lines)
+    return Report(data, compare.table(data), lines)
+
+
+def _compared(settings: Settings, run: RunDir, source: Source, patched: Patched, progress: Progress) -> dict[str, Any]:
+    """The comparison of this patch under these settings: recorded, or made now and recorded with its sheet."""
+    path = run.path / "metrics" / f"comparison-{patched.step:07d}.json"
+    sheet = run.path / "before-after.png"
+    identity = {"patch_sha256": patched.about["sha256"], "protocol": compare.protocol(settings, source)}
+    if path.is_file() and sheet.is_file():
+        before = read_json(path, SCHEMA_VERSION)
+        if all(before.get(key) == value for key, value in identity.items()):
+            return before
+    began = time.perf_counter()
+    figures, picture = compare.compare(patched, source, settings, resolve_device(settings.launch), progress)
+    make_folder(path.parent)
+    write_picture(sheet, picture)
+    recorded = {"schema_version": SCHEMA_VERSION, **identity, **figures, "eval_seconds": round(time.perf_counter() - began, 1)}
+    write_json(path, recorded)
+    return recorded
 
 
 def added_words(described: Mapping[str, Any]) -> str:
     """Size of a patch for people: `6,554,112 parameters (+1.43 %)`."""
     return f"{described['added_parameters']:,} parameters (+{described['added_percent']:.2f} %)"
-
-
-def comparison_dict(found: Comparison, settings: Settings) -> dict[str, Any]:
-    """The comparison as JSON, with all that fixes its numbers."""
-    return {
-        "sampling": settings.sampling.model_dump(mode="json", exclude={"sample_batch"}),
-        "backbone": asdict(found.backbone),
-        "patched": asdict(found.patched),
-        "difference": {
-            "value": found.difference.value,
-            "standard_error": found.difference.standard_error,
-            "p_value": found.difference.p_value,
-        },
-        "noise_floor": found.floor,
-        "paired_loss": asdict(found.loss),
-        "verdict": found.verdict(),
-        "paired_loss_verdict": found.loss_verdict(),
-    }
-
-
-def _table(found: Comparison) -> tuple[dict[str, str], ...]:
-    """Backbone, patch and their paired difference, distance and loss."""
-
-    def with_error(value: float, error: float | None, digits: str) -> str:
-        return format(value, digits) + ("" if error is None else f" ± {format(abs(error), digits.replace('+', ''))}")
-
-    loss, n = found.loss, found.backbone.n
-    rows = (
-        ("backbone", with_error(found.backbone.value, found.backbone.standard_error, ".4f"), f"{loss.backbone:.6f}"),
-        ("patched", with_error(found.patched.value, found.patched.standard_error, ".4f"), f"{loss.patched:.6f}"),
-        (
-            "difference (paired)",
-            with_error(found.difference.value, found.difference.standard_error, "+.4f"),
-            with_error(loss.difference, loss.standard_error, "+.6f"),
-        ),
-        ("noise floor (real images, half against half)", f"{found.floor:.4f}", ""),
-    )
-    return tuple(
-        {"": name, f"Fréchet distance (pixels, {n} images)": distance, "paired loss": value} for name, distance, value in rows
-    )
-
-
-def before_after(before: Tensor, after: Tensor) -> Image.Image:
-    """Backbone's images left, the patch's right, image k of both from the same seed."""
-    sheets = [contact_sheet(list(images), columns=4, side=64) for images in (before, after)]
-    top, gap = 22, 24
-    width = sum(sheet.width for sheet in sheets) + gap
-    canvas = Image.new("RGB", (width, sheets[0].height + top), "white")
-    draw, x = ImageDraw.Draw(canvas), 0
-    for title, sheet in zip(("backbone", "patched (same seeds)"), sheets, strict=True):
-        draw.text((x + 6, 5), title, fill="black")
-        canvas.paste(sheet, (x, top))
-        x += sheet.width + gap
-    return canvas

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
+from dmpctl.backbones.dit import shape_config
 from dmpctl.backbones.dit_weights import digest_of
-from dmpctl.engine.build import Loaded, added_parameters, build_patch, load_backbone
+from dmpctl.data.source import BUNDLED as BUNDLED_DATA
+from dmpctl.engine.build import BUNDLED, Loaded, added_parameters, build_patch, load_backbone
 from dmpctl.engine.checkpoint import refuse_other_keys
 from dmpctl.engine.rundir import version_of
 from dmpctl.errors import IntegrityError, MissingError
@@ -19,6 +22,11 @@ from dmpctl.settings.sections import Base, Dmp
 from dmpctl.types import Backbone, Routing
 
 SCHEMA_VERSION = 1
+NEEDED = {  # in patch.json, to use the patch
+    "": ("method", "backbone", "data", "sha256", "step"),
+    "backbone": ("base", "weights", "sha256", "latent_shape", "sites", "schedule"),
+    "data": ("name",),
+}
 
 
 def predict_patched(
@@ -91,10 +99,11 @@ def describe_patch(loaded: Loaded, base: Base, patch: DmpPatch, data: str, finge
     }
 
 
-def lasting_name(base: str) -> str:
-    """A name that still means the same from another folder."""
-    path = Path(base).expanduser()
-    return str(path.absolute()) if path.exists() else base
+def lasting_name(name: str) -> str:
+    """A --base or --data that still means the same from another folder; what is bundled is no path, whatever lies here."""
+    path = Path(name).expanduser()
+    known = name in BUNDLED or name in BUNDLED_DATA or shape_config(name) is not None
+    return str(path.absolute()) if path.exists() and not known else name
 
 
 def load_patch(folder: Path, base: Base | None = None) -> Patched:
@@ -114,7 +123,7 @@ def load_patch(folder: Path, base: Base | None = None) -> Patched:
     base = base or Base(base=named["base"], weights=named["weights"])
     loaded = load_backbone(base)
     refuse_other_backbone(folder, about, loaded)
-    patch = build_patch(loaded.spec, Dmp(**about["method"]))
+    patch = build_patch(loaded.spec, method_of(folder, about))
     tensors, _ = read_tensors(path)
     refuse_other_keys(tensors, patch.state_dict(), str(path))
     patch.load_state_dict(tensors)
@@ -129,9 +138,22 @@ def read_about(folder: Path) -> dict[str, Any]:
     if not (folder / "patch.json").is_file():
         raise MissingError(f"{folder} holds no finished patch (patch.json)", "train it, or end its training: dmpctl patch")
     about = read_json(folder / "patch.json", SCHEMA_VERSION)
-    if missing := {"method", "backbone", "data", "sha256", "step"} - set(about):
-        raise IntegrityError(f"{folder / 'patch.json'} lacks {', '.join(sorted(missing))}")
+    for where, names in NEEDED.items():
+        part = about[where] if where else about
+        missing = [name for name in names if name not in part] if isinstance(part, dict) else names
+        if missing:
+            raise IntegrityError(f"{folder / 'patch.json'} lacks {', '.join(missing)}" + (f" of its {where}" if where else ""))
     return about
+
+
+def method_of(folder: Path, about: Mapping[str, Any]) -> Dmp:
+    """The settings of the method that patch.json names; IntegrityError where they are none of this version."""
+    try:
+        return Dmp.model_validate(about["method"])
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "method"
+        raise IntegrityError(f"{folder / 'patch.json'} does not fit this dmpctl: {where}: {first['msg']}") from None
 
 
 def refuse_other_backbone(folder: Path, about: Mapping[str, Any], loaded: Loaded) -> None:

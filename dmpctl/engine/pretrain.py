@@ -14,6 +14,7 @@ from dmpctl.codecs.identity import Identity
 from dmpctl.data.source import open_source
 from dmpctl.engine import checkpoint
 from dmpctl.engine.launch import accelerator_for, again_command, science_of
+from dmpctl.engine.patched import lasting_name
 from dmpctl.engine.rundir import RunDir
 from dmpctl.engine.train import Subject, Trainer
 from dmpctl.errors import UsageError
@@ -86,13 +87,14 @@ def pretrain(settings: Settings, progress: Progress) -> Report:
         run.begin("pretrain", science, settings.to_dict())
         trainer = Trainer(subject, model.spec, Identity(), source, settings, run, accelerator)
         started, start = time.perf_counter(), trainer.resume()
-        if start >= settings.train.iters:
-            return _finished(run, config, facts, 0.0, start, "the run was complete already")
-        run.record({"device": str(accelerator.device), "data_fingerprint": source.fingerprint, "start_step": start, **facts})
-        trainer.train(progress, again_command())
+        done = start >= settings.train.iters
+        if not done:
+            run.record({"device": str(accelerator.device), "data_fingerprint": source.fingerprint, "start_step": start, **facts})
+            trainer.train(progress, again_command())
         newest = checkpoint.complete(run.checkpoints)[-1]
-        checkpoint.publish(newest, "backbone", run.path, dit_metadata(config, schedule, source.name))
-        return _finished(run, config, facts, time.perf_counter() - started, trainer.step, "done")
+        checkpoint.publish(newest, "backbone", run.path, dit_metadata(config, schedule, lasting_name(settings.data.data)))
+        seconds = 0.0 if done else time.perf_counter() - started
+        return _finished(run, config, facts, seconds, trainer.step, "the run was complete already" if done else "done")
 
 
 def _planned(config: DiTConfig, facts: dict[str, Any], path: Path) -> Report:

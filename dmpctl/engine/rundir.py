@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from dmpctl.errors import IntegrityError, MissingError, UsageError
-from dmpctl.files import read_json, write_atomic, write_json
+from dmpctl.files import read_json, write_atomic, write_json, writing
 
 SCHEMA_VERSION = 1
 Kind = str  # "patch" or "backbone": what the run trains, and the name of the files that hold it
@@ -32,16 +32,13 @@ class RunDir:
 
     def __enter__(self) -> "RunDir":
         """Create the folder and take the lock; UsageError if another command holds it or the folder is something else."""
-        if self.path.exists() and not self.path.is_dir():
-            raise UsageError(f"{self.path} is a file, a run is a folder", "name another --run")
-        foreign = self.path.is_dir() and any(self.path.iterdir()) and not self._ours()
-        if foreign:
-            raise UsageError(f"{self.path} is not empty and is no run of dmpctl", "name another --run")
-        try:
+        with writing(self.path):
+            if self.path.exists() and not self.path.is_dir():
+                raise UsageError(f"{self.path} is a file, a run is a folder", "name another --run")
+            if self.path.is_dir() and not self._ours():
+                raise UsageError(f"{self.path} is not empty and is no run of dmpctl", "name another --run")
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise UsageError(f"cannot write to {self.path}: {error.strerror}", "name another --run") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -49,9 +46,10 @@ class RunDir:
             os.close(self._lock)
             self._lock = None
             raise UsageError(f"{self.path} is in use by {holder}", "wait for it, or name another --run") from None
-        os.truncate(self._lock, 0)
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        os.pwrite(self._lock, f"pid {os.getpid()} on {socket.gethostname()} since {now}\n".encode(), 0)
+        with writing(self.path):
+            os.truncate(self._lock, 0)
+            os.pwrite(self._lock, f"pid {os.getpid()} on {socket.gethostname()} since {now}\n".encode(), 0)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
@@ -60,7 +58,9 @@ class RunDir:
             self._lock = None
 
     def _ours(self) -> bool:
-        return (self.path / "config.json").is_file() or {p.name for p in self.path.iterdir()} <= {".lock"}
+        """A run, an empty folder, or one whose first command was killed before it could say that it is a run."""
+        names = [p.name for p in self.path.iterdir()]
+        return "config.json" in names or all(name == ".lock" or name.startswith(".config.json.") for name in names)
 
     def config(self) -> dict[str, Any]:
         """config.json: the command and its settings; MissingError if this is no run."""
@@ -107,7 +107,8 @@ class RunDir:
 
     def log_metrics(self, line: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        path = self.path / "metrics.jsonl"
+        with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def cut_metrics(self, step: int) -> None:

@@ -8,6 +8,7 @@ import torch
 from dmpctl.errors import Interrupted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+PREEMPTED = 75  # exit code after SIGUSR1, by which schedulers give notice: the job may be put back into the queue
 
 
 class Stop:
@@ -38,6 +39,9 @@ class Stop:
             signal.signal(number, handler)
 
 
-def interrupted(number: int, step: int, again: str) -> Interrupted:
-    """The failure to raise after saving: names the step and the command that goes on."""
-    return Interrupted(f"stopped by {signal.Signals(number).name}, saved at step {step}", number, f"go on with: {again}")
+def interrupted(number: int, where: str, hint: str) -> Interrupted:
+    """The failure to raise after saving; `where` says how far it came: `saved at step 8`."""
+    failure = Interrupted(f"stopped by {signal.Signals(number).name}, {where}", number, hint)
+    if number == signal.SIGUSR1:
+        failure.exit_code = PREEMPTED
+    return failure

@@ -64,9 +64,10 @@ class Averages:
         self._count = 0
 
     def add(self, figures: Mapping[str, Tensor]) -> None:
+        """One step's figures; none: a step that was skipped, which the means leave out."""
         for name, value in figures.items():
             self._sums[name] = self._sums.get(name, torch.zeros((), device=value.device)) + value.detach()
-        self._count += 1
+        self._count += bool(figures)
 
     def take(self) -> dict[str, float]:
         """Means since the last call."""
@@ -119,7 +120,8 @@ class Trainer:
     def train(self, progress: Progress, again: str) -> None:
         """Train to `--iters`, saving on the way; `again` is the command that goes on after an interruption.
 
-        Raises Interrupted after saving on a signal, NumericalError after too many losses in a row that are not finite.
+        Raises Interrupted after saving on a signal, NumericalError after too many steps in a row that are not finite:
+        among those no checkpoint is due, so that the last one is from before.
         """
         settings, averages = self.settings, Averages()
         stream = self._stream()
@@ -134,10 +136,11 @@ class Trainer:
                 if self.step % settings.save.log_every == 0 or self.step == settings.train.iters:
                     self._log(averages.take(), clock, task)
                 number = stop.agreed()
-                if number or self.step % settings.save.save_every == 0 or self.step == settings.train.iters:
+                due = self.step % settings.save.save_every == 0 and not self.bad_steps
+                if number or due or self.step == settings.train.iters:
                     self.save()
                 if number:
-                    raise interrupted(number, self.step, again)
+                    raise interrupted(number, f"saved at step {self.step}", f"go on with: {again}")
 
     def _stream(self) -> Iterator[tuple[Tensor, Tensor]]:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
@@ -171,7 +174,7 @@ class Trainer:
         return Noised(x0, self.schedule.add_noise(x0, t, noise), t, noise, cond, gate_noise)
 
     def _one_step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """One optimizer step; returns scalars to log. A loss that is not finite is counted and skipped."""
+        """One optimizer step; returns scalars to log. A loss or gradient that is not finite is counted and skipped."""
         batch = self._noised(images, labels)
         with self.accelerator.autocast():
             prediction, routing = self.subject.predict(self.module, batch.x_t, batch.t, batch.cond, batch.gate_noise)
@@ -179,15 +182,16 @@ class Trainer:
         balance = self.subject.penalty(routing)
         loss = losses.loss.mean() + sum(balance.values(), torch.zeros((), device=self.device))
         if not math.isfinite(self.accelerator.reduce(loss.detach(), "mean").item()):
-            self._count_bad(batch)
-            return {}
-        self.bad_steps = 0
+            return self._skip(batch)
         factor = self._rate_factor()
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         self.accelerator.backward(loss)
         clip = self.settings.train.grad_clip
         norm = self.accelerator.clip_grad_norm_(self.parameters.values(), math.inf if clip is None else clip)
+        if self.accelerator.scaler is None and not math.isfinite(norm):  # a scaler skips such steps by itself
+            return self._skip(batch)
+        self.bad_steps = 0
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._average()
@@ -210,15 +214,17 @@ class Trainer:
             decay = min(self.settings.train.ema, (1 + self.step) / (10 + self.step))
             torch._foreach_lerp_(list(self.ema.values()), list(self.parameters.values()), 1 - decay)
 
-    def _count_bad(self, batch: Noised) -> None:
+    def _skip(self, batch: Noised) -> dict[str, Tensor]:
+        """Count a step that is not finite and leave the weights alone; NumericalError after --max-bad-steps in a row."""
         self.bad_steps += 1
         self.optimizer.zero_grad(set_to_none=True)
         if self.bad_steps >= self.settings.train.max_bad_steps:
             where = f"last at step {self.step} with timesteps {batch.t[:8].tolist()}"
             raise NumericalError(
-                f"the loss was not finite {self.bad_steps} steps in a row, {where}",
+                f"the loss or its gradient was not finite {self.bad_steps} steps in a row, {where}",
                 "lower the learning rates; the last checkpoint is good",
             )
+        return {}
 
     def _log(self, means: dict[str, float], clock: "Clock", task: ProgressTask) -> None:
         speed = clock.take()

@@ -1,5 +1,6 @@
 """Every expected failure is one sentence, a hint and its documented exit code."""
 
+import os
 import subprocess
 import sys
 
@@ -113,9 +114,11 @@ def test_a_missing_settings_file(dmpctl_, tmp_path):
     assert "hint: " in err
 
 
-def test_a_closed_pipe_is_no_failure_to_talk_about():
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_closed_pipe_is_no_failure_to_talk_about(unbuffered):
     line = [sys.executable, "-m", "dmpctl", "patch", "--print-config", "--json"]
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
     process.stdout.close()
     assert process.stderr.read() == b""
     assert process.wait(60) == 141

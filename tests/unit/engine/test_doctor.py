@@ -20,7 +20,7 @@ def test_versions_devices_threads_and_folders(monkeypatch, tmp_path):
     assert data["python"] == sys.version.split()[0]
     assert data["versions"]["torch"] == metadata.version("torch") == torch.__version__.split("+")[0]
     assert data["threads"] == {"cores": os.cpu_count(), "usable": len(os.sched_getaffinity(0)), "torch": torch.get_num_threads()}
-    assert [device["device"] for device in data["devices"]][0] == "cpu"
+    assert data["devices"][0]["device"] == "cpu"
     assert sum(device["device"].startswith("cuda") for device in data["devices"]) == torch.cuda.device_count()
     places = {folder["what"]: folder for folder in data["folders"]}
     assert Path(places["dmpctl cache"]["path"]) == tmp_path / "cache" / "dmpctl"

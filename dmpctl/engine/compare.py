@@ -1,0 +1,116 @@
+"""Patch against backbone on common seeds: the numbers, the verdict in plain words and the picture that end `dmpctl patch`."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from dmpctl.engine.evaluate import extract, images_of, in_parts
+from dmpctl.engine.generate import contact_sheet, in_batches
+from dmpctl.engine.paired_loss import epsilon_errors, loss_difference
+from dmpctl.engine.patched import Patched
+from dmpctl.metrics.features.pixels import Pixels
+from dmpctl.metrics.frechet import CONFIDENCE, noise_floor, paired_difference, verdict
+from dmpctl.metrics.moments import features_to_moments
+from dmpctl.settings.model import Settings
+from dmpctl.types import Progress, Source
+
+SHOWN = 32  # images of each side on the before/after sheet
+
+
+def protocol(settings: Settings, source: Source) -> dict[str, Any]:
+    """All that fixes the numbers of a comparison, beside the two models."""
+    return {
+        "sampling": settings.sampling.model_dump(mode="json", exclude={"sample_batch"}),
+        "images": settings.evaluate.eval_images,
+        "reference": source.fingerprint,
+    }
+
+
+def compare(
+    patched: Patched, source: Source, settings: Settings, device: torch.device, progress: Progress
+) -> tuple[dict[str, Any], Image.Image]:
+    """Measure both against the training images in pixels, and on their paired loss; JSON-able figures and the sheet.
+
+    A negative difference is an improvement. The standard error covers the sampling of images, not that of training.
+    """
+    channels, height, _ = patched.backbone.spec.latent_shape
+    extractor = Pixels(channels, height)
+    real = extract(extractor, images_of(source))
+    reference, seed = features_to_moments([real]), settings.sampling.sample_seed
+    plain = patched.unpatched()
+    errors, steps = epsilon_errors(plain, source, device, seed, progress)
+    loss = loss_difference(errors, epsilon_errors(patched, source, device, seed, progress)[0], steps)
+    indices = range(settings.evaluate.eval_images)
+    before, after = (
+        torch.cat([images for _, images in in_batches(model, indices, settings.sampling, device, progress)])
+        for model in (plain, patched)
+    )
+    found = paired_difference(extract(extractor, in_parts(after)), extract(extractor, in_parts(before)), reference)
+    figures = {
+        "protocol": protocol(settings, source),
+        "metric": "Fréchet distance in pixels",
+        "backbone": asdict(found.b),
+        "patched": asdict(found.a),
+        "difference": {"value": found.value, "standard_error": found.standard_error, "p_value": found.p_value},
+        "noise_floor": noise_floor(real, seed).value,
+        "paired_loss": asdict(loss),
+        "verdict": distance_verdict(found.value, found.standard_error),
+        "paired_loss_verdict": loss_verdict(loss.difference, loss.standard_error, loss.images),
+    }
+    return figures, before_after(before[:SHOWN], after[:SHOWN])
+
+
+def distance_verdict(difference: float, standard_error: float | None) -> str:
+    """In plain words, at a stated confidence."""
+    if standard_error is None:
+        return "no verdict: a standard error takes more images than features"
+    word = verdict(difference, standard_error)
+    return f"{word} ({100 * CONFIDENCE:.0f} % confidence over the sampling of images; another training seed may differ)"
+
+
+def loss_verdict(difference: float, standard_error: float, images: int) -> str:
+    """The same for the paired loss, which is taken on the training images."""
+    return f"{verdict(difference, standard_error)} ({100 * CONFIDENCE:.0f} % confidence over the {images} training images)"
+
+
+def table(figures: Mapping[str, Any]) -> tuple[dict[str, str], ...]:
+    """Backbone, patch and their paired difference; distance and loss."""
+    loss, gain = figures["paired_loss"], figures["difference"]
+    rows = (
+        ("backbone", _with_error(**_value(figures["backbone"]), digits=4), f"{loss['backbone']:.6f}"),
+        ("patched", _with_error(**_value(figures["patched"]), digits=4), f"{loss['patched']:.6f}"),
+        (
+            "difference (paired)",
+            _with_error(**_value(gain), digits=4, sign="+"),
+            _with_error(loss["difference"], loss["standard_error"], 6, "+"),
+        ),
+        ("noise floor (real images, half against half)", f"{figures['noise_floor']:.4f}", ""),
+    )
+    column = f"Fréchet distance (pixels, {figures['protocol']['images']} images)"
+    return tuple({"": name, column: distance, "paired loss": value} for name, distance, value in rows)
+
+
+def _value(figures: Mapping[str, Any]) -> dict[str, Any]:
+    return {"value": figures["value"], "error": figures["standard_error"]}
+
+
+def _with_error(value: float, error: float | None, digits: int, sign: str = "") -> str:
+    return f"{value:{sign}.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+
+def before_after(before: Tensor, after: Tensor) -> Image.Image:
+    """Backbone's images left, the patch's right, image k of both from the same seed."""
+    sheets = [contact_sheet(list(images), columns=4, side=64) for images in (before, after)]
+    top, gap = 22, 24
+    width = sum(sheet.width for sheet in sheets) + gap
+    canvas = Image.new("RGB", (width, sheets[0].height + top), "white")
+    draw, x = ImageDraw.Draw(canvas), 0
+    for title, sheet in zip(("backbone", "patched, same seeds"), sheets, strict=True):
+        draw.text((x + 6, 5), title, fill="black")
+        canvas.paste(sheet, (x, top))
+        x += sheet.width + gap
+    return canvas

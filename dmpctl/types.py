@@ -5,7 +5,6 @@ Shapes: B batch, T tokens, D width, L patched sites, N prompts, C/H/W channels, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -13,7 +12,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Prediction = Literal["epsilon"]
-Condition = "Tensor | None"  # class labels [B] int64; None for an unconditional backbone
 
 
 @dataclass(frozen=True)
@@ -103,6 +101,11 @@ class Patch(Protocol):
 
     def plan(self, c: Tensor, noise: Tensor | None = None) -> Plan:
         """Plan for conditioning c [B, D]; `noise` [B, L, N] standard normal, None: no gate noise."""
+        ...
+
+    @property
+    def time_only(self) -> bool:
+        """Whether `plan` wants the timestep's share of the conditioning alone (`Backbone.embed_time`)."""
         ...
 
     def noise_shape(self) -> tuple[int, ...] | None:
@@ -221,8 +224,3 @@ class ProgressTask(Protocol):
     def __enter__(self) -> ProgressTask: ...
 
     def __exit__(self, *exc: object) -> None: ...
-
-
-Batch = Iterator["tuple[Tensor, Tensor]"]
-Metadata = Mapping[str, Any]
-Module = "nn.Module"

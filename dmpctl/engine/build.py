@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import assert_never
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from dmpctl.codecs.identity import Identity
 from dmpctl.data.source import open_source
 from dmpctl.errors import MissingError, UsageError
 from dmpctl.methods.dmp import DmpPatch, dmp_shape
-from dmpctl.settings.sections import Base, Data, Dmp, Launch
+from dmpctl.settings.sections import Base, Data, Dmp, Launch, Method
 from dmpctl.types import BackboneSpec, Codec, Source
 
 BUNDLED = {"digits": "digits-dit.safetensors"}
@@ -90,9 +91,13 @@ def planned_config(base: Base) -> DiTConfig | None:
     return shape_config(base.base) if base.weights is None else None
 
 
-def build_patch(spec: BackboneSpec, method: Dmp) -> DmpPatch:
+def build_patch(spec: BackboneSpec, method: Method) -> DmpPatch:
     """A fresh patch for this backbone; UsageError where the settings do not fit it."""
-    return DmpPatch(dmp_shape(spec, method), method)
+    match method:
+        case Dmp():
+            return DmpPatch(dmp_shape(spec, method), method)
+        case _:
+            assert_never(method)
 
 
 def added_parameters(spec: BackboneSpec, method: Dmp) -> tuple[int, float]:

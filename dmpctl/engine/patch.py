@@ -54,22 +54,16 @@ def patch(settings: Settings, progress: Progress) -> Report:
     if settings.console.dry_run:
         return _planned(settings, path, described, source)
     with RunDir(path) as run:
-        science = science_of(settings) | {"backbone_sha256": loaded.digest, "data_fingerprint": source.fingerprint}
-        run.begin("patch", science, settings.to_dict())
+        digests = {"backbone_sha256": loaded.digest, "data_fingerprint": source.fingerprint}
+        science = science_of(settings) | digests
+        run.refuse_other("patch", science)
         accelerator = accelerator_for(settings)
         loaded.model.to(accelerator.device)
         trainer = Trainer(_subject(loaded, module, described), loaded.spec, codec, source, settings, run, accelerator)
         started, start = time.perf_counter(), trainer.resume()
         if start < settings.train.iters:
-            run.record(
-                {
-                    "device": str(accelerator.device),
-                    "backbone": loaded.origin,
-                    "backbone_sha256": loaded.digest,
-                    "data_fingerprint": source.fingerprint,
-                    "start_step": start,
-                }
-            )
+            facts = {"device": str(accelerator.device), "backbone": loaded.origin, "start_step": start}
+            run.begin("patch", science, settings.to_dict(), facts | digests)
             trainer.train(progress, again_command())
             refuse_changed_backbone(loaded)
         checkpoint.publish(checkpoint.complete(run.checkpoints)[-1], "patch", run.path)

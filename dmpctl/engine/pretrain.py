@@ -84,12 +84,13 @@ def pretrain(settings: Settings, progress: Progress) -> Report:
     )
     with RunDir(path) as run:
         science = science_of(settings) | {"data_fingerprint": source.fingerprint}
-        run.begin("pretrain", science, settings.to_dict())
+        run.refuse_other("pretrain", science)
         trainer = Trainer(subject, model.spec, Identity(), source, settings, run, accelerator)
         started, start = time.perf_counter(), trainer.resume()
         done = start >= settings.train.iters
         if not done:
-            run.record({"device": str(accelerator.device), "data_fingerprint": source.fingerprint, "start_step": start, **facts})
+            session = {"device": str(accelerator.device), "data_fingerprint": source.fingerprint, "start_step": start}
+            run.begin("pretrain", science, settings.to_dict(), session | facts)
             trainer.train(progress, again_command())
         newest = checkpoint.complete(run.checkpoints)[-1]
         checkpoint.publish(newest, "backbone", run.path, dit_metadata(config, schedule, lasting_name(settings.data.data)))

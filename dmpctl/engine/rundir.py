@@ -68,20 +68,19 @@ class RunDir:
             raise MissingError(f"{self.path} is no run: it has no config.json", "name a run made by dmpctl patch or pretrain")
         return read_json(self.path / "config.json", SCHEMA_VERSION)
 
-    def begin(self, command: str, science: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
-        """Record what the run is asked to do; True if this resumes it.
-
-        `science`: flat name -> value of all that makes it this experiment. UsageError if the run holds another one.
-        """
-        resumed = (self.path / "config.json").is_file()
-        if resumed:
+    def refuse_other(self, command: str, science: Mapping[str, Any]) -> None:
+        """UsageError if the run holds another experiment: `science` is flat name -> value of all that makes it this one."""
+        if (self.path / "config.json").is_file():
             before = self.config()
             if before["command"] != command:
                 raise UsageError(f"{self.path} was made by dmpctl {before['command']}, not {command}", "name another --run")
             self._refuse_other_science(before["science"], dict(science))
+
+    def begin(self, command: str, science: Mapping[str, Any], settings: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+        """Record what the run is asked to do from now on, and the facts of this session."""
         value = {"schema_version": SCHEMA_VERSION, "command": command, "science": science, "settings": settings}
         write_json(self.path / "config.json", value)
-        return resumed
+        self._record(facts)
 
     def _refuse_other_science(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         new = json.loads(json.dumps(new))
@@ -92,7 +91,7 @@ class RunDir:
                 "name another --run, or give the settings of that run",
             )
 
-    def record(self, facts: Mapping[str, Any]) -> None:
+    def _record(self, facts: Mapping[str, Any]) -> None:
         """provenance.json: versions, command line and what was found; one entry per session."""
         path = self.path / "provenance.json"
         sessions = read_json(path, SCHEMA_VERSION)["sessions"] if path.is_file() else []

@@ -5,7 +5,8 @@ Everything random is a function of (seed, step, sample): resumed equals uninterr
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,8 +125,8 @@ class Trainer:
         among those no checkpoint is due, so that the last one is from before.
         """
         settings, averages = self.settings, Averages()
-        stream = self._stream()
-        with Stop() as stop, progress.track(f"training the {self.subject.kind}", settings.train.iters, self.step) as task:
+        shown = progress.track(f"training the {self.subject.kind}", settings.train.iters, self.step)
+        with Stop() as stop, shown as task, closing(self._stream()) as stream:
             clock = Clock(settings.train.batch_size)
             while self.step < settings.train.iters:
                 with clock.waiting():
@@ -142,7 +143,7 @@ class Trainer:
                 if number:
                     raise interrupted(number, f"saved at step {self.step}", f"go on with: {again}")
 
-    def _stream(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _stream(self) -> Generator[tuple[Tensor, Tensor], None, None]:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         mirror = self.settings.data.hflip
         return batches(

@@ -381,8 +381,8 @@ def test_damaged_checkpoints_never_crash(tmp_path, state, zipped):
         bent = bytearray(whole)
         if draw.random() < 0.3:
             del bent[draw.randrange(len(bent)) :]
-        for _ in range(2):
-            bent[draw.randrange(min(len(bent), 3000)) if bent else 0 : 1] = bytes([draw.randrange(256)])
+        for at in draw.choices(range(min(len(bent), 3000)), k=2) if bent else ():
+            bent[at] = draw.randrange(256)
         path.write_bytes(bent)
         try:
             read_weights(path)

@@ -1,0 +1,45 @@
+"""README's commands are real: each parses, with every option it names, and its test command is what CI runs."""
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import Done
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text("utf-8")
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
+COMMANDS = [part.strip() for block in BLOCKS for line in block.splitlines() for part in line.split("&&")]
+OURS = [command for command in COMMANDS if command.startswith("dmpctl ")]
+
+
+def test_readme_opens_with_the_two_commands() -> None:
+    first, second = BLOCKS[0].strip(), BLOCKS[1].strip()
+    assert first == "python -m pip install . && dmpctl patch"
+    assert second == "python -m pip install '.[test]' && python -m pytest"
+
+
+def test_ci_runs_the_test_command_of_the_readme() -> None:
+    script = (ROOT / ".ci" / "run").read_text("utf-8")
+    lines = [line.replace("--quiet --disable-pip-version-check ", "") for line in script.splitlines() if not line.startswith("stage")]
+    assert all(part.strip() in lines for part in BLOCKS[1].strip().split("&&"))
+
+
+@pytest.mark.parametrize("command", OURS)
+def test_each_command_of_the_readme_parses(command: str, cli: Callable[..., Done]) -> None:
+    done = cli(*shlex.split(command)[1:], "--print-config")
+    assert done.code == 0, done.err
+    assert "origin" in done.out
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "examples").glob("*.toml")), ids=lambda path: path.name)
+def test_each_example_resolves_for_the_command_it_opens_with(file: Path, cli: Callable[..., Done]) -> None:
+    (line,) = re.findall(r"^#\s+(dmpctl .*)$", file.read_text("utf-8"), re.M)[:1]
+    words = shlex.split(line)[1:]
+    assert words[-1] == f"examples/{file.name}"
+    done = cli(*words[:-1], file, "--print-config")
+    assert done.code == 0, done.err
+    assert f"{file}" in done.out

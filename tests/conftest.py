@@ -1,0 +1,46 @@
+"""What tests of several rooms share: a finished run, and the command line in this process."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from dmpctl.cli.app import main
+from tests.helpers import Done, patch_run, pretrain_run
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("DMPCTL_")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of `dmpctl patch` that has ended: 6 steps, checkpoints at 3 and 6. Not to be written to: take a copy."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    patch_run(run, prompt_lr=0.05, gate_lr=0.05, ema=0.0)
+    return run
+
+
+@pytest.fixture(scope="session")
+def conditional(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished class-conditional backbone on the digits. Not to be written to."""
+    run = tmp_path_factory.mktemp("conditional") / "backbone"
+    pretrain_run(run, class_conditional=True, lr=3e-3)
+    return run
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Done]]:
+    """`dmpctl args` in this process: much faster than one of its own."""
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "")  # so that what --offline sets is taken back, too
+
+    def run(*args: object) -> Done:
+        capsys.readouterr()
+        code = main([str(arg) for arg in args])
+        return Done(code, *capsys.readouterr())
+
+    yield run

@@ -14,11 +14,13 @@ from dmpctl.settings.model import Settings
 
 
 def accelerator_for(settings: Settings) -> Accelerator:
-    """The accelerator that training goes through, even on one CPU; UsageError for more than one process."""
+    """The accelerator that training goes through, even on one CPU; UsageError for more than one process, or fp16 there."""
     world = settings.launch.num_processes or int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         raise UsageError(f"{world} processes were asked for, this version trains in one", "leave --num-processes out")
     device = resolve_device(settings.launch)
+    if settings.train.precision == "fp16" and device.type == "cpu":
+        raise UsageError("--precision fp16 needs a GPU, this is a CPU", "use --precision bf16, or no")
     if settings.launch.deterministic:
         torch.use_deterministic_algorithms(True)
     return Accelerator(cpu=device.type == "cpu", mixed_precision=settings.train.precision)

@@ -63,10 +63,13 @@ class RunDir:
         return "config.json" in names or all(name == ".lock" or name.startswith(".config.json.") for name in names)
 
     def config(self) -> dict[str, Any]:
-        """config.json: the command and its settings; MissingError if this is no run."""
+        """config.json: the command and its settings; MissingError if this is no run, IntegrityError if it lacks something."""
         if not (self.path / "config.json").is_file():
             raise MissingError(f"{self.path} is no run: it has no config.json", "name a run made by dmpctl patch or pretrain")
-        return read_json(self.path / "config.json", SCHEMA_VERSION)
+        found = read_json(self.path / "config.json", SCHEMA_VERSION)
+        if missing := {"command", "science", "settings"} - set(found):
+            raise IntegrityError(f"{self.path / 'config.json'} lacks {', '.join(sorted(missing))}", "name another --run")
+        return found
 
     def refuse_other(self, command: str, science: Mapping[str, Any]) -> None:
         """UsageError if the run holds another experiment: `science` is flat name -> value of all that makes it this one."""

@@ -33,7 +33,7 @@ def made(config: DiTConfig, seed: int = 0) -> DiT:
     """A model whose every weight is random, so that no path is dead."""
     model, draw = DiT(config), torch.Generator().manual_seed(seed)
     for tensor in model.parameters():
-        torch.nn.init.normal_(tensor, std=0.3, generator=draw)
+        torch.nn.init.normal_(tensor, std=0.15, generator=draw)
     return model.eval().requires_grad_(False)
 
 

@@ -12,17 +12,19 @@ from dmpctl.errors import IntegrityError, MissingError, UsageError
 SCIENCE = {"seed": 0, "prompt_lr": 1e-3, "backbone_sha256": "abc", "size": None}
 
 
-def begun(path: Path, science=None, command="patch") -> bool:
+def begun(path: Path, science=None, command="patch", save_every: int = 5) -> None:
+    """What a command does with its run before it trains."""
+    science = SCIENCE if science is None else science
     with RunDir(path) as run:
-        return run.begin(command, SCIENCE if science is None else science, {"save": {"save_every": 5}})
+        run.refuse_other(command, science)
+        run.begin(command, science, {"save": {"save_every": save_every}}, {"device": "cpu"})
 
 
 def test_a_new_run_holds_its_config(tmp_path):
-    assert begun(tmp_path / "a" / "b") is False
+    begun(tmp_path / "a" / "b")
     config = RunDir(tmp_path / "a" / "b").config()
     assert config == {"schema_version": 1, "command": "patch", "science": SCIENCE, "settings": {"save": {"save_every": 5}}}
-    assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == [".lock", "config.json"]
-    assert begun(tmp_path / "a" / "b") is True
+    assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == [".lock", "config.json", "provenance.json"]
 
 
 def test_a_second_command_is_refused_with_the_pid(tmp_path):
@@ -110,9 +112,19 @@ def test_another_command_is_refused(tmp_path):
 
 def test_other_settings_are_recorded(tmp_path):
     begun(tmp_path / "run")
-    with RunDir(tmp_path / "run") as run:
-        run.begin("patch", SCIENCE, {"save": {"save_every": 9}})
-        assert run.config()["settings"] == {"save": {"save_every": 9}}
+    begun(tmp_path / "run", save_every=9)
+    assert RunDir(tmp_path / "run").config()["settings"] == {"save": {"save_every": 9}}
+
+
+@pytest.mark.parametrize("key", ["command", "science", "settings"])
+def test_a_config_that_lacks_something_is_refused(tmp_path, key):
+    begun(tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    config = json.loads(path.read_text())
+    del config[key]
+    path.write_text(json.dumps(config))
+    with pytest.raises(IntegrityError, match=f"config.json lacks {key}"):
+        begun(tmp_path / "run")
 
 
 def test_a_newer_run_is_refused(tmp_path):
@@ -154,11 +166,10 @@ def test_a_torn_line_goes(tmp_path):
 
 def test_provenance_has_one_entry_per_session(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/somewhere/dmpctl", "patch", "--iters", "5"])
-    with RunDir(tmp_path) as run:
-        run.record({"device": "cpu"})
-        run.record({"device": "cuda"})
+    for _ in range(2):
+        begun(tmp_path)
     sessions = json.loads((tmp_path / "provenance.json").read_text())["sessions"]
-    assert [session["device"] for session in sessions] == ["cpu", "cuda"]
+    assert [session["device"] for session in sessions] == ["cpu", "cpu"]
     assert sessions[0]["argv"] == ["dmpctl", "patch", "--iters", "5"]
     assert sessions[0]["versions"]["torch"] == version_of("torch")
     assert version_of("no-such-package") == "not installed"

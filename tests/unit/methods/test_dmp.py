@@ -42,7 +42,7 @@ def backbone(**changes: object) -> DiT:
     """A random DiT of 16 tokens, width 16 and 3 blocks, frozen."""
     model, draw = DiT(replace(DiTConfig(8, 2, 2, 16, 3, 2, 4), **changes)), torch.Generator().manual_seed(3)  # type: ignore[arg-type]
     for tensor in model.parameters():
-        torch.nn.init.normal_(tensor, std=0.3, generator=draw)
+        torch.nn.init.normal_(tensor, std=0.15, generator=draw)
     return model.eval().requires_grad_(False)
 
 
@@ -168,6 +168,7 @@ def test_under_bfloat16_autocast_gates_stay_float32_and_tokens_stay_what_they_ar
 # ---- the edit
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("scale", [None, 1.0, 2.5])
 def test_prompt_k_is_scaled_by_gate_k_and_added_to_token_k(scale):
     """Equations 2 and 3, number by number."""
@@ -401,7 +402,7 @@ def one_hot(batch: int = N) -> Tensor:
 
 def importance(gates: Tensor, balance: str) -> float:
     patch = made(Dmp(balance=balance, importance_weight=1.0))  # type: ignore[arg-type]
-    return float(patch.penalty(Routing(gates))["importance"])
+    return patch.penalty(Routing(gates))["importance"].item()
 
 
 def test_shazeer_wants_prompts_used_equally_and_per_sample_wants_uniform_gates():
@@ -439,7 +440,7 @@ def test_penalty_weights_scale_their_losses():
 
     def losses(**weights: float) -> dict[str, float]:
         patch = made(Dmp(gate="topk", topk=2, **weights))  # type: ignore[arg-type]
-        return {name: float(value) for name, value in patch.penalty(patch.plan(c, noise).routing).items()}
+        return {name: value.item() for name, value in patch.penalty(patch.plan(c, noise).routing).items()}
 
     one = losses(importance_weight=1.0, load_weight=1.0)
     assert min(one.values()) > 0
@@ -474,7 +475,7 @@ def test_no_balance_and_no_routing_give_no_losses():
 @pytest.mark.parametrize("kept", [1, 2, 5])
 def test_load_is_the_chance_to_stay_under_fresh_noise_of_that_prompt_alone(kept):
     """Against counting: redraw the noise of one prompt, keep that of the others, see whether it is among the k best."""
-    draws = 40_000
+    draws = 20_000
     patch = made(Dmp(gate="topk", topk=kept))
     c, noise = normal(B, D), normal(B, L, N, seed=2)
     load = routed(patch.plan(c, noise)).load

@@ -1,0 +1,139 @@
+"""What every Backbone promises."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dmpctl.backbones.dit import DiT, DiTConfig
+from dmpctl.engine.build import freeze
+from dmpctl.types import Backbone
+
+BATCH = 4
+BACKBONES = {
+    "dit-uncond": DiTConfig(8, 1, 2, 16, 3, 2, 0),
+    "dit-class": DiTConfig(8, 4, 2, 16, 2, 4, 10),
+    "dit-class-epsilon": DiTConfig(6, 3, 3, 12, 1, 1, 3, learned_sigma=False),
+}
+
+
+@pytest.fixture(params=BACKBONES)
+def backbone(request) -> Backbone:
+    """With random weights, so that no path is dead; frozen as everywhere."""
+    model, draw = DiT(BACKBONES[request.param]), torch.Generator().manual_seed(0)
+    for tensor in model.parameters():
+        nn.init.normal_(tensor, std=0.15, generator=draw)
+    freeze(model)
+    return model
+
+
+@pytest.fixture
+def inputs(backbone) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x, the first and last timestep among t, and labels with the null class among them."""
+    spec, draw = backbone.spec, torch.Generator().manual_seed(1)
+    t = torch.tensor([0, 3, spec.schedule.steps // 2, spec.schedule.steps - 1])
+    cond = None if spec.null_class is None else torch.tensor([0, 1, spec.num_classes - 1, spec.null_class])
+    return torch.randn(BATCH, *spec.latent_shape, generator=draw), t, cond
+
+
+def rows(cond: Tensor | None, which: list[int]) -> Tensor | None:
+    return None if cond is None else cond[which]
+
+
+def test_the_prediction_has_the_shape_the_spec_says(backbone, inputs):
+    channels, height, width = backbone.spec.latent_shape
+    prediction = backbone.denoise(*inputs)
+    assert prediction.shape == (BATCH, channels * (2 if backbone.spec.learned_sigma else 1), height, width)
+    assert prediction.dtype == torch.float32
+    assert prediction.isfinite().all()
+
+
+def test_it_is_frozen(backbone, inputs):
+    assert not backbone.training
+    assert not any(tensor.requires_grad for tensor in backbone.parameters())
+    assert not backbone.denoise(*inputs).requires_grad
+
+
+def test_the_spec_counts_its_parameters(backbone):
+    assert backbone.spec.parameters == sum(tensor.numel() for tensor in backbone.parameters())
+
+
+def test_every_site_is_edited_once_in_order_with_the_tokens_the_spec_says(backbone, inputs):
+    seen: list[tuple[int, int, int, int]] = []
+
+    def edit(site: int, tokens: Tensor) -> Tensor:
+        seen.append((site, *tokens.shape))
+        return tokens
+
+    edited = backbone.denoise(*inputs, edit)
+    assert seen == [(number, BATCH, site.tokens, site.width) for number, site in enumerate(backbone.spec.sites)]
+    assert torch.equal(edited, backbone.denoise(*inputs))
+
+
+def test_every_site_is_felt(backbone, inputs):
+    plain = backbone.denoise(*inputs)
+    for number in range(len(backbone.spec.sites)):
+        bump = torch.zeros(backbone.spec.sites[number].tokens, backbone.spec.sites[number].width)
+        bump[0, ::2] = 1
+        edited = backbone.denoise(*inputs, lambda site, tokens, number=number, bump=bump: tokens + bump * (site == number))
+        assert not torch.allclose(edited, plain, atol=1e-4)
+
+
+def test_tokens_put_in_front_fall_away(backbone, inputs):
+    def prepend(site: int, tokens: Tensor) -> Tensor:
+        return torch.cat([tokens[:, :2] + 1, tokens], 1) if site == 0 else tokens
+
+    assert backbone.denoise(*inputs, prepend).shape == backbone.denoise(*inputs).shape
+
+
+def test_gradients_pass_through_to_the_edit_and_stop_there(backbone, inputs):
+    site = backbone.spec.sites[0]
+    shift = torch.zeros(site.tokens, site.width, requires_grad=True)
+    backbone.denoise(*inputs, lambda number, tokens: tokens + shift if number == 0 else tokens).square().sum().backward()
+    assert shift.grad is not None
+    assert shift.grad.any()
+    assert all(tensor.grad is None for tensor in backbone.parameters())
+
+
+def test_denoising_is_deterministic_and_writes_nothing_into_its_arguments(backbone, inputs):
+    kept = [None if value is None else value.clone() for value in inputs]
+    weights = {name: value.clone() for name, value in backbone.state_dict().items()}
+    assert torch.equal(backbone.denoise(*inputs), backbone.denoise(*inputs))
+    assert all(before is None if now is None else torch.equal(before, now) for before, now in zip(kept, inputs, strict=True))
+    assert all(torch.equal(weights[name], value) for name, value in backbone.state_dict().items())
+
+
+def test_a_sample_does_not_depend_on_its_neighbours(backbone, inputs):
+    x, t, cond = inputs
+    together, c = backbone.denoise(x, t, cond), backbone.embed(t, cond)
+    for i in range(BATCH):
+        torch.testing.assert_close(backbone.denoise(x[[i]], t[[i]], rows(cond, [i]))[0], together[i], rtol=0, atol=1e-5)
+        torch.testing.assert_close(backbone.embed(t[[i]], rows(cond, [i]))[0], c[i], rtol=0, atol=1e-5)
+    order = [2, 0, 3, 1]
+    shuffled = backbone.denoise(x[order], t[order], rows(cond, order))
+    torch.testing.assert_close(shuffled, together[order], rtol=0, atol=1e-5)
+
+
+def test_embedding_is_one_vector_of_the_sites_width_per_sample(backbone, inputs):
+    _, t, cond = inputs
+    for c in (backbone.embed(t, cond), backbone.embed_time(t)):
+        assert c.shape == (BATCH, backbone.spec.sites[0].width)
+        assert c.isfinite().all()
+        assert not torch.allclose(c[0], c[1], atol=1e-4)
+
+
+def test_the_condition_is_added_to_the_times_share(backbone, inputs):
+    """c = t_emb + y_emb: what is left without the time is the same at all times."""
+    _, t, cond = inputs
+    share = backbone.embed(t, cond) - backbone.embed_time(t)
+    later = backbone.embed(t.flip(0), cond) - backbone.embed_time(t.flip(0))
+    torch.testing.assert_close(share, later, rtol=0, atol=1e-5)
+    assert share.abs().max() > 1e-3
+
+
+def test_labels_are_felt(backbone, inputs):
+    x, t, cond = inputs
+    if cond is None:
+        pytest.skip("unconditional")
+    others = backbone.denoise(x, t, cond.roll(1))
+    differs = (others - backbone.denoise(x, t, cond)).flatten(1).abs().amax(1) > 1e-4
+    assert differs.all()

@@ -1,0 +1,109 @@
+import pytest
+import torch
+
+from dmpctl.backbones.dit import DiTConfig
+from dmpctl.data.bundled import Digits
+from dmpctl.engine import build
+from dmpctl.errors import IntegrityError, MissingError, UsageError
+from dmpctl.files import read_tensors, write_tensors
+from dmpctl.methods.dmp import DmpPatch
+from dmpctl.settings.sections import Base, Data, Dmp
+from dmpctl.types import BackboneSpec, ScheduleSpec, Site
+
+
+def spec_of(channels: int = 1, size: int = 8, tokens: int = 16, width: int = 32, depth: int = 4) -> BackboneSpec:
+    return BackboneSpec((channels, size, size), (Site(tokens, width),) * depth, "epsilon", True, ScheduleSpec(), 0, 1000)
+
+
+def test_the_bundled_backbone_is_frozen_and_describes_itself():
+    loaded = build.load_backbone(Base())
+    model = loaded.model
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+    assert (loaded.data, loaded.spec.latent_shape, len(loaded.spec.sites)) == ("digits", (1, 8, 8), 4)
+    assert loaded.spec.parameters == sum(p.numel() for p in model.parameters()) == model.config.parameters()
+    assert loaded.digest == build.load_backbone(Base()).digest
+
+
+def test_a_shape_needs_weights():
+    with pytest.raises(MissingError, match="no weights for DiT-L/2") as failure:
+        build.load_backbone(Base(base="DiT-L/2"))
+    assert "--hidden-size 1024 --depth 24 --num-heads 16" in failure.value.hint
+    assert build.planned_config(Base(base="DiT-L/2")) == DiTConfig(32, 4, 2, 1024, 24, 16, 0)
+    assert build.planned_config(Base()) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("digit", "did you mean digits?"), ("DiT-XL2", "did you mean DiT-XL/2?"), ("qqq", "name one of digits, a shape")]
+)
+def test_an_unknown_name_gets_the_nearest(name, hint):
+    with pytest.raises(UsageError, match=f"--base {name} is no known backbone") as failure:
+        build.load_backbone(Base(base=name))
+    assert hint in failure.value.hint
+
+
+def test_a_folder_without_a_backbone(tmp_path):
+    with pytest.raises(MissingError, match="holds no finished backbone"):
+        build.load_backbone(Base(base=str(tmp_path)))
+
+
+def test_a_run_and_its_file_are_the_same_backbone(conditional):
+    of_run = build.load_backbone(Base(base=str(conditional)))
+    of_file = build.load_backbone(Base(base=str(conditional / "backbone.safetensors")))
+    assert of_run.digest == of_file.digest
+    assert of_run.spec == of_file.spec
+    assert of_run.spec.num_classes == 10
+
+
+def test_weights_that_lack_a_tensor_are_refused(conditional, tmp_path):
+    tensors, metadata = read_tensors(conditional / "backbone.safetensors")
+    del tensors["blocks.1.mlp.fc1.weight"]
+    write_tensors(tmp_path / "less.safetensors", tensors, metadata)
+    with pytest.raises(IntegrityError, match=r"blocks\.1\.mlp\.fc1\.weight is missing"):
+        build.load_backbone(Base(base=str(tmp_path / "less.safetensors")))
+
+
+def test_a_patch_adds_what_the_paper_counts():
+    """Ham et al. 2025: 6 554 112 parameters for DiT-L/2 on 256 tokens, +1.43 %."""
+    spec = BackboneSpec((4, 32, 32), (Site(256, 1024),) * 24, "epsilon", True, ScheduleSpec(), 0, DiTConfig(32, 4, 2, 1024, 24, 16, 0).parameters())
+    count, share = build.added_parameters(spec, Dmp())
+    assert count == 6_554_112
+    assert round(share, 2) == 1.43
+    patch = build.build_patch(spec_of(), Dmp())
+    assert isinstance(patch, DmpPatch)
+    in_memory = sum(p.numel() for name, p in patch.named_parameters() if name != "w_noise")
+    assert in_memory == build.added_parameters(spec_of(), Dmp())[0]
+
+
+def test_data_defaults_to_what_the_backbone_was_trained_on():
+    assert build.open_data(Data(), spec_of(), "digits").fingerprint == Digits().fingerprint
+    assert build.open_data(Data(size=8, channels=1), spec_of(), "digits").fingerprint == Digits().fingerprint
+    assert build.open_data(Data(), spec_of(channels=3), "digits").item(0)[0].shape == (3, 8, 8)
+    with pytest.raises(UsageError, match="nothing says which images"):
+        build.open_data(Data(), spec_of(), None)
+
+
+@pytest.mark.parametrize(
+    ("data", "spec", "sentence"),
+    [
+        (Data(size=16), spec_of(), "takes 8x8 images, --size says 16"),
+        (Data(channels=3), spec_of(), "takes images of 1 channels, --channels says 3"),
+        (Data(), spec_of(channels=4, size=32), "works on latents of 4 channels"),
+        (Data(), spec_of(size=16), "8x8 pixels only, not at 16x16"),
+    ],
+)
+def test_data_that_does_not_fit_the_backbone(data, spec, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        build.open_data(data, spec, "digits")
+
+
+def test_a_codec_that_cannot_meet_the_backbone():
+    assert build.build_codec(spec_of(), Digits()).name == "identity"
+    with pytest.raises(UsageError, match="the images are 3x8x8, the backbone takes 1x8x8"):
+        build.build_codec(spec_of(), Digits(channels=3))
+
+
+def test_freezing():
+    model = build.freeze(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout()))
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())

@@ -35,6 +35,7 @@ class BackboneSpec:
     """What everything else may know of a backbone.
 
     `latent_shape` is (C, H, W) of what is noised. `num_classes` 0 means unconditional.
+    `null_class` is the label that means "no class", for guidance; None where there is none.
     """
 
     latent_shape: tuple[int, int, int]
@@ -44,11 +45,7 @@ class BackboneSpec:
     schedule: ScheduleSpec
     num_classes: int
     parameters: int
-
-    @property
-    def null_class(self) -> int | None:
-        """The label that means "no class", for guidance; None for an unconditional backbone."""
-        return self.num_classes or None
+    null_class: int | None = None
 
 
 class Edit(Protocol):

@@ -222,11 +222,17 @@ class DiT(nn.Module):
             learned_sigma=c.learned_sigma,
             schedule=self.schedule,
             num_classes=c.num_classes,
+            null_class=c.num_classes if c.num_classes and c.null_class else None,
             parameters=c.parameters(),
         )
 
     def embed(self, t: Tensor, cond: Tensor | None) -> Tensor:
-        """c = t_emb + y_emb [B, D]; an unconditional model adds its single row of the label table."""
+        """c = t_emb + y_emb [B, D]; an unconditional model adds its single row of the label table.
+
+        ValueError for a class-conditional model without labels.
+        """
+        if cond is None and self.config.num_classes:
+            raise ValueError("a class-conditional backbone needs labels")
         row = self.y_embedder.embedding_table.weight[0] if cond is None else self.y_embedder(cond)
         return self.embed_time(t) + row
 

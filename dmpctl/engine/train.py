@@ -167,9 +167,10 @@ class Trainer:
         t = self.draws.at(step, "timestep").integers(self.spec.schedule.steps).to(device)
         noise = self.draws.at(step, "noise").normal(*shape).to(device)
         cond = None
-        if self.spec.null_class is not None:
+        if self.spec.num_classes:
             dropped = self.draws.at(step, "label").uniform() < self.settings.objective.class_dropout
-            cond = torch.where(dropped, self.spec.null_class, labels).to(device)
+            null = self.spec.null_class
+            cond = (labels if null is None else torch.where(dropped, null, labels)).to(device)
         gate_shape = self.subject.gate_noise_shape
         gate_noise = None if gate_shape is None else self.draws.at(step, "gate").normal(*gate_shape).to(device)
         return Noised(x0, self.schedule.add_noise(x0, t, noise), t, noise, cond, gate_noise)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dmpctl.engine import checkpoint, patch, train
-from dmpctl.errors import NumericalError, UsageError
-from tests.helpers import patch_run, tensors_of
+from dmpctl.errors import IntegrityError, NumericalError, UsageError
+from tests.helpers import flip, patch_run, tensors_of
 
 
 def lines(run):
@@ -22,7 +22,8 @@ def raw_weights(run, step):
 def test_rates_warm_up_and_decay(tmp_path):
     patch_run(tmp_path / "run", iters=8, warmup=3, lr_schedule="cosine", prompt_lr=0.1, gate_lr=0.4)
     factors = [1 / 3, 2 / 3, 1.0, *(0.5 * (1 + math.cos(math.pi * (step - 3) / 5)) for step in range(3, 8))]
-    assert [line["lr"] for line in lines(tmp_path / "run")] == pytest.approx([[0.1 * f, 0.4 * f] for f in factors])
+    for number, rate in enumerate((0.1, 0.4)):
+        assert [line["lr"][number] for line in lines(tmp_path / "run")] == pytest.approx([rate * f for f in factors])
 
 
 def test_the_average_follows_its_formula(tmp_path):
@@ -133,9 +134,6 @@ def test_a_rate_far_too_high_never_leaves_nan_in_a_checkpoint(tmp_path):
 
 
 def test_a_damaged_checkpoint_stops_the_resume(tmp_path):
-    from dmpctl.errors import IntegrityError
-    from tests.helpers import flip
-
     patch_run(tmp_path / "run")
     flip(tmp_path / "run" / "checkpoints" / "step-0000006" / "trainer.safetensors")
     with pytest.raises(IntegrityError, match=r"trainer\.safetensors is damaged"):

@@ -69,7 +69,9 @@ def environment() -> dict[str, str]:
 def tree(root: Path) -> dict[str, str]:
     """Every file under a folder with its sha256; a folder has "folder"."""
     return {
-        str(path.relative_to(root)): "folder" if path.is_dir() else sha256_of(path) for path in root.rglob("*") if path.is_file() or path.is_dir()
+        str(path.relative_to(root)): "folder" if path.is_dir() else sha256_of(path)
+        for path in root.rglob("*")
+        if path.is_file() or path.is_dir()
     }
 
 

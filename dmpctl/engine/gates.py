@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmpctl.engine.fetch import cache_dir
 from dmpctl.engine.patched import load_patch
 from dmpctl.errors import UsageError
 from dmpctl.files import make_folder, write_atomic, write_json
@@ -93,7 +94,7 @@ def inspect(settings: Settings, run: Path, progress: Progress) -> Report:
         "prompts": gates.shape[-1],
         "timesteps": steps,
         "sites": [vars(s) for s in sites],
-        "judgement": lines,
+        "judgement": list(lines),
         "gates": gates.tolist(),
     }
     if settings.console.dry_run:
@@ -140,7 +141,9 @@ def _table(sites: Sequence[SiteGates]) -> tuple[dict[str, str], ...]:
 def heat_map(gates: Tensor, steps: Sequence[int]) -> bytes:
     """PNG: one panel per site, prompts down, timesteps across, weight in units of 1 / N (1 is uniform)."""
     import io
+    import os
 
+    os.environ.setdefault("MPLCONFIGDIR", str(cache_dir() / "matplotlib"))  # its font list, else written elsewhere in the home
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

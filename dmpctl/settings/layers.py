@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 from pydantic_settings import EnvSettingsSource
 
-from dmpctl.errors import MissingError, UsageError
+from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.files import read_json
 from dmpctl.settings.commands import COMMANDS, VARIABLE_PREFIX, Option, every_option, field_of, options_of
 from dmpctl.settings.model import Settings
@@ -134,7 +134,9 @@ def from_run(run: Path | None, options: Mapping[str, Option]) -> dict[str, Found
     path = None if run is None else run / "config.json"
     if path is None or not path.is_file():
         return {}
-    recorded = read_json(path)["settings"]
+    recorded = read_json(path).get("settings")
+    if not isinstance(recorded, dict):
+        raise IntegrityError(f"{path} does not say with which settings it was made", "name a run of dmpctl patch or pretrain")
     values = dict(recorded.get("sampling", {}))
     if "eval_images" in recorded.get("evaluate", {}):
         values["max_images"] = recorded["evaluate"]["eval_images"]

@@ -19,7 +19,7 @@ TENSORS = {
     "c.weight": torch.full((5,), 0.1, dtype=torch.bfloat16),
     "empty": torch.zeros(0, 4),
 }
-METADATA = {"z": "1", "a": "text with \" and é", "m": ""}
+METADATA = {"z": "1", "a": 'text with " and é', "m": ""}
 
 
 def turned(mapping):
@@ -75,7 +75,7 @@ def test_files_of_others_are_read(tmp_path):
 
 def test_damaged_tensors(tmp_path):
     path = tmp_path / "x.safetensors"
-    with pytest.raises(MissingError, match="x.safetensors is not there"):
+    with pytest.raises(MissingError, match=r"x\.safetensors is not there"):
         read_tensors(path)
     whole = tensors_to_bytes(TENSORS)
     for damaged in (b"", b"\0" * 7, whole[:-1], whole[:20], b"\xff" * len(whole), whole + b"\0"):

@@ -11,7 +11,18 @@ import dmpctl
 
 PACKAGE = Path(dmpctl.__file__).parent
 THIRD = ("backbones", "methods", "diffusion", "codecs", "data", "metrics")
-LAYERS = {"": 0, "errors": 0, "types": 0, "rng": 0, "files": 0, "settings": 1, **dict.fromkeys(THIRD, 2), "engine": 3, "cli": 4, "__main__": 5}
+LAYERS = {
+    "": 0,
+    "errors": 0,
+    "types": 0,
+    "rng": 0,
+    "files": 0,
+    "settings": 1,
+    **dict.fromkeys(THIRD, 2),
+    "engine": 3,
+    "cli": 4,
+    "__main__": 5,
+}
 HOMES = {"accelerate": ("engine",), "diffusers": ("diffusion", "backbones", "codecs"), "typer": ("cli",), "rich": ("cli",)}
 HEAVY = ("torch", "torchvision", "numpy", "scipy", "sklearn", "PIL", "matplotlib", "accelerate", "diffusers", "timm", "datasets")
 LIGHT = ("settings", "cli", "errors", "types", "files", "", "__main__")  # a help page imports these
@@ -167,12 +178,18 @@ def test_the_check_can_fail(module, source, complaint):
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("dmpctl.engine.x", "import torch, accelerate\nfrom dmpctl.data.source import open_source\nfrom dmpctl.engine.build import Loaded"),
+        (
+            "dmpctl.engine.x",
+            "import torch, accelerate\nfrom dmpctl.data.source import open_source\nfrom dmpctl.engine.build import Loaded",
+        ),
         ("dmpctl.cli.x", "from dmpctl import __version__\ndef f():\n    from dmpctl.engine import patch\n    import torch"),
         ("dmpctl.cli.x", "if TYPE_CHECKING:\n    from torch import Tensor"),
         ("dmpctl.files", "from dmpctl.errors import DmpError"),
         ("dmpctl.codecs.x", "def f():\n    from diffusers import AutoencoderKL"),
-        ("dmpctl.engine.x", "torch.load(path, weights_only=True)\nnp.load(path)\nnp.load(path, allow_pickle=False)\npickle.UnpicklingError"),
+        (
+            "dmpctl.engine.x",
+            "torch.load(path, weights_only=True)\nnp.load(path)\nnp.load(path, allow_pickle=False)\npickle.UnpicklingError",
+        ),
     ],
 )
 def test_the_check_can_pass(module, source):

@@ -34,7 +34,8 @@ def test_a_shape_needs_weights():
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"), [("digit", "did you mean digits?"), ("DiT-XL2", "did you mean DiT-XL/2?"), ("qqq", "name one of digits, a shape")]
+    ("name", "hint"),
+    [("digit", "did you mean digits?"), ("DiT-XL2", "did you mean DiT-XL/2?"), ("qqq", "name one of digits, a shape")],
 )
 def test_an_unknown_name_gets_the_nearest(name, hint):
     with pytest.raises(UsageError, match=f"--base {name} is no known backbone") as failure:
@@ -65,7 +66,15 @@ def test_weights_that_lack_a_tensor_are_refused(conditional, tmp_path):
 
 def test_a_patch_adds_what_the_paper_counts():
     """Ham et al. 2025: 6 554 112 parameters for DiT-L/2 on 256 tokens, +1.43 %."""
-    spec = BackboneSpec((4, 32, 32), (Site(256, 1024),) * 24, "epsilon", True, ScheduleSpec(), 0, DiTConfig(32, 4, 2, 1024, 24, 16, 0).parameters())
+    spec = BackboneSpec(
+        (4, 32, 32),
+        (Site(256, 1024),) * 24,
+        "epsilon",
+        True,
+        ScheduleSpec(),
+        0,
+        DiTConfig(32, 4, 2, 1024, 24, 16, 0).parameters(),
+    )
     count, share = build.added_parameters(spec, Dmp())
     assert count == 6_554_112
     assert round(share, 2) == 1.43

@@ -22,12 +22,16 @@ def test_more_steps_are_the_same_experiment_but_under_a_decay():
     assert few == many
 
 
-@pytest.mark.parametrize("free", [{"save_every": 1}, {"num_workers": 1}, {"run": "x"}, {"steps": 3}, {"quiet": True}, {"cpu": True}])
+@pytest.mark.parametrize(
+    "free", [{"save_every": 1}, {"num_workers": 1}, {"run": "x"}, {"steps": 3}, {"quiet": True}, {"cpu": True}]
+)
 def test_what_does_not_change_the_result_is_free(free):
     assert science_of(settings_for("patch", **free)) == science_of(settings_for("patch"))
 
 
-@pytest.mark.parametrize("changed", [{"seed": 1}, {"gate_lr": 1.0}, {"batch_size": 3}, {"ema": 0.5}, {"grad_clip": 1.0}, {"hflip": True}])
+@pytest.mark.parametrize(
+    "changed", [{"seed": 1}, {"gate_lr": 1.0}, {"batch_size": 3}, {"ema": 0.5}, {"grad_clip": 1.0}, {"hflip": True}]
+)
 def test_what_changes_the_result_is_another_experiment(changed):
     assert science_of(settings_for("patch", **changed)) != science_of(settings_for("patch"))
 

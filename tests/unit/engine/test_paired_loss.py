@@ -82,7 +82,10 @@ def test_at_most_so_many_images(finished, monkeypatch):
 
 def test_the_difference_and_its_error():
     draw = torch.Generator().manual_seed(0)
-    before, after = torch.rand(25, 60, generator=draw, dtype=torch.float64), torch.rand(25, 60, generator=draw, dtype=torch.float64)
+    before, after = (
+        torch.rand(25, 60, generator=draw, dtype=torch.float64),
+        torch.rand(25, 60, generator=draw, dtype=torch.float64),
+    )
     found = loss_difference(before, after, list(range(25)))
     expected = stats.ttest_rel(after.mean(0).numpy(), before.mean(0).numpy())
     assert found.difference / found.standard_error == pytest.approx(expected.statistic)

@@ -40,7 +40,10 @@ def test_another_process_is_refused_and_a_dead_one_holds_nothing(tmp_path):
         "RunDir(pathlib.Path(sys.argv[1])).__enter__(); print('held', flush=True); sys.stdin.read()"
     )
     holder = subprocess.Popen(
-        [sys.executable, "-c", script, tmp_path / "run"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parents[3]
+        [sys.executable, "-c", script, tmp_path / "run"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parents[3],
     )
     try:
         assert holder.stdout.readline() == b"held\n"

@@ -32,8 +32,10 @@ def test_a_second_sigterm_does_not():
 
 def test_the_handlers_of_before_come_back():
     before = [signal.getsignal(number) for number in NUMBERS]
-    with pytest.raises(RuntimeError), Stop():
+    with Stop():
         assert [signal.getsignal(number) for number in NUMBERS] != before
+    assert [signal.getsignal(number) for number in NUMBERS] == before
+    with pytest.raises(RuntimeError), Stop():
         raise RuntimeError
     assert [signal.getsignal(number) for number in NUMBERS] == before
 

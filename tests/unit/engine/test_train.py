@@ -146,7 +146,7 @@ def test_a_batch_of_one_and_more_than_the_data(tmp_path):
 
 
 def test_guidance_that_cannot_be_fails_before_training(tmp_path):
-    with pytest.raises(UsageError, match="guidance 1.5 needs a class-conditional backbone"):
+    with pytest.raises(UsageError, match=r"guidance 1\.5 needs a class-conditional backbone"):
         patch_run(tmp_path / "run", evaluate=True, cfg=1.5)
     assert not (tmp_path / "run").exists()
 

@@ -1,5 +1,9 @@
 """Every expected failure: one sentence, a hint, and its documented exit code."""
 
+import signal
+
+PREEMPTED = 75  # after SIGUSR1, by which schedulers give notice: the job may be put back into the queue
+
 
 class DmpError(Exception):
     """An expected failure, shown as one sentence and a hint, never as a traceback.
@@ -46,8 +50,8 @@ class ThresholdError(DmpError):
 
 
 class Interrupted(DmpError):
-    """Stopped by a signal after saving: 128 + the signal's number (130 SIGINT, 143 SIGTERM)."""
+    """Stopped by a signal after saving: 130 for SIGINT, 143 for SIGTERM, 75 for SIGUSR1 (preempted, resumable)."""
 
     def __init__(self, message: str, signal_number: int, hint: str | None = None) -> None:
         super().__init__(message, hint)
-        self.exit_code = 128 + signal_number
+        self.exit_code = PREEMPTED if signal_number == signal.SIGUSR1 else 128 + signal_number

@@ -14,8 +14,8 @@ from PIL import Image
 import dmpctl
 from dmpctl.cli.console import Silent
 from dmpctl.data.bundled import Digits
-from dmpctl.engine.generate import write_pngs
 from dmpctl.engine.patch import patch
+from dmpctl.engine.pictures import write_pngs
 from dmpctl.engine.pretrain import pretrain
 from dmpctl.files import read_tensors, sha256_of
 from dmpctl.settings.layers import resolve

@@ -7,7 +7,7 @@ from dmpctl.types import Report
 def fid(call: Call) -> Report:
     """Measure the Frechet distance to real images.
 
-    A run is compared with and without its patch; images of any origin can be measured too.
+    WHAT is a run, whose patched images are then made, a folder of images, or an npz in ADM's layout.
     """
     from dmpctl.engine import evaluate
 

@@ -9,9 +9,10 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from dmpctl.engine.evaluate import extract, images_of, in_parts
-from dmpctl.engine.generate import contact_sheet, in_batches
+from dmpctl.engine.generate import in_batches
 from dmpctl.engine.paired_loss import epsilon_errors, loss_difference
 from dmpctl.engine.patched import Patched
+from dmpctl.engine.pictures import contact_sheet
 from dmpctl.metrics.features.pixels import Pixels
 from dmpctl.metrics.frechet import CONFIDENCE, noise_floor, paired_difference, verdict
 from dmpctl.metrics.moments import features_to_moments

@@ -43,7 +43,7 @@ def epsilon_errors(
     schedule = NoiseSchedule.from_spec(spec.schedule).to(device)
     steps = [int(t) for t in torch.linspace(0, spec.schedule.steps - 1, 2 * TIMESTEPS + 1)[1::2]]
     count = min(len(source), MOST_IMAGES)
-    items = [source.item(i) for i in range(count)]
+    items = [source.item(i * len(source) // count) for i in range(count)]  # spread evenly: class folders are sorted
     x0 = Identity().encode(torch.stack([image for image, _ in items])).mean
     labels = torch.tensor([label for _, label in items])
     errors = torch.empty(len(steps), count, dtype=torch.float64)

@@ -21,9 +21,10 @@ from dmpctl.engine.build import (
     planned_config,
     resolve_device,
 )
-from dmpctl.engine.generate import denoiser_of, write_picture
+from dmpctl.engine.generate import denoiser_of
 from dmpctl.engine.launch import accelerator_for, again_command, science_of
 from dmpctl.engine.patched import Patched, backbone_digest, describe_patch, lasting_name, load_patch, predict_patched
+from dmpctl.engine.pictures import write_picture
 from dmpctl.engine.rundir import RunDir
 from dmpctl.engine.train import Subject, Trainer
 from dmpctl.errors import IntegrityError
@@ -63,6 +64,8 @@ def patch(settings: Settings, progress: Progress) -> Report:
         started, start = time.perf_counter(), trainer.resume()
         if start < settings.train.iters:
             facts = {"device": str(accelerator.device), "backbone": loaded.origin, "start_step": start}
+            for line in run.differences(settings.to_dict()):
+                progress.say(line)
             run.begin("patch", science, settings.to_dict(), facts | digests)
             trainer.train(progress, again_command())
             refuse_changed_backbone(loaded)

@@ -90,6 +90,8 @@ def pretrain(settings: Settings, progress: Progress) -> Report:
         done = start >= settings.train.iters
         if not done:
             session = {"device": str(accelerator.device), "data_fingerprint": source.fingerprint, "start_step": start}
+            for line in run.differences(settings.to_dict()):
+                progress.say(line)
             run.begin("pretrain", science, settings.to_dict(), session | facts)
             trainer.train(progress, again_command())
         newest = checkpoint.complete(run.checkpoints)[-1]

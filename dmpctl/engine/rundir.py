@@ -79,6 +79,13 @@ class RunDir:
                 raise UsageError(f"{self.path} was made by dmpctl {before['command']}, not {command}", "name another --run")
             self._refuse_other_science(before["science"], dict(science))
 
+    def differences(self, settings: Mapping[str, Any]) -> list[str]:
+        """What a resume asks for otherwise than the run did before: `save_every: 500 before, 50 now`."""
+        if not (self.path / "config.json").is_file():
+            return []
+        old, new = _flat(self.config()["settings"]), _flat(json.loads(json.dumps(settings)))
+        return [f"{key}: {old.get(key)} before, {new[key]} now" for key in new if old.get(key) != new[key]]
+
     def begin(self, command: str, science: Mapping[str, Any], settings: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
         """Record what the run is asked to do from now on, and the facts of this session."""
         value = {"schema_version": SCHEMA_VERSION, "command": command, "science": science, "settings": settings}
@@ -127,6 +134,11 @@ class RunDir:
             return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []
         except json.JSONDecodeError as error:
             raise IntegrityError(f"{path} is not valid JSON lines ({error})") from None
+
+
+def _flat(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without their sections: names are unique across them."""
+    return {key: value for section in sections.values() for key, value in section.items()}
 
 
 def _step_of(line: str) -> float:

@@ -8,7 +8,6 @@ import torch
 from dmpctl.errors import Interrupted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-PREEMPTED = 75  # exit code after SIGUSR1, by which schedulers give notice: the job may be put back into the queue
 
 
 class Stop:
@@ -41,7 +40,4 @@ class Stop:
 
 def interrupted(number: int, where: str, hint: str) -> Interrupted:
     """The failure to raise after saving; `where` says how far it came: `saved at step 8`."""
-    failure = Interrupted(f"stopped by {signal.Signals(number).name}, {where}", number, hint)
-    if number == signal.SIGUSR1:
-        failure.exit_code = PREEMPTED
-    return failure
+    return Interrupted(f"stopped by {signal.Signals(number).name}, {where}", number, hint)

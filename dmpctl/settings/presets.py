@@ -31,7 +31,7 @@ DMP: dict[str, Any] = {
 DIGITS: dict[str, Any] = {
     "iters": 2_000,
     "batch_size": 128,
-    "prompt_lr": 1e-3,
+    "prompt_lr": 1e-2,
     "gate_lr": 1e-3,
     "balance": "shazeer",
     "importance_weight": 0.01,

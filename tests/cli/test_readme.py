@@ -24,7 +24,9 @@ def test_readme_opens_with_the_two_commands() -> None:
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:
     script = (ROOT / ".ci" / "run").read_text("utf-8")
-    lines = [line.replace("--quiet --disable-pip-version-check ", "") for line in script.splitlines() if not line.startswith("stage")]
+    lines = [
+        line.replace("--quiet --disable-pip-version-check ", "") for line in script.splitlines() if not line.startswith("stage")
+    ]
     assert all(part.strip() in lines for part in BLOCKS[1].strip().split("&&"))
 
 

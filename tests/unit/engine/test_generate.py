@@ -2,7 +2,6 @@ import json
 import os
 import signal
 import zipfile
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -104,19 +103,6 @@ def test_an_interrupted_folder_goes_on(run, tmp_path, number):
         assert (folder / name).read_bytes() == (tmp_path / "all" / name).read_bytes()
 
 
-@pytest.mark.parametrize("length", range(0, 90, 6))
-def test_a_png_that_is_cut_off_is_no_png(tmp_path, length):
-    path = tmp_path / "x.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)).save(path)
-    assert generate.is_png(path)
-    data = path.read_bytes()
-    assert len(data) > 120
-    path.write_bytes(data[:length])
-    assert not generate.is_png(path)
-    path.write_bytes(data[:length] + b"\xff" + data[length + 1 :])
-    generate.is_png(path)  # whatever the bytes: an answer
-
-
 def test_images_made_in_another_way_are_refused(run, tmp_path):
     out = tmp_path / "images"
     sample(run, out=out)
@@ -177,22 +163,6 @@ def test_npz_in_the_layout_of_adm(run, count):
     assert zipfile.ZipFile(folder / f"{count}.npz").testzip() is None
 
 
-def test_npz_streams_one_batch_at_a_time(tmp_path):
-    """A batch is on its way to the disk before the next is made."""
-    sizes = []
-
-    def batches():
-        for number in range(4):
-            sizes.append(os.path.getsize(tmp_path / ".x.npz"))
-            yield torch.full((100, 3, 8, 8), number, dtype=torch.uint8)
-
-    generate.write_npz(tmp_path / "x.npz", batches(), 400)
-    assert all(later - earlier > 10_000 for earlier, later in pairwise(sizes[1:]))
-    array = np.load(tmp_path / "x.npz", allow_pickle=False)["arr_0"]
-    assert array.shape == (400, 8, 8, 3)
-    assert [int(array[100 * number].mean()) for number in range(4)] == [0, 1, 2, 3]
-
-
 def test_an_interrupted_npz_leaves_the_old_one(run):
     sample(run, image_format="npz")
     path = run / "samples" / "0000006-ddim-3-cfg1" / "7.npz"
@@ -216,24 +186,3 @@ def test_class_conditional_images(backbone, tmp_path):
     assert json.loads((tmp_path / "threes" / "samples.json").read_text())["label"] == 3
     with pytest.raises(UsageError, match="made with another label"):
         sample(backbone, out=tmp_path / "threes", image_label=4)
-
-
-@pytest.mark.parametrize(("count", "channels"), [(1, 1), (8, 3), (9, 1), (64, 3)])
-def test_a_contact_sheet_shows_every_image(count, channels):
-    images = [torch.full((channels, 8, 8), 20 + 3 * k, dtype=torch.uint8) for k in range(count)]
-    sheet = generate.contact_sheet(images, columns=8, side=24)
-    assert sheet.mode == "RGB"
-    cell = 24 + 4
-    assert sheet.size == (min(8, count) * cell + 4, -(-count // 8) * cell + 4)
-    for k in range(count):
-        row, column = divmod(k, 8)
-        assert sheet.getpixel((column * cell + 16, row * cell + 16)) == (20 + 3 * k,) * 3
-
-
-def test_images_come_back_from_png(tmp_path):
-    images = torch.randint(0, 256, (2, 3, 5, 5), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    generate.write_pngs(tmp_path, [8, 3], images)
-    generate.write_pngs(tmp_path, [1], images[:1, :1])
-    assert sorted(os.listdir(tmp_path)) == ["000001.png", "000003.png", "000008.png"]
-    assert torch.equal(generate.read_png(tmp_path / "000003.png"), images[1])
-    assert torch.equal(generate.read_png(tmp_path / "000001.png"), images[0, :1])

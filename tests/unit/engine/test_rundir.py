@@ -176,3 +176,11 @@ def test_provenance_has_one_entry_per_session(tmp_path, monkeypatch):
     assert sessions[0]["argv"] == ["dmpctl", "patch", "--iters", "5"]
     assert sessions[0]["versions"]["torch"] == version_of("torch")
     assert version_of("no-such-package") == "not installed"
+
+
+def test_a_resume_says_what_is_asked_for_otherwise(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    assert run.differences({"save": {"save_every": 5}}) == []
+    with run:
+        run.begin("patch", {}, {"save": {"save_every": 5, "keep_last": 3}}, {})
+    assert run.differences({"save": {"save_every": 7, "keep_last": 3}}) == ["save_every: 5 before, 7 now"]

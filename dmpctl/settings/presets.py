@@ -29,7 +29,7 @@ DMP: dict[str, Any] = {
 
 # For the bundled backbone: 8x8 digits on one core in minutes.
 DIGITS: dict[str, Any] = {
-    "iters": 2_000,
+    "iters": 4_000,
     "batch_size": 128,
     "prompt_lr": 1e-2,
     "gate_lr": 1e-3,

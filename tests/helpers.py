@@ -12,19 +12,25 @@ import numpy as np
 from PIL import Image
 
 import dmpctl
+from dmpctl.backbones.dit import DiT
 from dmpctl.cli.console import Silent
 from dmpctl.data.bundled import Digits
+from dmpctl.engine.build import load_backbone
 from dmpctl.engine.patch import patch
 from dmpctl.engine.pictures import write_pngs
 from dmpctl.engine.pretrain import pretrain
 from dmpctl.files import read_tensors, sha256_of
+from dmpctl.methods.dmp import dmp_shape
 from dmpctl.settings.layers import resolve
 from dmpctl.settings.model import Settings
+from dmpctl.settings.sections import Base, Dmp
 from dmpctl.types import Report
 
 SOURCE = Path(dmpctl.__file__).parents[1]
 SMALL = {"iters": 6, "batch_size": 8, "log_every": 1, "save_every": 3, "keep_last": 5, "cpu": True}
 SHAPE = {"hidden_size": 16, "depth": 2, "num_heads": 2}
+BUNDLED = load_backbone(Base()).model.config  # whatever shape it has: no test knows its numbers
+BUNDLED_PATCH = dmp_shape(DiT(BUNDLED).spec, Dmp())
 TIMING = ("steps_per_sec", "images_per_sec", "data_wait", "peak_memory_mib")
 
 

@@ -19,7 +19,7 @@ from dmpctl.engine.train import Trainer
 from dmpctl.errors import IntegrityError, Interrupted
 from dmpctl.files import sha256_of
 from dmpctl.settings.sections import Base, Dmp
-from tests.helpers import SHAPE, SMALL, files, patch_run, pretrain_run, same_but_time, settings_for, tensors_of, tree
+from tests.helpers import BUNDLED, SHAPE, SMALL, files, patch_run, pretrain_run, same_but_time, settings_for, tensors_of, tree
 
 CPU = torch.device("cpu")
 PUBLISHED = ("patch.safetensors", "backbone.safetensors")
@@ -173,7 +173,7 @@ def test_4_a_signal_in_the_middle_changes_nothing(tmp_path, straight, number):
     with pytest.raises(Interrupted, match="saved at step 5") as failure:
         patch.patch(settings, Cut(5, number))
     assert failure.value.exit_code == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 75}[number]
-    assert failure.value.hint.startswith("go on with: dmpctl ")
+    assert failure.value.hint.startswith("go on with: dmpctl")
     assert not (tmp_path / "run" / "patch.safetensors").exists()
     patch.patch(settings, Silent())
     same_run(tmp_path / "run", straight)
@@ -256,11 +256,12 @@ def test_5_a_saved_patch_has_the_keys_of_the_method(finished):
 
 def test_6_another_backbone_is_refused_by_what_differs(tmp_path, finished):
     """The same shape with other weights, another schedule, another size: each by its name."""
-    same = {"hidden_size": 32, "depth": 4, "num_heads": 4, "iters": 1}
+    depth = BUNDLED.depth
+    same = {"hidden_size": BUNDLED.hidden_size, "depth": depth, "num_heads": BUNDLED.num_heads, "iters": 1}
     for name, more, sentence in (
         ("weights", {}, "another backbone: sha256 "),
         ("schedule", {"schedule": "cosine"}, "with schedule "),
-        ("depth", {"depth": 3}, "with sites 4, this one has 3"),
+        ("depth", {"depth": depth + 1}, f"with sites {depth}, this one has {depth + 1}"),
         ("channels", {"channels": 3}, "with latent shape "),
     ):
         pretrain_run(tmp_path / name, **same | more)

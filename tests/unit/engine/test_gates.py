@@ -10,7 +10,7 @@ from dmpctl.cli.console import Silent
 from dmpctl.engine import gates
 from dmpctl.engine.patched import load_patch
 from dmpctl.errors import MissingError, UsageError
-from tests.helpers import copied, files, patch_run, settings_for
+from tests.helpers import BUNDLED, copied, files, patch_run, settings_for
 
 
 def figures(weights: torch.Tensor, site: int = 0) -> gates.SiteGates:
@@ -79,7 +79,7 @@ def test_a_fresh_patch_is_uniform(tmp_path):
     patch_run(tmp_path / "run", iters=1, prompt_lr=1e-12, gate_lr=1e-12)
     report = gates.inspect(settings_for("inspect-gates", plot=False), tmp_path / "run", Silent())
     assert report.lines[0].startswith("uniform: the gate has not learned")
-    assert [site["effective"] for site in report.data["sites"]] == pytest.approx([16] * 4)
+    assert [site["effective"] for site in report.data["sites"]] == pytest.approx([16] * BUNDLED.depth)
 
 
 def test_what_is_written(finished, tmp_path):
@@ -91,8 +91,8 @@ def test_what_is_written(finished, tmp_path):
     assert (found["schema_version"], found["step"], found["prompts"]) == (1, 6, 16)
     assert found["timesteps"] == [0, 166, 333, 500, 666, 832, 999]
     weights = torch.tensor(found["gates"])
-    assert weights.shape == (4, 7, 16)
-    torch.testing.assert_close(weights.sum(-1), torch.ones(4, 7))
+    assert weights.shape == (BUNDLED.depth, 7, 16)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(BUNDLED.depth, 7))
     with Image.open(run / "gates" / "0000006.png") as picture:
         picture.load()
     assert len(report.table) == 4

@@ -8,7 +8,7 @@ from dmpctl.engine.patched import backbone_digest, lasting_name, load_patch, loa
 from dmpctl.errors import IntegrityError, MissingError
 from dmpctl.files import read_json, read_tensors, sha256_of, write_json, write_tensors
 from dmpctl.settings.sections import Base
-from tests.helpers import copied, flip
+from tests.helpers import BUNDLED, copied, flip
 
 T = torch.tensor([10, 500, 990])
 
@@ -89,7 +89,7 @@ def test_keys_and_shapes_fit_exactly(tmp_path, finished, change, sentence):
     ("path", "value", "sentence"),
     [
         (("backbone", "latent_shape"), [1, 16, 16], r"latent shape \[1, 16, 16\], this one has \[1, 8, 8\]"),
-        (("backbone", "sites"), 12, "sites 12, this one has 4"),
+        (("backbone", "sites"), 12, "sites 12, this one has "),
         (("backbone", "schedule"), {"kind": "cosine", "steps": 1000}, "schedule .*cosine.*this one has .*linear"),
         (("backbone", "sha256"), "0" * 64, "another backbone: sha256 0000000000000000, this one is [0-9a-f]{16}"),
         (("schema_version",), 2, "schema_version 2"),
@@ -124,7 +124,7 @@ def test_a_patch_says_all_that_is_needed(tmp_path, finished, key):
 
 def test_another_backbone_may_be_named_and_is_refused(finished, conditional):
     assert load_patch(finished, Base()).backbone.digest == load_backbone(Base()).digest
-    with pytest.raises(IntegrityError, match="was trained on a backbone with sites 4, this one has 2"):
+    with pytest.raises(IntegrityError, match=f"was trained on a backbone with sites {BUNDLED.depth}, this one has 2"):
         load_patch(finished, Base(base=str(conditional)))
 
 
@@ -141,7 +141,8 @@ def test_names_mean_the_same_from_another_folder(tmp_path, monkeypatch):
 def test_patch_json_is_small_and_complete(finished):
     about = read_json(finished / "patch.json", 1)
     assert about["sha256"] == sha256_of(finished / "patch.safetensors")
-    assert about["shape"] == {"sites": 4, "prompts": 16, "width": 32, "kept": 16}
-    assert about["added_parameters"] == 4 * 16 * 32 + 33 * 16 + 16
+    sites, width = BUNDLED.depth, BUNDLED.hidden_size
+    assert about["shape"] == {"sites": sites, "prompts": 16, "width": width, "kept": 16}
+    assert about["added_parameters"] == sites * 16 * width + (width + 1) * 16 + 16
     assert (about["weights"], about["step"], about["data"]["name"]) == ("raw", 6, "digits")
     assert about["method"]["prompt_lr"] == 0.05

@@ -7,6 +7,7 @@ import pytest
 
 from dmpctl.errors import MissingError, UsageError
 from dmpctl.settings.layers import resolve
+from dmpctl.settings.presets import PRESETS
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def test_precedence_of_all_layers(monkeypatch, toml):
         return resolved.settings.train.iters, resolved.origins["iters"]
 
     assert value({}) == (50_000, "default")
-    assert value({"preset": "digits"}) == (2_000, "preset digits")
+    assert value({"preset": "digits"}) == (PRESETS["digits"]["iters"], "preset digits")
     shared = toml("iters = 3\n")
     assert value({"preset": "digits"}, shared) == (3, f"{shared}: iters")
     table = toml("iters = 3\n[patch]\niters = 4\n[pretrain]\niters = 5\n", "y.toml")

@@ -57,7 +57,7 @@ def compare(
         "backbone": asdict(found.b),
         "patched": asdict(found.a),
         "difference": {"value": found.value, "standard_error": found.standard_error, "p_value": found.p_value},
-        "noise_floor": noise_floor(real, seed).value,
+        "noise_floor": noise_floor(real, settings.evaluate.eval_images, seed),
         "paired_loss": asdict(loss),
         "verdict": distance_verdict(found.value, found.standard_error),
         "paired_loss_verdict": loss_verdict(loss.difference, loss.standard_error, loss.images),
@@ -89,7 +89,7 @@ def table(figures: Mapping[str, Any]) -> tuple[dict[str, str], ...]:
             _with_error(**_value(gain), digits=4, sign="+"),
             _with_error(loss["difference"], loss["standard_error"], 6, "+"),
         ),
-        ("noise floor (real images, half against half)", f"{figures['noise_floor']:.4f}", ""),
+        ("noise floor (as many real images)", f"{figures['noise_floor']:.4f}", ""),
     )
     column = f"Fréchet distance (pixels, {figures['protocol']['images']} images)"
     return tuple({"": name, column: distance, "paired loss": value} for name, distance, value in rows)

@@ -160,14 +160,11 @@ def verdict(difference: float, standard_error: float, confidence: float = CONFID
     return "improved" if z < 0 else "worse"
 
 
-def noise_floor(features: Tensor, seed: int) -> FidEstimate:
-    """FID of one random half of real features [N, D] to the other: what a perfect generator of N/2 images would score."""
-    if len(features) < 4:
-        raise UsageError(f"two halves need at least 4 feature vectors, found {len(features)}", "use more images")
+def noise_floor(features: Tensor, count: int, seed: int) -> float:
+    """FID of `count` real images, drawn with replacement, to all of them [N, D]: a perfect generator would score this."""
     generator = torch.Generator().manual_seed(seed_of(seed, "noise floor"))
-    order = torch.randperm(len(features), generator=generator).to(features.device)
-    half = len(features) // 2
-    return features_to_fid(features[order[:half]], features_to_moments([features[order[half:]]]))
+    drawn = features[torch.randint(len(features), (count,), generator=generator).to(features.device)]
+    return moments_to_fid(features_to_moments([drawn]), features_to_moments([features]))
 
 
 def _distance(a: Factor, b: Factor, singular_values: Tensor) -> float:

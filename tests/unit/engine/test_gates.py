@@ -95,7 +95,7 @@ def test_what_is_written(finished, tmp_path):
     torch.testing.assert_close(weights.sum(-1), torch.ones(BUNDLED.depth, 7))
     with Image.open(run / "gates" / "0000006.png") as picture:
         picture.load()
-    assert len(report.table) == 4
+    assert len(report.table) == BUNDLED.depth
 
 
 def test_the_gates_are_those_of_the_model(finished, tmp_path):

@@ -31,8 +31,8 @@ def backbone_at(checkpoint: Path) -> Patched:
     """The averaged backbone of one checkpoint."""
     about = read_json(checkpoint / "backbone.json")
     tensors, _ = read_tensors(checkpoint / "backbone.safetensors")
-    model = dit_from(Weights(tensors, "a checkpoint", DiTConfig(**about["config"]), ScheduleSpec(**about["schedule"])))
-    freeze(model)
+    weights = Weights(tensors, "a checkpoint", DiTConfig(**about["config"]), ScheduleSpec(**about["schedule"]))
+    model = freeze(dit_from(weights))
     return Patched(Loaded(model, digest_of(tensors), str(checkpoint), "digits"), None, {})
 
 

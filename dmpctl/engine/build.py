@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import assert_never
+from typing import TypeVar, assert_never
 
 import torch
 from torch import nn
@@ -34,7 +34,10 @@ class Loaded:
         return self.model.spec
 
 
-def freeze(model: nn.Module) -> nn.Module:
+M = TypeVar("M", bound=nn.Module)
+
+
+def freeze(model: M) -> M:
     """Eval mode, no gradients: a backbone is never anything else."""
     return model.eval().requires_grad_(False)
 
@@ -46,8 +49,7 @@ def load_backbone(base: Base) -> Loaded:
     """
     path, heads = backbone_file(base)
     weights = read_weights(path)
-    model = dit_from(weights, heads)
-    freeze(model)
+    model = freeze(dit_from(weights, heads))
     return Loaded(model, digest_of(model.state_dict()), f"{path} ({weights.taken})", weights.data)
 
 

@@ -3,7 +3,7 @@
 import zipfile
 import zlib
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -58,8 +58,9 @@ def fid(settings: Settings, what: str, progress: Progress) -> Report:
     device, options = resolve_device(settings.launch), settings.fid
     path = Path(what).expanduser()
     model = load_result(path) if (path / "config.json").is_file() or (path / "patch.json").is_file() else None
-    shape, count = _shape_and_count(path, model, options)
-    reference_name = options.reference or (reference_of(path, model) if model else None)
+    images = measured(path, model, settings, device, progress)
+    shape, count = images.shape, images.count
+    reference_name = options.reference or (reference_of(model) if model else None)
     if reference_name is None:
         raise UsageError(f"nothing says what to compare {what} with", "add --reference digits or --reference DIR")
     source = open_source(Data(data=reference_name), shape[1], shape[0])
@@ -72,8 +73,8 @@ def fid(settings: Settings, what: str, progress: Progress) -> Report:
             (f"would compare {count} images", "dry run: nothing was written"),
         )
     reference = features_to_moments([extract(extractor, images_of(source))])
-    batches = _images(path, model, count, settings, device, progress, shape)
-    estimate = features_to_fid(extract(extractor, batches), reference, debias=count > max(extractor.width, 2 * GROUPS - 1))
+    debias = count > max(extractor.width, 2 * GROUPS - 1)
+    estimate = features_to_fid(extract(extractor, images.batches), reference, debias=debias)
     name = metric_name(extractor, estimate.n)
     data = {
         "schema_version": SCHEMA_VERSION,
@@ -119,7 +120,7 @@ def _metrics_file(run: Path, name: str, model: Patched, settings: Settings) -> P
     )
 
 
-def reference_of(run: Path, model: Patched) -> str | None:
+def reference_of(model: Patched) -> str | None:
     """The images a run was trained on, by a name that opens them; None if it does not say."""
     if model.about:
         return str(model.about["data"]["name"])
@@ -165,35 +166,31 @@ def _warnings(estimate: FidEstimate, extractor: Extractor) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def _shape_and_count(path: Path, model: Patched | None, options: Fid) -> tuple[tuple[int, int, int], int]:
-    """(C, H, W) of the images of WHAT, and how many will be compared."""
+@dataclass(frozen=True)
+class Measured:
+    """The images of WHAT: (C, H, W) of one, how many will be compared, and batches that are made or read when asked for."""
+
+    shape: tuple[int, int, int]
+    count: int
+    batches: Iterable[Tensor]
+
+
+def measured(path: Path, model: Patched | None, settings: Settings, device: torch.device, progress: Progress) -> Measured:
+    """Open WHAT once: a run, a folder of images or an npz; MissingError where it is none of them."""
+    most = settings.fid.max_images
     if model is not None:
-        return model.backbone.spec.latent_shape, options.max_images
+        sampled = (images for _, images in in_batches(model, range(most), settings.sampling, device, progress))
+        return Measured(model.backbone.spec.latent_shape, most, sampled)
     if path.is_dir():
         folder = ImageFolder(path)
         channels, height, width = folder.item(0)[0].shape
-        return (channels, height, width), min(len(folder), options.max_images)
+        return Measured((channels, height, width), min(len(folder), most), images_of(folder, most))
     if path.suffix == ".npz" and path.is_file():
-        n, height, width, channels = _npz_images(path).shape
-        return (channels, height, width), min(n, options.max_images)
+        array = _npz_images(path)[:most]
+        n, height, width, channels = array.shape
+        batches = (torch.from_numpy(np.ascontiguousarray(array[i : i + 256])).permute(0, 3, 1, 2) for i in range(0, n, 256))
+        return Measured((channels, height, width), n, batches)
     raise MissingError(f"{path} is no run, no folder of images and no .npz file", "name a run, such as runs/digits")
-
-
-def _images(
-    path: Path,
-    model: Patched | None,
-    count: int,
-    settings: Settings,
-    device: torch.device,
-    progress: Progress,
-    shape: tuple[int, int, int],
-) -> Iterable[Tensor]:
-    if model is not None:
-        return (images for _, images in in_batches(model, range(count), settings.sampling, device, progress))
-    if path.is_dir():
-        return images_of(ImageFolder(path, shape[1], shape[0]), count)
-    array = _npz_images(path)
-    return (torch.from_numpy(np.ascontiguousarray(array[i : i + 256])).permute(0, 3, 1, 2) for i in range(0, count, 256))
 
 
 def _npz_images(path: Path) -> "np.ndarray[Any, np.dtype[np.uint8]]":

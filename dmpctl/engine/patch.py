@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dmpctl.backbones.dit import DiT
 from dmpctl.engine import checkpoint, compare
@@ -75,14 +74,8 @@ def patch(settings: Settings, progress: Progress) -> Report:
 
 
 def _subject(loaded: Loaded, module: DmpPatch, described: Mapping[str, Any]) -> Subject:
-    predict = partial(_predict, loaded.model, module.time_only)
+    predict = partial(predict_patched, loaded.model, module.time_only)
     return Subject("patch", module, module.param_groups(), predict, module.penalty, module.noise_shape(), described)
-
-
-def _predict(
-    backbone: DiT, time_only: bool, module: torch.nn.Module, x_t: Tensor, t: Tensor, cond: Tensor | None, noise: Tensor | None
-) -> Any:
-    return predict_patched(backbone, module, time_only, x_t, t, cond, noise)
 
 
 def refuse_changed_backbone(loaded: Loaded) -> None:

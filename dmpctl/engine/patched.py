@@ -31,8 +31,8 @@ NEEDED = {  # in patch.json, to use the patch
 
 def predict_patched(
     backbone: Backbone,
-    plan: nn.Module,
     time_only: bool,
+    plan: nn.Module,
     x_t: Tensor,
     t: Tensor,
     cond: Tensor | None,
@@ -55,7 +55,7 @@ class Patched:
         """Prediction [B, C or 2C, H, W], without gate noise."""
         if self.patch is None:
             return self.backbone.model.denoise(x, t, cond)
-        return predict_patched(self.backbone.model, self.patch, self.patch.time_only, x, t, cond)[0]
+        return predict_patched(self.backbone.model, self.patch.time_only, self.patch, x, t, cond)[0]
 
     def to(self, device: torch.device) -> "Patched":
         """Both parts on `device`."""

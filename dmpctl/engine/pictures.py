@@ -5,7 +5,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 import torch
@@ -88,7 +88,7 @@ def write_npz(path: Path, batches: Iterator[Tensor], count: int) -> None:
             zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
             archive.open("arr_0.npy", "w", force_zip64=True) as file,
         ):
-            _write_array(file, batches, count)  # type: ignore[arg-type]  # a zip member is a binary file
+            _write_array(file, batches, count)
         with writing(path):
             temporary.replace(path)
     finally:
@@ -96,7 +96,7 @@ def write_npz(path: Path, batches: Iterator[Tensor], count: int) -> None:
             temporary.unlink()
 
 
-def _write_array(file: BinaryIO, batches: Iterator[Tensor], count: int) -> None:
+def _write_array(file: IO[bytes], batches: Iterator[Tensor], count: int) -> None:
     for number, images in enumerate(batches):
         colour = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()
         if number == 0:

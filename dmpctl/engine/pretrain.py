@@ -18,6 +18,7 @@ from dmpctl.engine.patched import lasting_name
 from dmpctl.engine.rundir import RunDir
 from dmpctl.engine.train import Subject, Trainer
 from dmpctl.errors import UsageError
+from dmpctl.files import read_tensors
 from dmpctl.rng import seed_of
 from dmpctl.settings.model import Settings
 from dmpctl.types import Progress, Report, Routing, ScheduleSpec, Source
@@ -109,8 +110,6 @@ def _planned(config: DiTConfig, facts: dict[str, Any], path: Path) -> Report:
 
 
 def _finished(run: RunDir, config: DiTConfig, facts: dict[str, Any], seconds: float, step: int, how: str) -> Report:
-    from dmpctl.files import read_tensors
-
     digest = digest_of(read_tensors(run.path / "backbone.safetensors")[0])
     data = {
         "run": str(run.path),

@@ -51,7 +51,7 @@ class Case:
         return None if shape is None else torch.randn(BATCH, *shape, generator=torch.Generator().manual_seed(seed))
 
     def predict(self, patch: nn.Module | None = None) -> Tensor:
-        return predict_patched(self.backbone, patch or self.patch, self.patch.time_only, X, T, Y)[0]
+        return predict_patched(self.backbone, self.patch.time_only, patch or self.patch, X, T, Y)[0]
 
 
 X = torch.randn(BATCH, 2, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -104,7 +104,7 @@ def test_training_changes_the_patch_and_never_the_backbone(case):
     start = case.predict(patch)
     optimizer = torch.optim.AdamW(patch.param_groups(), weight_decay=0.0)
     for step in range(4):
-        prediction, routing = predict_patched(case.backbone, patch, patch.time_only, X, T, Y, case.noise(step))
+        prediction, routing = predict_patched(case.backbone, patch.time_only, patch, X, T, Y, case.noise(step))
         loss = (prediction[:, :2] - target).square().mean() + sum(patch.penalty(routing).values())
         optimizer.zero_grad()
         loss.backward()

@@ -40,7 +40,7 @@ def test_1_a_zero_patch_is_its_backbone_bit_for_bit(noisy, method):
     x, t = noise(32, *loaded.spec.latent_shape), torch.arange(0, 992, 31)
     gate_noise = noise(32, *fresh.noise_shape()) if noisy else None
     plain = loaded.model.denoise(x, t, None)
-    found, routing = predict_patched(loaded.model, fresh, fresh.time_only, x, t, None, gate_noise)
+    found, routing = predict_patched(loaded.model, fresh.time_only, fresh, x, t, None, gate_noise)
     assert torch.equal(found, plain)
     spread = routing.gates.std(dim=1).max()
     assert spread > 0 if noisy else spread == 0  # the noise did reach the gates
@@ -50,7 +50,7 @@ def test_1_for_a_conditional_backbone_too(conditional):
     loaded = load_backbone(Base(base=str(conditional)))
     fresh = build_patch(loaded.spec, Dmp())
     x, t, y = noise(11, 1, 8, 8), torch.arange(11) * 90, torch.arange(11)
-    found, _ = predict_patched(loaded.model, fresh, fresh.time_only, x, t, y, noise(11, *fresh.noise_shape()))
+    found, _ = predict_patched(loaded.model, fresh.time_only, fresh, x, t, y, noise(11, *fresh.noise_shape()))
     assert torch.equal(found, loaded.model.denoise(x, t, y))
 
 

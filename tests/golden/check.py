@@ -172,7 +172,7 @@ class Golden:
 
     def _predict(self, x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
         """The patched model's prediction, by the very function that trains and samples."""
-        return predict_patched(self.backbone, self.patch, self.patch.time_only, x, t, cond)[0]
+        return predict_patched(self.backbone, self.patch.time_only, self.patch, x, t, cond)[0]
 
     @cached_property
     def _gates(self) -> Tensor:

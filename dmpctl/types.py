@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, D width, L patched sites, N prompts, C/H/W channels, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Prediction = Literal["epsilon"]
+Unit = Literal["it", "B"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,11 @@ class Backbone(Protocol):
     @property
     def spec(self) -> BackboneSpec: ...
 
+    @property
+    def linears(self) -> Mapping[str, tuple[str, ...]]:
+        """Linear layers by what they are for (`qkv`, `proj`, `mlp`): how the names of their modules end."""
+        ...
+
     def embed(self, t: Tensor, cond: Tensor | None) -> Tensor:
         """Conditioning vector c [B, D] of timesteps t [B] and `cond` (None: an unconditional backbone)."""
         ...
@@ -87,10 +94,15 @@ class Routing:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one conditioning batch asks of the backbone. `routing` is None for a method without gates."""
+    """What one conditioning batch asks of the backbone.
 
-    edit: Edit
+    `edit` None leaves the tokens alone; `routing` is None for a method without gates; `backbone` is the one with changed
+    weights to run instead, None for the frozen one itself.
+    """
+
+    edit: Edit | None = None
     routing: Routing | None = None
+    backbone: Backbone | None = None
 
 
 class Patch(Protocol):
@@ -103,6 +115,15 @@ class Patch(Protocol):
     @property
     def time_only(self) -> bool:
         """Whether `plan` wants the timestep's share of the conditioning alone (`Backbone.embed_time`)."""
+        ...
+
+    @property
+    def added(self) -> int:
+        """Numbers that the patch adds, as the paper counts them: what is needed after training."""
+        ...
+
+    def merged(self) -> dict[str, Tensor] | None:
+        """The backbone's state dict with this patch folded in; None where the patch is no change of weights."""
         ...
 
     def noise_shape(self) -> tuple[int, ...] | None:
@@ -132,6 +153,16 @@ class Codec(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over what latents and pixels are made with."""
+        ...
+
+    @property
+    def scale(self) -> float:
+        """What raw latents are multiplied by; `encode` and `decode` speak of scaled ones."""
+        ...
+
     def latent_shape(self, channels: int, size: int) -> tuple[int, int, int]: ...
 
     def encode(self, images: Tensor) -> Moments: ...
@@ -140,7 +171,10 @@ class Codec(Protocol):
 
 
 class Source(Protocol):
-    """A finite list of images. Item i never changes: uint8 [C, S, S] and a label (0 without classes)."""
+    """A finite list of images. Item i never changes: uint8 [C, S, S] and a label (0 without classes).
+
+    Where images are encoded already (`data.latents`) an item is their moments instead, floating [2C, h, w].
+    """
 
     @property
     def name(self) -> str: ...
@@ -204,7 +238,9 @@ class Report:
 class Progress(Protocol):
     """Carries events from the engine up to whatever shows them."""
 
-    def track(self, what: str, total: int, start: int = 0) -> ProgressTask: ...
+    def track(self, what: str, total: int, start: int = 0, unit: Unit = "it") -> ProgressTask:
+        """A piece of work of `total` steps (0: not known), or bytes with the unit B."""
+        ...
 
     def say(self, message: str) -> None:
         """One line of talk (stderr)."""

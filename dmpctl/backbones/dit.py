@@ -4,7 +4,7 @@ Its only addition: `denoise` takes `edit(site, tokens) -> tokens`, called on the
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -225,6 +225,11 @@ class DiT(nn.Module):
             null_class=c.num_classes if c.num_classes and c.null_class else None,
             parameters=c.parameters(),
         )
+
+    @property
+    def linears(self) -> Mapping[str, tuple[str, ...]]:
+        """Ends of the names of the linear layers inside the blocks, by what they are for."""
+        return {"qkv": ("attn.qkv",), "proj": ("attn.proj",), "mlp": ("mlp.fc1", "mlp.fc2")}
 
     def embed(self, t: Tensor, cond: Tensor | None) -> Tensor:
         """c = t_emb + y_emb [B, D]; an unconditional model adds its single row of the label table.

@@ -4,21 +4,23 @@ import hashlib
 import json
 import pickle
 import re
-from argparse import Namespace
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from dmpctl.backbones.dit import SHAPES, DiT, DiTConfig
+from dmpctl.backbones.foreign import INERT_GLOBALS, Scalar, said_by
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.files import read_tensors, write_tensors
 from dmpctl.types import ScheduleSpec
 
-WRAPPERS = ("ema", "model", "state_dict")  # in this order: an average is what one samples from
+AVERAGE, LAST = ("ema",), ("model", "state_dict")  # entries of a checkpoint; an average is what one samples from
+PATCH = "dmpctl.patch"  # metadata of a file that holds a patch beside its backbone
+CODEC = ("name", "fingerprint", "scale")  # what is stored of the codec
 PREFIXES = ("module.", "_orig_mod.")
 HEADS = {width: heads for width, _, heads in SHAPES.values()}
 
@@ -28,6 +30,8 @@ class Weights:
     """A state dict in the published layout. `taken` says which part of the file it came from.
 
     `config`, `schedule`, `data`: what the file says of itself; None where it does not (other people's files).
+    `codec`: name, fingerprint and scale of the codec whose latents it denoises; None where the file does not say.
+    `said`: the plain values of the config that other people's files carry, by dotted path.
     """
 
     tensors: dict[str, Tensor]
@@ -35,6 +39,8 @@ class Weights:
     config: DiTConfig | None = None
     schedule: ScheduleSpec | None = None
     data: str | None = None
+    said: Mapping[str, Scalar] = field(default_factory=dict)
+    codec: Mapping[str, Any] | None = None
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
@@ -52,42 +58,73 @@ def save_dit(path: Path, tensors: Mapping[str, Tensor], config: DiTConfig, sched
     return write_tensors(path, tensors, dit_metadata(config, schedule, data))
 
 
-def dit_metadata(config: DiTConfig, schedule: ScheduleSpec, data: str | None) -> dict[str, str]:
-    """safetensors metadata of a DiT: shape, schedule, and the data it was trained on (None: unknown)."""
+def dit_metadata(
+    config: DiTConfig, schedule: ScheduleSpec, data: str | None, codec: Mapping[str, Any] | None = None
+) -> dict[str, str]:
+    """safetensors metadata of a DiT: shape, schedule, the data it was trained on and its codec (None: unknown)."""
     value = {"schema_version": 1, "config": asdict(config), "schedule": asdict(schedule), "data": data}
+    value |= {} if codec is None else {"codec": dict(codec)}
     return {"dmpctl.dit": json.dumps(value, sort_keys=True)}
 
 
-def read_weights(path: Path) -> Weights:
+def read_weights(path: Path, which: Literal["ema", "raw"] | None = None) -> Weights:
     """Read .safetensors, or a PyTorch checkpoint (bare, or inside `ema` / `model` / `state_dict`).
 
-    MissingError if there is no such file; IntegrityError if it is corrupt or holds anything but tensors:
-    no code of a pickle is ever run.
+    `which`: the average or the last weights of a checkpoint, None: the average where there is one.
+    MissingError if there is no such file; IntegrityError if it is corrupt or holds anything but tensors and a config:
+    no code of a pickle is ever run. UsageError for weights that it does not hold, or a patch beside the backbone.
     """
     if not path.is_file():
         raise MissingError(f"there is no weights file {path}")
     if path.suffix == ".safetensors":
         tensors, metadata = read_tensors(path)
-        return _described(path, tensors, metadata)
-    tensors, taken = _unwrap(path, _unpickle(path))
-    return Weights(tensors, taken)
+        if PATCH in metadata:
+            hint = f"use the backbone alone; to take the two apart: dmpctl import {path} --run DIR"
+            raise UsageError(f"{path} holds a backbone with a patch on it, and a patch fits a backbone alone", hint)
+        if which == "ema":
+            raise _no_such(path, which)
+        return described_weights(path, tensors, metadata)
+    value = _unpickle(path)
+    tensors, taken = _unwrap(path, value, which)
+    return Weights(tensors, taken, said=said_by(value))
 
 
-def _described(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Weights:
+def is_patched(path: Path) -> bool:
+    """Whether the file holds a patch beside its backbone; reads no tensor, and leaves it to others to say what is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    try:
+        with safe_open(path, "pt") as file:
+            return PATCH in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
+def _no_such(path: Path, which: str) -> UsageError:
+    what = "average of its weights" if which == "ema" else "last weights beside their average"
+    return UsageError(f"{path} holds no {what}", "leave --weights out")
+
+
+def described_weights(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> Weights:
+    """The backbone of a safetensors file, with what its metadata says of it; IntegrityError where that cannot be read."""
     if "dmpctl.dit" not in metadata:
         return Weights(_plain_names(tensors), "the file")
     try:
         value = json.loads(metadata["dmpctl.dit"])
         if value["schema_version"] != 1:
             raise IntegrityError(f"{path} has schema_version {value['schema_version']}, this dmpctl reads 1", "upgrade dmpctl")
-        return Weights(tensors, "the file", DiTConfig(**value["config"]), ScheduleSpec(**value["schedule"]), value["data"])
+        config, schedule = DiTConfig(**value["config"]), ScheduleSpec(**value["schedule"])
+        codec = value.get("codec") and {key: value["codec"][key] for key in CODEC}
+        return Weights(tensors, "the file", config, schedule, value["data"], codec=codec)
     except (json.JSONDecodeError, KeyError, TypeError, UsageError) as error:
         raise IntegrityError(f"{path} describes itself in a way that cannot be read ({error})") from None
 
 
 def _unpickle(path: Path) -> Any:
     try:
-        with torch.serialization.safe_globals([Namespace]):  # the published training scripts store their arguments too
+        with torch.serialization.safe_globals(INERT_GLOBALS):  # the published training scripts store their settings too
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes raise anything: IndexError, struct.error, AssertionError, ...
         forbidden = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
@@ -98,12 +135,14 @@ def _unpickle(path: Path) -> Any:
         raise IntegrityError(f"{path} is not a readable checkpoint ({reason})") from None
 
 
-def _unwrap(path: Path, value: Any) -> tuple[dict[str, Tensor], str]:
+def _unwrap(path: Path, value: Any, which: Literal["ema", "raw"] | None) -> tuple[dict[str, Tensor], str]:
     taken = "the file"
-    for key in WRAPPERS:
-        if isinstance(value, dict) and isinstance(value.get(key), dict):
-            value, taken = value[key], f"its '{key}' entry"
-            break
+    held = [key for key in AVERAGE + LAST if isinstance(value, dict) and isinstance(value.get(key), dict)]
+    wanted = [key for key in held if which is None or (key in AVERAGE) == (which == "ema")]
+    if wanted:
+        value, taken = value[wanted[0]], f"its '{wanted[0]}' entry"
+    elif held or which == "ema":
+        raise _no_such(path, str(which))
     found = value if isinstance(value, dict) else {}
     if not found or not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in found.items()):
         raise IntegrityError(f"{path} holds no state dict (found {type(value).__name__})")
@@ -141,7 +180,7 @@ def infer_config(tensors: Mapping[str, Tensor], num_heads: int | None = None) ->
     if heads is None:
         raise UsageError(
             f"a DiT of width {width} is no published shape, so its number of heads is unknown",
-            "name a shape: --base DiT-S/2 --weights FILE",
+            "name a shape: --base DiT-S/2 --weights FILE, or say how many: dmpctl import FILE --num-heads N",
         )
     side = int(tokens**0.5) * patch
     return DiTConfig(
@@ -165,6 +204,7 @@ def dit_from(weights: Weights, num_heads: int | None = None, schedule: ScheduleS
         if n in found and found[n].shape != wanted[n].shape
     ]
     if wrong:
-        raise IntegrityError(f"these weights do not fit the DiT they claim to be: {'; '.join(wrong[:3])} ({len(wrong)} in all)")
+        message = f"these weights do not fit the DiT they claim to be: {'; '.join(wrong[:3])} ({len(wrong)} in all)"
+        raise IntegrityError(message, "if the file holds a patch too, take the two apart: dmpctl import FILE --run DIR")
     model.load_state_dict(found)
     return model

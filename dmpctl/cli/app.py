@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
+from keyword import iskeyword
 from typing import Annotated, Any
 
 import typer
@@ -18,16 +19,24 @@ from dmpctl.errors import DmpError, UsageError
 
 SIGINT, SIGPIPE = 130, 141  # exit codes: 128 + the signal
 
-# Each is in dmpctl/cli/<name>.py; its first line of help says the same.
+# Each is in the module that `module_of` names; its first line of help says the same.
 COMMANDS = {
     "download": "Fetch assets into the cache, each checked against its sha256.",
     "pretrain": "Train a backbone from scratch.",
     "patch": "Train a patch on a frozen backbone.",
     "sample": "Sample images with a patch, or with its backbone alone.",
     "fid": "Measure the Frechet distance to real images.",
+    "compare": "Compare variants over seeds, with tests and a plot.",
     "inspect-gates": "Show how the gates mix the prompts, per block and timestep.",
+    "import": "Take other people's checkpoints apart into a run.",
+    "export": "Write a run's result in a form for others.",
     "doctor": "Show versions, devices, caches and the offline state.",
 }
+
+
+def module_of(name: str) -> str:
+    """The module of a command: dmpctl.cli.inspect_gates, and import_ for a name that Python keeps for itself."""
+    return f"dmpctl.cli.{name.replace('-', '_')}{'_' if iskeyword(name) else ''}"
 
 
 class Lazy(Group):
@@ -42,7 +51,7 @@ class Lazy(Group):
         name, found, rest = super().resolve_command(ctx, args)
         if name is None or found is None:
             return name, found, rest
-        return name, get_command(import_module(f"dmpctl.cli.{name.replace('-', '_')}").app), rest
+        return name, get_command(import_module(module_of(name)).app), rest
 
 
 app = typer.Typer(cls=Lazy, rich_markup_mode=None, invoke_without_command=True, context_settings={"max_content_width": WIDTH})

@@ -1,6 +1,6 @@
 """From settings to things: backbone, patch, codec, source. What can fail fails here, before anything is written."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import TypeVar, assert_never
@@ -9,15 +9,21 @@ import torch
 from torch import nn
 
 from dmpctl.backbones.dit import SHAPES, DiT, DiTConfig, shape_config
-from dmpctl.backbones.dit_weights import digest_of, dit_from, read_weights
+from dmpctl.backbones.dit_weights import Weights, digest_of, dit_from, read_weights
 from dmpctl.codecs.identity import Identity
 from dmpctl.data.source import open_source
-from dmpctl.errors import MissingError, UsageError
+from dmpctl.errors import IntegrityError, MissingError, UsageError
+from dmpctl.files import read_json
 from dmpctl.methods.dmp import DmpPatch, dmp_shape
-from dmpctl.settings.sections import Base, Data, Dmp, Launch, Method
-from dmpctl.types import BackboneSpec, Codec, Source
+from dmpctl.methods.full import FullPatch
+from dmpctl.methods.lora import LoraPatch
+from dmpctl.methods.prompt_tuning import PromptPatch
+from dmpctl.methods.prompts import prompt_shape
+from dmpctl.settings.sections import Base, Data, Dmp, Full, Launch, Lora, Method, PromptTuning
+from dmpctl.types import BackboneSpec, Codec, ScheduleSpec, Source
 
 BUNDLED = {"digits": "digits-dit.safetensors"}
+PatchModule = DmpPatch | PromptPatch | LoraPatch | FullPatch
 
 
 @dataclass(frozen=True)
@@ -48,9 +54,22 @@ def load_backbone(base: Base) -> Loaded:
     UsageError for an unknown name, MissingError where weights are needed, IntegrityError where they do not fit.
     """
     path, heads = backbone_file(base)
-    weights = read_weights(path)
+    weights = described_beside(path, read_weights(path))
     model = freeze(dit_from(weights, heads))
     return Loaded(model, digest_of(model.state_dict()), f"{path} ({weights.taken})", weights.data)
+
+
+def described_beside(path: Path, weights: Weights) -> Weights:
+    """`weights`, described by the backbone.json beside them where they do not describe themselves: so in checkpoints."""
+    beside = path.parent / "backbone.json"
+    if weights.config is not None or path.name != "backbone.safetensors" or not beside.is_file():
+        return weights
+    about = read_json(beside, 1)
+    try:
+        config, schedule = DiTConfig(**about["config"]), ScheduleSpec(**about["schedule"])
+        return replace(weights, config=config, schedule=schedule, data=about["data"])
+    except (KeyError, TypeError) as error:
+        raise IntegrityError(f"{beside} does not describe the backbone beside it ({error})") from None
 
 
 def backbone_file(base: Base) -> tuple[Path, int | None]:
@@ -93,19 +112,19 @@ def planned_config(base: Base) -> DiTConfig | None:
     return shape_config(base.base) if base.weights is None else None
 
 
-def build_patch(spec: BackboneSpec, method: Method) -> DmpPatch:
-    """A fresh patch for this backbone; UsageError where the settings do not fit it."""
+def build_patch(model: DiT, method: Method) -> PatchModule:
+    """A fresh patch for this backbone, which is not changed; UsageError where the settings do not fit it."""
     match method:
         case Dmp():
-            return DmpPatch(dmp_shape(spec, method), method)
+            return DmpPatch(dmp_shape(model.spec, method), method)
+        case PromptTuning():
+            return PromptPatch(prompt_shape(model.spec, method), method)
+        case Lora():
+            return LoraPatch(model, method)
+        case Full():
+            return FullPatch(model, method)
         case _:
             assert_never(method)
-
-
-def added_parameters(spec: BackboneSpec, method: Dmp) -> tuple[int, float]:
-    """Numbers a patch adds, and their share of the backbone's in %; nothing is allocated."""
-    count = dmp_shape(spec, method).parameters()
-    return count, 100 * count / spec.parameters
 
 
 def open_data(data: Data, spec: BackboneSpec, trained_on: str | None) -> Source:

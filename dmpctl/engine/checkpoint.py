@@ -85,7 +85,7 @@ def save(
 
     trainer.json is written last and holds the sha256 of all others. UsageError where the disk is full.
     """
-    final = folder / f"step-{state.step:07d}"
+    final = folder / name_of(state.step)
     for leftover in folder.glob("step-*.tmp"):  # of a save that was killed
         shutil.rmtree(leftover, ignore_errors=True)
     temporary = make_folder(folder / f"{final.name}.tmp")
@@ -109,6 +109,11 @@ def save(
     for old in complete(folder)[:-keep]:
         shutil.rmtree(old)
     return final
+
+
+def name_of(step: int) -> str:
+    """The folder of the checkpoint of a step."""
+    return f"step-{step:07d}"
 
 
 def complete(folder: Path) -> list[Path]:

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from dmpctl.data.folder import ImageFolder
 from dmpctl.data.source import open_source
+from dmpctl.engine.assets import cached
 from dmpctl.engine.build import resolve_device
-from dmpctl.engine.fetch import cached
 from dmpctl.engine.generate import in_batches
-from dmpctl.engine.patched import Patched, load_result
+from dmpctl.engine.patched import Patched, load_result, outputs_of
 from dmpctl.engine.rundir import version_of
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.files import make_folder, write_json
@@ -31,6 +31,7 @@ from dmpctl.types import Extractor, Progress, Report, Source
 SCHEMA_VERSION = 1
 SMALL_SIDE = 32  # below it, Inception has nothing to say
 PUBLISHED_N = 50_000
+MODELS = (".safetensors", ".pt")  # files that are models, not images
 
 
 def images_of(source: Source, limit: int | None = None, batch: int = 256) -> Iterable[Tensor]:
@@ -57,7 +58,9 @@ def fid(settings: Settings, what: str, progress: Progress) -> Report:
     """Fréchet distance of a run, a folder or an npz to real images; for a run, recorded in its metrics/."""
     device, options = resolve_device(settings.launch), settings.fid
     path = Path(what).expanduser()
-    model = load_result(path) if (path / "config.json").is_file() or (path / "patch.json").is_file() else None
+    which = settings.result.result_weights
+    made = path.suffix in MODELS or any((path / name).is_file() for name in ("config.json", "patch.json"))
+    model = load_result(path, which) if made else None
     images = measured(path, model, settings, device, progress)
     shape, count = images.shape, images.count
     reference_name = options.reference or (reference_of(model) if model else None)
@@ -113,7 +116,7 @@ def metric_name(extractor: Extractor, n: int) -> str:
 
 def _metrics_file(run: Path, name: str, model: Patched, settings: Settings) -> Path:
     sampling = settings.sampling
-    folder = make_folder(run.absolute() / "metrics")
+    folder = make_folder(outputs_of(run) / "metrics")
     return (
         folder
         / f"{name}-{model.step:07d}-{sampling.sampler}-{sampling.steps}-cfg{sampling.cfg:g}-seed{sampling.sample_seed}.json"
@@ -123,7 +126,8 @@ def _metrics_file(run: Path, name: str, model: Patched, settings: Settings) -> P
 def reference_of(model: Patched) -> str | None:
     """The images a run was trained on, by a name that opens them; None if it does not say."""
     if model.about:
-        return str(model.about["data"]["name"])
+        name = model.about["data"]["name"]
+        return None if name is None else str(name)
     return model.backbone.data
 
 

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmpctl.engine.fetch import cache_dir
-from dmpctl.engine.patched import load_patch
+from dmpctl.engine.cache import cache_dir
+from dmpctl.engine.patched import load_result, outputs_of
 from dmpctl.errors import UsageError
 from dmpctl.files import make_folder, write_atomic, write_json
+from dmpctl.methods.dmp import DmpPatch
 from dmpctl.settings.model import Settings
 from dmpctl.types import Progress, Report
 
@@ -78,14 +79,14 @@ def judge(sites: Sequence[SiteGates], prompts: int) -> list[str]:
 def inspect(settings: Settings, run: Path, progress: Progress) -> Report:
     """Table, JSON and heat map of a run's gates, written into its gates/ (or --out)."""
     run = run.expanduser().absolute()
-    model = load_patch(run)
+    model = load_result(run, settings.result.result_weights)
     patch, spec = model.patch, model.backbone.spec
-    if patch is None:
-        raise UsageError(f"{run} has no patch, so it has no gates", "name a run of dmpctl patch")
+    if not isinstance(patch, DmpPatch):
+        raise UsageError(f"{run} has no gates: it holds no patch of --method dmp", "name a run of dmpctl patch")
     steps = [int(t) for t in torch.linspace(0, spec.schedule.steps - 1, settings.gates.timesteps).round()]
     t = torch.tensor(steps)
     gates = torch.stack([_gates(model.backbone.model, patch, t, label) for label in _labels(spec.num_classes)]).mean(0)
-    sites = [site_gates(i, gates[i], patch.prompt_embeddings[i]) for i in range(len(gates))]
+    sites = [site_gates(site, gates[i], patch.prompts_of(i)) for i, site in enumerate(patch.shape.blocks)]
     lines = judge(sites, gates.shape[-1])
     data: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
@@ -99,13 +100,13 @@ def inspect(settings: Settings, run: Path, progress: Progress) -> Report:
     }
     if settings.console.dry_run:
         return Report(data, _table(sites), (*lines, "dry run: nothing was written"))
-    folder = make_folder((settings.images.out or run / "gates").absolute())
+    folder = make_folder((settings.images.out or outputs_of(run) / "gates").absolute())
     target = folder / f"{model.step:07d}.json"
     write_json(target, data)
     lines.append(f"figures: {target}")
     if settings.gates.plot:
         picture = target.with_suffix(".png")
-        write_atomic(picture, heat_map(gates, steps))
+        write_atomic(picture, heat_map(gates, steps, patch.shape.blocks))
         lines.append(f"look at: {picture}")
     return Report(data, _table(sites), tuple(lines))
 
@@ -138,7 +139,7 @@ def _table(sites: Sequence[SiteGates]) -> tuple[dict[str, str], ...]:
     )
 
 
-def heat_map(gates: Tensor, steps: Sequence[int]) -> bytes:
+def heat_map(gates: Tensor, steps: Sequence[int], blocks: Sequence[int]) -> bytes:
     """PNG: one panel per site, prompts down, timesteps across, weight in units of 1 / N (1 is uniform)."""
     import io
     import os
@@ -169,7 +170,7 @@ def heat_map(gates: Tensor, steps: Sequence[int]) -> bytes:
             vmax=1 + spread,
             interpolation="nearest",
         )
-        axis.set_title(f"site {site}", fontsize=9)
+        axis.set_title(f"site {blocks[site]}", fontsize=9)
     for axis in axes[-1]:
         axis.set_xlabel("timestep", fontsize=8)
     for axis in axes[:, 0]:

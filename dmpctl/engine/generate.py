@@ -13,7 +13,7 @@ from dmpctl.diffusion.guidance import guide
 from dmpctl.diffusion.samplers import sample as run_sampler
 from dmpctl.diffusion.schedule import NoiseSchedule
 from dmpctl.engine.build import resolve_device
-from dmpctl.engine.patched import Patched, load_result
+from dmpctl.engine.patched import Patched, load_result, outputs_of
 from dmpctl.engine.pictures import is_png, read_png, write_contact_sheet, write_npz, write_pngs
 from dmpctl.engine.stop import Stop, interrupted
 from dmpctl.errors import UsageError
@@ -81,12 +81,12 @@ def folder_name(model: Patched, settings: Sampling) -> str:
 
 def sample(settings: Settings, run: Path, progress: Progress) -> Report:
     """Write images of a run: a PNG folder and a contact sheet, or one npz in ADM layout. What is there already is kept."""
-    model = load_result(run)
+    model = load_result(run, settings.result.result_weights)
     if settings.images.unpatched:
         model = model.unpatched()
     wanted, sampling = settings.images, settings.sampling
     name = folder_name(model, sampling) + ("-backbone" if model.patch is None else "")
-    folder = (wanted.out or run.expanduser() / "samples" / name).absolute()
+    folder = (wanted.out or outputs_of(run) / "samples" / name).absolute()
     about = {
         "schema_version": SCHEMA_VERSION,
         "sampling": sampling.model_dump(mode="json", exclude={"sample_batch"}),

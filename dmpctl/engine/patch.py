@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from dmpctl.backbones.dit import DiT
-from dmpctl.engine import checkpoint, compare
+from dmpctl.engine import before_after
 from dmpctl.engine.build import (
     Loaded,
-    added_parameters,
+    PatchModule,
     build_codec,
     build_patch,
     load_backbone,
@@ -21,14 +21,14 @@ from dmpctl.engine.build import (
     resolve_device,
 )
 from dmpctl.engine.generate import denoiser_of
-from dmpctl.engine.launch import accelerator_for, again_command, science_of
+from dmpctl.engine.launch import accelerator_for
 from dmpctl.engine.patched import Patched, backbone_digest, describe_patch, lasting_name, load_patch, predict_patched
 from dmpctl.engine.pictures import write_picture
 from dmpctl.engine.rundir import RunDir
-from dmpctl.engine.train import Subject, Trainer
+from dmpctl.engine.session import Session, Trained, train_in
+from dmpctl.engine.train import Subject
 from dmpctl.errors import IntegrityError
 from dmpctl.files import make_folder, read_json, write_json
-from dmpctl.methods.dmp import DmpPatch
 from dmpctl.settings.model import Settings
 from dmpctl.types import Progress, Report, Source
 
@@ -40,40 +40,32 @@ def patch(settings: Settings, progress: Progress) -> Report:
     planned = planned_config(settings.base)
     if settings.console.dry_run and planned is not None:
         with torch.device("meta"):
-            spec = DiT(planned).spec
-        return _parameters_only(settings, spec.parameters, *added_parameters(spec, settings.method))
+            shape = DiT(planned)
+            return _parameters_only(settings, shape.spec.parameters, build_patch(shape, settings.method).added)
     loaded = load_backbone(settings.base)
     source = open_data(settings.data, loaded.spec, loaded.data)
-    module = build_patch(loaded.spec, settings.method)
+    module = build_patch(loaded.model, settings.method)
     codec = build_codec(loaded.spec, source)
     if settings.evaluate.evaluate:
         denoiser_of(Patched(loaded, None, {}), [0], settings.sampling, torch.device("cpu"))  # fails now, not after training
     data_name = lasting_name(settings.data.data or str(loaded.data))
     path = (settings.run.run or Path("runs") / Path(data_name).name).expanduser().absolute()
-    described = describe_patch(loaded, settings.base, module, data_name, source.fingerprint)
+    described = describe_patch(loaded, settings.base, settings.method, module, data_name, source.fingerprint)
     if settings.console.dry_run:
         return _planned(settings, path, described, source)
     with RunDir(path) as run:
-        digests = {"backbone_sha256": loaded.digest, "data_fingerprint": source.fingerprint}
-        science = science_of(settings) | digests
-        run.refuse_other("patch", science)
         accelerator = accelerator_for(settings)
         loaded.model.to(accelerator.device)
-        trainer = Trainer(_subject(loaded, module, described), loaded.spec, codec, source, settings, run, accelerator)
-        started, start = time.perf_counter(), trainer.resume()
-        if start < settings.train.iters:
-            facts = {"device": str(accelerator.device), "backbone": loaded.origin, "start_step": start}
-            for line in run.differences(settings.to_dict()):
-                progress.say(line)
-            run.begin("patch", science, settings.to_dict(), facts | digests)
-            trainer.train(progress, again_command())
-            refuse_changed_backbone(loaded)
-        checkpoint.publish(checkpoint.complete(run.checkpoints)[-1], "patch", run.path)
-        seconds = time.perf_counter() - started
-        return _report(settings, run, source, described, seconds, start, progress)
+        digests = {"backbone_sha256": loaded.digest, "data_fingerprint": source.fingerprint}
+        subject = subject_of(loaded, module, described)
+        session = Session("patch", subject, loaded.spec, codec, source, digests, {"backbone": loaded.origin})
+        trained = train_in(run, session, settings, accelerator, progress)
+        refuse_changed_backbone(loaded)
+        return _report(settings, run, source, described, trained, progress)
 
 
-def _subject(loaded: Loaded, module: DmpPatch, described: Mapping[str, Any]) -> Subject:
+def subject_of(loaded: Loaded, module: PatchModule, described: Mapping[str, Any]) -> Subject:
+    """A patch as the training loop sees it."""
     predict = partial(predict_patched, loaded.model, module.time_only)
     return Subject("patch", module, module.param_groups(), predict, module.penalty, module.noise_shape(), described)
 
@@ -87,8 +79,9 @@ def refuse_changed_backbone(loaded: Loaded) -> None:
         )
 
 
-def _parameters_only(settings: Settings, backbone: int, added: int, share: float) -> Report:
+def _parameters_only(settings: Settings, backbone: int, added: int) -> Report:
     """What a shape name alone can tell: how much a patch would add."""
+    share = 100 * added / backbone
     line = f"{settings.base.base}: {backbone:,} parameters, patch {added:,} (+{share:.2f} %)"
     missing = f"no weights were named, so nothing else was checked: a real run needs --weights FILE for {settings.base.base}"
     data = {
@@ -116,19 +109,16 @@ def _planned(settings: Settings, path: Path, described: Mapping[str, Any], sourc
 
 
 def _report(
-    settings: Settings, run: RunDir, source: Source, described: Mapping[str, Any], seconds: float, start: int, progress: Progress
+    settings: Settings, run: RunDir, source: Source, described: Mapping[str, Any], trained: Trained, progress: Progress
 ) -> Report:
     """The table that ends the command. The comparison is made once: a complete run shows what it has recorded."""
     patched = load_patch(run.path)
-    done = start >= settings.train.iters
     data: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "run": str(run.path), "step": patched.step}
-    data |= {"patch_sha256": patched.about["sha256"], "train_seconds": round(seconds, 1)}
+    data |= {"patch_sha256": patched.about["sha256"], "train_seconds": round(trained.seconds, 1)}
     data |= {"added_parameters": described["added_parameters"], "added_percent": described["added_percent"]}
-    first = (
-        f"the run was complete already, at step {patched.step}"
-        if done
-        else f"trained {patched.step - start} steps in {seconds:.0f} s"
-    )
+    first = f"trained {trained.step - trained.start} steps in {trained.seconds:.0f} s"
+    if trained.was_complete:
+        first = f"the run was complete already, at step {patched.step}"
     first += f"; the patch adds {added_words(described)}"
     where = f"patch: {run.path / 'patch.safetensors'}"
     if not settings.evaluate.evaluate:
@@ -141,20 +131,20 @@ def _report(
         where,
         f"look at: {run.path / 'before-after.png'}",
     )
-    return Report(data, compare.table(data), lines)
+    return Report(data, before_after.table(data), lines)
 
 
 def _compared(settings: Settings, run: RunDir, source: Source, patched: Patched, progress: Progress) -> dict[str, Any]:
     """The comparison of this patch under these settings: recorded, or made now and recorded with its sheet."""
     path = run.path / "metrics" / f"comparison-{patched.step:07d}.json"
     sheet = run.path / "before-after.png"
-    identity = {"patch_sha256": patched.about["sha256"], "protocol": compare.protocol(settings, source)}
+    identity = {"patch_sha256": patched.about["sha256"], "protocol": before_after.protocol(settings, source)}
     if path.is_file() and sheet.is_file():
         before = read_json(path, SCHEMA_VERSION)
         if all(before.get(key) == value for key, value in identity.items()):
             return before
     began = time.perf_counter()
-    figures, picture = compare.compare(patched, source, settings, resolve_device(settings.launch), progress)
+    figures, picture = before_after.measure(patched, source, settings, resolve_device(settings.launch), progress)
     make_folder(path.parent)
     write_picture(sheet, picture)
     recorded = {"schema_version": SCHEMA_VERSION, **identity, **figures, "eval_seconds": round(time.perf_counter() - began, 1)}

@@ -1,27 +1,31 @@
 """A backbone with its patch: putting them together, on disk and in memory."""
 
+import hashlib
+import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from dmpctl.backbones.dit import shape_config
-from dmpctl.backbones.dit_weights import digest_of
+from dmpctl.backbones.dit import DiT, shape_config
+from dmpctl.backbones.dit_weights import PATCH, described_weights, digest_of, dit_from, is_patched
 from dmpctl.data.source import BUNDLED as BUNDLED_DATA
-from dmpctl.engine.build import BUNDLED, Loaded, added_parameters, build_patch, load_backbone
+from dmpctl.engine import checkpoint
+from dmpctl.engine.build import BUNDLED, Loaded, PatchModule, build_patch, freeze, load_backbone
 from dmpctl.engine.checkpoint import refuse_other_keys
 from dmpctl.engine.rundir import version_of
-from dmpctl.errors import IntegrityError, MissingError
-from dmpctl.files import read_json, read_tensors, sha256_of
-from dmpctl.methods.dmp import DmpPatch
-from dmpctl.settings.sections import Base, Dmp
+from dmpctl.errors import IntegrityError, MissingError, UsageError
+from dmpctl.files import read_json, read_tensors, sha256_of, tensors_to_bytes
+from dmpctl.settings.sections import Base, Method
 from dmpctl.types import Backbone, Routing
 
 SCHEMA_VERSION = 1
+PATCH_PREFIX = "patch."  # of a patch's tensors in one file with its backbone
+Which = Literal["ema", "raw"]
 NEEDED = {  # in patch.json, to use the patch
     "": ("method", "backbone", "data", "sha256", "step"),
     "backbone": ("base", "weights", "sha256", "latent_shape", "sites", "schedule"),
@@ -40,7 +44,7 @@ def predict_patched(
 ) -> tuple[Tensor, Routing | None]:
     """Prediction and routing of a patched backbone; `plan` is the patch, as it is or wrapped for many processes."""
     made = plan(backbone.embed_time(t) if time_only else backbone.embed(t, cond), gate_noise)
-    return backbone.denoise(x_t, t, cond, made.edit), made.routing
+    return (made.backbone or backbone).denoise(x_t, t, cond, made.edit), made.routing
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Patched:
     """A frozen backbone, and its patch (None: the backbone alone). `about` is patch.json, {} without a patch."""
 
     backbone: Loaded
-    patch: DmpPatch | None
+    patch: PatchModule | None
     about: Mapping[str, Any]
 
     def predict(self, x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
@@ -74,17 +78,17 @@ class Patched:
         return Patched(self.backbone, None, {})
 
 
-def describe_patch(loaded: Loaded, base: Base, patch: DmpPatch, data: str, fingerprint: str) -> dict[str, Any]:
+def describe_patch(
+    loaded: Loaded, base: Base, method: Method, patch: PatchModule, data: str, fingerprint: str
+) -> dict[str, Any]:
     """What patch.json says: the method, and the one backbone, schedule and shape that it fits (R40)."""
     spec = loaded.spec
-    count, share = added_parameters(spec, patch.settings)
     return {
         "schema_version": SCHEMA_VERSION,
         "dmpctl": version_of("dmpctl"),
-        "method": patch.settings.model_dump(mode="json"),
-        "shape": asdict(patch.shape),
-        "added_parameters": count,
-        "added_percent": round(share, 4),
+        "method": method.model_dump(mode="json"),
+        "added_parameters": patch.added,
+        "added_percent": round(100 * patch.added / spec.parameters, 4),
         "backbone": {
             "base": lasting_name(base.base),
             "weights": None if base.weights is None else str(base.weights.expanduser().absolute()),
@@ -106,9 +110,10 @@ def lasting_name(name: str) -> str:
     return str(path.absolute()) if path.exists() and not known else name
 
 
-def load_patch(folder: Path, base: Base | None = None) -> Patched:
-    """The patch in `folder` (a run or a checkpoint) on its backbone; `base` None: the one that patch.json names.
+def load_patch(folder: Path, base: Base | None = None, which: Which | None = None) -> Patched:
+    """The patch in `folder` (a run or a checkpoint) on its backbone; `base` None: the one beside it, or that patch.json names.
 
+    `which`: the average of the trained weights or the last ones, None: what training ended with (R26).
     MissingError if there is no finished patch; IntegrityError if a file is damaged, or the backbone, its schedule or
     its shape is another than the patch was trained on.
     """
@@ -120,15 +125,66 @@ def load_patch(folder: Path, base: Base | None = None) -> Patched:
     if actual != about["sha256"]:
         raise IntegrityError(f"{path} is damaged: sha256 {actual}, expected {about['sha256']}", "copy the patch again")
     named = about["backbone"]
+    if base is None and (folder / "backbone.safetensors").is_file():  # imported together: the folder may have been moved
+        base = Base(base=str(folder))
     base = base or Base(base=named["base"], weights=named["weights"])
     loaded = load_backbone(base)
     refuse_other_backbone(folder, about, loaded)
-    patch = build_patch(loaded.spec, method_of(folder, about))
-    tensors, _ = read_tensors(path)
-    refuse_other_keys(tensors, patch.state_dict(), str(path))
+    patch = patch_from(loaded.model, method_of(folder, about), read_tensors(path)[0], path)
+    return Patched(loaded, patch, about | other_weights(folder, about, patch, which))
+
+
+def patch_from(model: DiT, method: Method, tensors: Mapping[str, Tensor], where: Path) -> PatchModule:
+    """The frozen patch on `model` whose state these tensors are; IntegrityError on a missing or unexpected key or shape."""
+    patch = build_patch(model, method)
+    refuse_other_keys(tensors, patch.state_dict(), str(where))
     patch.load_state_dict(tensors)
-    patch.eval().requires_grad_(False)
-    return Patched(loaded, patch, about)
+    return freeze(patch)
+
+
+def load_merged(path: Path, which: Which | None = None) -> Patched:
+    """Backbone and patch from the one file that `dmpctl export --to merged` writes for prompts, frozen, on the CPU.
+
+    IntegrityError if it is damaged; UsageError if `which` are not the weights that it holds.
+    """
+    tensors, metadata = read_tensors(path)
+    try:
+        about = json.loads(metadata.get(PATCH, "{}"))
+    except json.JSONDecodeError as error:
+        raise IntegrityError(f"{path} describes its patch in a way that cannot be read ({error})") from None
+    refuse_incomplete(about, path)
+    if which not in (None, about.get("weights")):
+        raise UsageError(f"{path} holds no {which} weights", "leave --weights out, or name the run itself")
+    own = {name.removeprefix(PATCH_PREFIX): value for name, value in tensors.items() if name.startswith(PATCH_PREFIX)}
+    rest = {name: value for name, value in tensors.items() if not name.startswith(PATCH_PREFIX)}
+    weights = described_weights(path, rest, metadata)
+    model = freeze(dit_from(weights))
+    loaded = Loaded(model, digest_of(model.state_dict()), f"{path} (its backbone)", weights.data)
+    sha256 = hashlib.sha256(tensors_to_bytes(own)).hexdigest()
+    for found, expected in ((loaded.digest, about["backbone"]["sha256"]), (sha256, about["sha256"])):
+        if found != expected:
+            raise IntegrityError(f"{path} is damaged: sha256 {found}, expected {expected}", "copy the file again")
+    return Patched(loaded, patch_from(model, method_of(path, about), own, path), about)
+
+
+def other_weights(folder: Path, about: Mapping[str, Any], module: nn.Module, which: Which | None) -> dict[str, str]:
+    """Put the weights that were asked for into `module`, if they are not those it has; what changes in `about`.
+
+    They are in the checkpoint of the same step. UsageError where no average was kept, MissingError without that checkpoint.
+    """
+    if which is None or which == about.get("weights"):
+        return {}
+    if which == "ema":
+        raise UsageError(f"{folder} kept no average of its weights", "train with --ema, or leave --weights out")
+    named = folder if (folder / "trainer.json").is_file() else folder / "checkpoints" / checkpoint.name_of(int(about["step"]))
+    if not (named / "trainer.json").is_file():
+        raise MissingError(f"{folder} no longer has the checkpoint with its last weights ({named.name})", "use --weights ema")
+    state, parameters = checkpoint.load(named), dict(module.named_parameters())
+    refuse_other_keys(state.raw, parameters, str(named))
+    with torch.no_grad():
+        for name, tensor in parameters.items():
+            tensor.copy_(state.raw[name])
+    return {"weights": which, "sha256": sha256_of(named / "trainer.safetensors")}
 
 
 def read_about(folder: Path) -> dict[str, Any]:
@@ -138,21 +194,29 @@ def read_about(folder: Path) -> dict[str, Any]:
     if not (folder / "patch.json").is_file():
         raise MissingError(f"{folder} holds no finished patch (patch.json)", "train it, or end its training: dmpctl patch")
     about = read_json(folder / "patch.json", SCHEMA_VERSION)
-    for where, names in NEEDED.items():
-        part = about[where] if where else about
-        missing = [name for name in names if name not in part] if isinstance(part, dict) else names
-        if missing:
-            raise IntegrityError(f"{folder / 'patch.json'} lacks {', '.join(missing)}" + (f" of its {where}" if where else ""))
+    refuse_incomplete(about, folder / "patch.json")
     return about
 
 
-def method_of(folder: Path, about: Mapping[str, Any]) -> Dmp:
+def refuse_incomplete(about: object, path: Path) -> None:
+    """IntegrityError unless what `path` says of a patch is of this version and holds what is needed to use it."""
+    if isinstance(about, dict) and about.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
+        raise IntegrityError(f"{path} has schema_version {about['schema_version']}, this dmpctl reads {SCHEMA_VERSION}")
+    for where, names in NEEDED.items():
+        part = about[where] if where and isinstance(about, dict) else about
+        missing = [name for name in names if name not in part] if isinstance(part, dict) else names
+        if missing:
+            raise IntegrityError(f"{path} lacks {', '.join(missing)}" + (f" of its {where}" if where else ""))
+
+
+def method_of(folder: Path, about: Mapping[str, Any]) -> Method:
     """The settings of the method that patch.json names; IntegrityError where they are none of this version."""
+    kinds: TypeAdapter[Method] = TypeAdapter(Annotated[Method, Field(discriminator="method")])
     try:
-        return Dmp.model_validate(about["method"])
+        return kinds.validate_python(about["method"])
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "method"
+        where = ".".join(map(str, first["loc"][1:])) or "method"  # the first is the kind
         raise IntegrityError(f"{folder / 'patch.json'} does not fit this dmpctl: {where}: {first['msg']}") from None
 
 
@@ -172,12 +236,31 @@ def refuse_other_backbone(folder: Path, about: Mapping[str, Any], loaded: Loaded
         )
 
 
-def load_result(folder: Path) -> Patched:
-    """What a run has made: its patch on its backbone, or the backbone that it trained."""
+def load_result(folder: Path, which: Which | None = None) -> Patched:
+    """What a run has made: its patch on its backbone, or the backbone that it trained; `which` as in `load_patch`.
+
+    A file: the patched model that `dmpctl export --to merged` wrote, or a backbone alone.
+    """
     folder = folder.expanduser().absolute()
-    if (folder / "backbone.safetensors").is_file() and not (folder / "patch.json").is_file():
+    if is_patched(folder):
+        return load_merged(folder, which)
+    if folder.is_file():
+        if which is not None:
+            raise UsageError(f"{folder} is a backbone with one set of weights", "leave --weights out")
         return Patched(load_backbone(Base(base=str(folder))), None, {})
-    return load_patch(folder)
+    if (folder / "backbone.safetensors").is_file() and not (folder / "patch.json").is_file():
+        loaded = load_backbone(Base(base=str(folder)))
+        about = read_json(folder / "backbone.json", SCHEMA_VERSION) if (folder / "backbone.json").is_file() else {"step": 0}
+        if other_weights(folder, about, loaded.model, which):
+            loaded = replace(loaded, digest=digest_of(loaded.model.state_dict()), origin=f"{loaded.origin}, {which}")
+        return Patched(loaded, None, {})
+    return load_patch(folder, which=which)
+
+
+def outputs_of(run: Path) -> Path:
+    """Where a command puts what it makes of a run: into the run; for a file, beside it into a folder of its name."""
+    run = run.expanduser().absolute()
+    return run.with_suffix("") if run.is_file() else run
 
 
 def backbone_digest(loaded: Loaded) -> str:

@@ -1,6 +1,5 @@
 """`dmpctl pretrain`: a backbone from scratch, as real DiTs are trained."""
 
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,11 @@ from dmpctl.backbones.dit import DiT, DiTConfig
 from dmpctl.backbones.dit_weights import digest_of, dit_metadata
 from dmpctl.codecs.identity import Identity
 from dmpctl.data.source import open_source
-from dmpctl.engine import checkpoint
-from dmpctl.engine.launch import accelerator_for, again_command, science_of
+from dmpctl.engine.launch import accelerator_for
 from dmpctl.engine.patched import lasting_name
 from dmpctl.engine.rundir import RunDir
-from dmpctl.engine.train import Subject, Trainer
+from dmpctl.engine.session import Session, Trained, train_in
+from dmpctl.engine.train import Subject
 from dmpctl.errors import UsageError
 from dmpctl.files import read_tensors
 from dmpctl.rng import seed_of
@@ -73,7 +72,6 @@ def pretrain(settings: Settings, progress: Progress) -> Report:
         return _planned(config, facts, path)
     model = DiT(config, schedule)
     model.initialise(torch.Generator().manual_seed(seed_of(settings.run.seed, "initialise")))
-    accelerator = accelerator_for(settings)
     subject = Subject(
         "backbone",
         model.train(),
@@ -83,22 +81,11 @@ def pretrain(settings: Settings, progress: Progress) -> Report:
         None,
         {"schema_version": 1, **facts},
     )
+    digests = {"data_fingerprint": source.fingerprint}
+    metadata = dit_metadata(config, schedule, lasting_name(settings.data.data))
+    session = Session("pretrain", subject, model.spec, Identity(), source, digests, facts, metadata)
     with RunDir(path) as run:
-        science = science_of(settings) | {"data_fingerprint": source.fingerprint}
-        run.refuse_other("pretrain", science)
-        trainer = Trainer(subject, model.spec, Identity(), source, settings, run, accelerator)
-        started, start = time.perf_counter(), trainer.resume()
-        done = start >= settings.train.iters
-        if not done:
-            session = {"device": str(accelerator.device), "data_fingerprint": source.fingerprint, "start_step": start}
-            for line in run.differences(settings.to_dict()):
-                progress.say(line)
-            run.begin("pretrain", science, settings.to_dict(), session | facts)
-            trainer.train(progress, again_command())
-        newest = checkpoint.complete(run.checkpoints)[-1]
-        checkpoint.publish(newest, "backbone", run.path, dit_metadata(config, schedule, lasting_name(settings.data.data)))
-        seconds = 0.0 if done else time.perf_counter() - started
-        return _finished(run, config, facts, seconds, trainer.step, "the run was complete already" if done else "done")
+        return _finished(run, config, facts, train_in(run, session, settings, accelerator_for(settings), progress))
 
 
 def _planned(config: DiTConfig, facts: dict[str, Any], path: Path) -> Report:
@@ -109,20 +96,21 @@ def _planned(config: DiTConfig, facts: dict[str, Any], path: Path) -> Report:
     )
 
 
-def _finished(run: RunDir, config: DiTConfig, facts: dict[str, Any], seconds: float, step: int, how: str) -> Report:
+def _finished(run: RunDir, config: DiTConfig, facts: dict[str, Any], trained: Trained) -> Report:
     digest = digest_of(read_tensors(run.path / "backbone.safetensors")[0])
     data = {
         "run": str(run.path),
-        "step": step,
-        "seconds": round(seconds, 1),
+        "step": trained.step,
+        "seconds": round(trained.seconds, 1),
         "parameters": config.parameters(),
         "backbone_sha256": digest,
         **facts,
     }
     row = {
-        "step": str(step),
+        "step": str(trained.step),
         "parameters": f"{config.parameters():,}",
-        "seconds": f"{seconds:.0f}",
+        "seconds": f"{trained.seconds:.0f}",
         "backbone": str(run.path / "backbone.safetensors"),
     }
+    how = "the run was complete already" if trained.was_complete else "done"
     return Report(data, (row,), (f"{how}: patch it with: dmpctl patch --base {run.path}",))

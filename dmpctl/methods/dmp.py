@@ -1,10 +1,11 @@
 """Diffusion Model Patching (Ham et al., AAAI 2025): gated prompts at the input of every block.
 
-The gate sees only the conditioning vector c and the block index l, so the gates of all blocks are one matmul
-and a rank-one tilt: logits[l] = W c + b + l * w_depth. Gates are returned, never kept on the module.
+The gate sees only the conditioning vector c and the block index l, so the gates of all blocks are known before the
+first block runs. Gates are returned, never kept on the module.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, assert_never
 
 import torch
@@ -12,145 +13,167 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmpctl.errors import UsageError
+from dmpctl.methods.gate import (
+    SharedGate,
+    SiteGates,
+    expected_load,
+    one_hot_of_best,
+    per_sample_importance,
+    softmax_of_best,
+    squared_cv,
+)
+from dmpctl.methods.prompts import PromptModule, PromptShape, prompt_edit, prompt_shape
 from dmpctl.settings.sections import Dmp
-from dmpctl.types import BackboneSpec, Edit, Plan, Routing
+from dmpctl.types import BackboneSpec, Plan, Routing
 
 NOISE_FLOOR = 0.01  # smallest standard deviation of the gate noise (Shazeer et al. 2017, eq. 4)
-EPS = 1e-10
 
 
 @dataclass(frozen=True)
-class DmpShape:
-    """Sizes of a patch: L patched blocks, N prompts each, width D; `kept` is k of the top-k gate (N: soft)."""
+class DmpShape(PromptShape):
+    """Sizes of a patch: its prompts; `kept` is k of the top-k gate (all there are: soft); `gate`: which gates there are."""
 
-    sites: int
-    prompts: int
-    width: int
     kept: int
+    gate: Literal["shared", "per-site", "none"] = field(default="shared", kw_only=True)
+
+    @property
+    def choices(self) -> int:
+        """K, what the gate chooses among: N prompts, or E whole sets."""
+        return self.sets or self.prompts
 
     def parameters(self) -> int:
         """L·N·D + (D+1)·N + N: prompts and gate, as the paper counts them (W_noise is not needed after training)."""
-        return self.sites * self.prompts * self.width + (self.width + 1) * self.prompts + self.prompts
+        match self.gate:
+            case "shared":
+                gate = (self.width + 2) * self.choices
+            case "per-site":
+                gate = self.sites * (self.width + 1) * self.choices
+            case "none":
+                gate = 0
+            case _:
+                assert_never(self.gate)
+        return super().parameters() + gate
 
 
 def dmp_shape(spec: BackboneSpec, settings: Dmp) -> DmpShape:
     """Sizes that `settings` ask for on a backbone; raises UsageError where the two do not fit."""
-    widths = {site.width for site in spec.sites}
-    tokens = {site.tokens for site in spec.sites}
-    if len(widths) > 1 or len(tokens) > 1:
-        raise UsageError("this backbone has sites of several sizes, which one shared gate cannot serve")
-    (count,) = tokens
-    prompts = settings.prompts or count
-    if settings.position == "add" and prompts != count:
-        raise UsageError(
-            f"--position add needs one prompt per token: {count} here, --prompts says {prompts}",
-            "leave --prompts out, or use --position prepend",
-        )
-    depth = settings.prompt_depth or len(spec.sites)
-    if depth > len(spec.sites):
-        raise UsageError(f"--prompt-depth {depth} is more than the backbone's {len(spec.sites)} blocks")
-    kept = prompts if settings.topk is None else settings.topk
-    if kept > prompts:
-        raise UsageError(f"--topk {kept} is more than the {prompts} prompts")
-    return DmpShape(depth, prompts, widths.pop(), kept)
+    shape = prompt_shape(spec, settings)
+    choices, what = (settings.prompt_sets, "sets of prompts") if settings.prompt_sets else (shape.prompts, "prompts")
+    kept = 1 if settings.gate == "hard" else settings.topk or choices
+    if kept > choices:
+        raise UsageError(f"--topk {kept} is more than the {choices} {what}")
+    gate: Literal["shared", "per-site", "none"] = "per-site" if settings.gate_per_site else "shared"
+    gate = "none" if settings.gate == "uniform" else gate
+    sizes = asdict(shape) | {"sets": settings.prompt_sets, "rank": settings.prompt_rank}
+    return DmpShape(**sizes, kept=kept, gate=gate)
 
 
-class DmpPatch(nn.Module):
+class DmpPatch(PromptModule):
     """Prompts [L, N, D], one gate shared by all blocks, and the gate's noise; all zero at the start.
 
     A zero patch is its backbone, bit for bit. Everything here is float32 whatever the backbone's dtype.
+    A uniform gate has no numbers; gate noise (`w_noise`) is there only for a gate that is trained.
     """
 
+    w_noise: nn.Parameter
+
     def __init__(self, shape: DmpShape, settings: Dmp) -> None:
-        super().__init__()
+        super().__init__(shape, settings.prompt_init)
         self.shape, self.settings = shape, settings
         self.scale = settings.gate_scale or 1.0
-        self.prompt_embeddings = nn.Parameter(torch.zeros(shape.sites, shape.prompts, shape.width))
-        self.gate = nn.Linear(shape.width + 1, shape.prompts)
-        nn.init.zeros_(self.gate.weight)
-        nn.init.zeros_(self.gate.bias)
-        self.w_noise = nn.Parameter(torch.zeros(shape.width, shape.prompts))
-        if not self._noisy:
-            self.w_noise.requires_grad_(False)
+        self.gate = _gate(shape)
+        if settings.gate == "random" and isinstance(self.gate, SharedGate):
+            self.gate.freeze_at_random()
+        if self._trained:
+            self.w_noise = nn.Parameter(torch.zeros(shape.width, shape.choices), requires_grad=self._noisy)
+
+    @property
+    def _trained(self) -> bool:
+        """Whether the gate is."""
+        return self.settings.gate not in ("uniform", "random")
 
     @property
     def _noisy(self) -> bool:
-        return self.settings.gate_noise
+        return self._trained and self.settings.gate_noise
 
     @property
     def time_only(self) -> bool:
-        """Whether the gate sees t_emb alone: in `prepend`; else t_emb + y_emb."""
-        return self.settings.position == "prepend"
+        """Whether the gate sees t_emb alone, else t_emb + y_emb; unless --gate-input says: in `prepend`."""
+        seen = self.settings.gate_input or ("t" if self.settings.position == "prepend" else "t+y")
+        return seen == "t"
+
+    @property
+    def added(self) -> int:
+        """Prompts and gate, without W_noise."""
+        return self.shape.parameters()
+
+    def merged(self) -> None:
+        """None: no weight of the backbone changes."""
 
     def noise_shape(self) -> tuple[int, ...] | None:
-        """One sample's gate noise [L, N]; None with --no-gate-noise."""
-        return (self.shape.sites, self.shape.prompts) if self._noisy else None
+        """One sample's gate noise [L, K]; None with --no-gate-noise and for a gate that is not trained."""
+        return (self.shape.sites, self.shape.choices) if self._noisy else None
 
     def forward(self, c: Tensor, noise: Tensor | None = None) -> Plan:
         """`plan`, so that the module can be wrapped for many processes."""
         return self.plan(c, noise)
 
     def plan(self, c: Tensor, noise: Tensor | None = None) -> Plan:
-        """Gates and edit of all blocks for conditioning c [B, D]; noise [B, L, N] in training only."""
+        """Gates and edit of all blocks for conditioning c [B, D]; noise [B, L, K] in training only."""
         with torch.autocast(c.device.type, enabled=False):
             routing = self.route(c.float(), noise)
-            return Plan(self._edit(routing.gates), routing)
+            return Plan(prompt_edit(self.shape, self.settings.position, self._mixed(routing.gates)), routing)
 
     def route(self, c: Tensor, noise: Tensor | None = None) -> Routing:
-        """Gates [L, B, N] of c [B, D] (eq. 2-3; noisy top-k after Shazeer et al. 2017, eq. 3-5)."""
+        """Gates [L, B, K] of c [B, D] (eq. 2-3; noisy top-k after Shazeer et al. 2017, eq. 3-5)."""
         shape = self.shape
-        depth = torch.arange(shape.sites, dtype=c.dtype, device=c.device)[:, None, None]
-        weight, w_depth = self.gate.weight[:, :-1], self.gate.weight[:, -1]
-        clean = F.linear(c, weight, self.gate.bias) + depth * w_depth  # [L, B, N]
-        if noise is None:
-            return Routing(self._keep(clean))
-        std = F.softplus(c @ self.w_noise) + NOISE_FLOOR  # [B, N], the same for every block
+        if self.gate is None:
+            return Routing(c.new_full((1, 1, 1), 1 / shape.choices).expand(shape.sites, len(c), shape.choices))
+        clean: Tensor = self.gate(c)
+        if noise is None or not self._noisy:
+            return Routing(self._kept(clean))
+        std = F.softplus(c @ self.w_noise) + NOISE_FLOOR  # [B, K], the same for every block
         noisy = clean + noise.transpose(0, 1) * std
-        load = expected_load(clean, noisy, std, shape.kept) if shape.kept < shape.prompts else None
-        return Routing(self._keep(noisy), load)
+        load = expected_load(clean, noisy, std, shape.kept) if shape.kept < shape.choices else None
+        return Routing(self._kept(noisy), load)
 
-    def _keep(self, logits: Tensor) -> Tensor:
-        """softmax over the k largest logits [L, B, N], exactly zero elsewhere."""
-        if self.shape.kept < self.shape.prompts:
-            best, where = logits.topk(self.shape.kept, dim=-1)
-            return torch.zeros_like(logits).scatter(-1, where, best.softmax(-1))
-        return logits.softmax(-1)
+    def _kept(self, logits: Tensor) -> Tensor:
+        """Gates [L, B, K] of logits."""
+        return one_hot_of_best(logits) if self.settings.gate == "hard" else softmax_of_best(logits, self.shape.kept)
 
-    def _edit(self, gates: Tensor) -> Edit:
-        position: Literal["add", "prepend"] = self.settings.position
-        prompts, count, scale = self.prompt_embeddings, self.shape.prompts, self.scale
+    def _mixed(self, gates: Tensor) -> Callable[[int], Tensor]:
+        """Gated prompts [B, N, D] of the `number`-th patched block, made when it is reached; [N, D] for a uniform gate."""
+        shape, scale, device = self.shape, self.scale, gates.device.type
+        prompts = self.all_prompts().unbind()  # the backward of one unbind, not of L selections of all prompts
+        weights = gates.unbind()
 
-        def mixed(site: int) -> Tensor:
-            return (gates[site] * scale).unsqueeze(-1) * prompts[site]  # [B, N, D]
+        def weighted(number: int) -> Tensor:
+            return (weights[number] * scale).unsqueeze(-1) * prompts[number]
 
-        def add(site: int, tokens: Tensor) -> Tensor:
-            return tokens + mixed(site).to(tokens.dtype) if site < len(prompts) else tokens
+        def summed(number: int) -> Tensor:
+            with torch.autocast(device, enabled=False):  # blocks run under autocast, a mixture does not
+                mixture = (weights[number] * scale) @ prompts[number].flatten(1)
+            return mixture.view(-1, shape.prompts, shape.width)
 
-        def prepend(site: int, tokens: Tensor) -> Tensor:
-            if site >= len(prompts):
-                return tokens
-            own = tokens if site == 0 else tokens[:, count:]  # later prompts replace the earlier ones
-            return torch.cat([mixed(site).to(tokens.dtype), own], dim=1)
+        def alike(number: int) -> Tensor:
+            alone = prompts[number] if shape.sets is None else prompts[number].sum(0)
+            return alone * (scale / shape.choices)  # in Python's floats: exactly 1 where the scale is K
 
-        match position:
-            case "add":
-                return add
-            case "prepend":
-                return prepend
-            case _:
-                assert_never(position)
+        if self.gate is None:
+            return alike
+        return weighted if shape.sets is None else summed
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Prompts at their rate, gate and its noise at theirs (published: 1e-4 and 1e-3)."""
+        """Prompts at their rate, a trained gate and its noise at theirs (published: 1e-4 and 1e-3)."""
+        prompts = {"name": "prompts", "params": self.prompt_parameters(), "lr": self.settings.prompt_lr}
+        if self.gate is None or not self._trained:
+            return [prompts]
         gate = [p for p in (self.gate.weight, self.gate.bias, self.w_noise) if p.requires_grad]
-        return [
-            {"name": "prompts", "params": [self.prompt_embeddings], "lr": self.settings.prompt_lr},
-            {"name": "gate", "params": gate, "lr": self.settings.gate_lr},
-        ]
+        return [prompts, {"name": "gate", "params": gate, "lr": self.settings.gate_lr}]
 
     def penalty(self, routing: Routing | None) -> dict[str, Tensor]:
-        """Weighted balance losses, each a scalar, mean over blocks; load only where k < N (it is 0 at k = N)."""
-        if routing is None:
+        """Weighted balance losses, each a scalar, mean over blocks; load only where k < K (it is 0 at k = K)."""
+        if routing is None or not self._trained:
             return {}
         balance: Literal["shazeer", "per-sample", "none"] = self.settings.balance
         match balance:
@@ -168,29 +191,14 @@ class DmpPatch(nn.Module):
         return losses
 
 
-def squared_cv(values: Tensor) -> Tensor:
-    """Squared coefficient of variation over the last axis: variance / mean² (Shazeer et al. 2017, eq. 7); 0 for one value."""
-    if values.shape[-1] < 2:
-        return values.sum(dim=-1) * 0
-    return values.var(dim=-1) / (values.mean(dim=-1).square() + EPS)
-
-
-def per_sample_importance(gates: Tensor) -> Tensor:
-    """The published code's importance of gates [L, B, N]: CV² over samples x prompts of the gates summed over blocks.
-
-    It pulls every sample to a uniform gate; `shazeer` sums over the samples first.
-    """
-    return squared_cv(gates.sum(dim=0).flatten())
-
-
-def expected_load(clean: Tensor, noisy: Tensor, std: Tensor, kept: int) -> Tensor:
-    """load [L, N]: expected number of samples whose top k holds each prompt under fresh noise of that prompt alone.
-
-    clean, noisy [L, B, N], std [B, N]; kept < N. Shazeer et al. 2017, eq. 8-10: P = Φ((clean - bar) / std), where
-    the bar is the k-th largest of the *other* prompts' noisy logits.
-    """
-    best = noisy.topk(kept + 1, dim=-1).values
-    inside, outside = best[..., kept - 1 : kept], best[..., kept : kept + 1]
-    bar = torch.where(noisy >= inside, outside, inside)  # a kept prompt competes with the (k+1)-th
-    stays: Tensor = torch.special.ndtr((clean - bar) / std)
-    return stays.sum(dim=1)
+def _gate(shape: DmpShape) -> SharedGate | SiteGates | None:
+    """The gate that a shape asks for, zero; None where all weights are alike."""
+    match shape.gate:
+        case "shared":
+            return SharedGate(shape.blocks, shape.width, shape.choices)
+        case "per-site":
+            return SiteGates(shape.sites, shape.width, shape.choices)
+        case "none":
+            return None
+        case _:
+            assert_never(shape.gate)

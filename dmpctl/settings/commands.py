@@ -11,16 +11,22 @@ from pydantic.fields import FieldInfo
 from dmpctl.settings.sections import (
     METHODS,
     Base,
+    Cache,
+    Codec,
     Console,
     Data,
+    Download,
     Evaluate,
+    Exporting,
     Fid,
     Flag,
     Gates,
     Images,
+    Importing,
     Launch,
     Objective,
     Pretrain,
+    Result,
     Run,
     Sampling,
     Save,
@@ -83,15 +89,18 @@ def _parts(*sections: type[Section]) -> tuple[Part, ...]:
 
 # In the order of `dmpctl --help`; the parts in the order of each command's own help.
 COMMANDS: dict[str, tuple[Part, ...]] = {
-    "download": _parts(Console),
-    "pretrain": _parts(Shape, Data, Objective, Train, Pretrain, Run, Save, Launch, Console),
+    "download": _parts(Download, Cache, Console),
+    "pretrain": _parts(Shape, Data, Codec, Objective, Train, Pretrain, Run, Save, Launch, Cache, Console),
     "patch": (
-        *_parts(Base, Data, *METHODS.values(), Objective, Train, Run, Save),
-        *_parts(Evaluate, Sampling, Launch, Console),
+        *_parts(Base, Data, Codec, *METHODS.values(), Objective, Train, Run, Save),
+        *_parts(Evaluate, Sampling, Launch, Cache, Console),
     ),
-    "sample": _parts(Images, Sampling, Launch, Console),
-    "fid": _parts(Fid, Sampling, Launch, Console),
-    "inspect-gates": (Part(Gates), Part(Images, ("out",), "Gates"), Part(Console)),
+    "sample": _parts(Images, Sampling, Result, Launch, Cache, Console),
+    "fid": _parts(Fid, Sampling, Result, Launch, Cache, Console),
+    "compare": _parts(Launch, Console),
+    "inspect-gates": (Part(Gates), Part(Images, ("out",), "Gates"), *_parts(Result, Console)),
+    "import": (Part(Importing), Part(Data, ("data",), "Import"), Part(Console)),
+    "export": (Part(Exporting), Part(Images, ("out",), "Export"), *_parts(Result, Console)),
     "doctor": _parts(Console),
 }
 

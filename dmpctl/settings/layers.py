@@ -17,12 +17,14 @@ from pydantic_settings import EnvSettingsSource
 
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.files import read_json
+from dmpctl.settings.assets import Assets, rows_of
 from dmpctl.settings.commands import COMMANDS, VARIABLE_PREFIX, Option, every_option, field_of, options_of
 from dmpctl.settings.model import Settings
-from dmpctl.settings.presets import PRESETS, chosen_preset
+from dmpctl.settings.presets import chosen_preset, preset_values
 from dmpctl.settings.sections import METHODS
 
 CONFIG_VARIABLE = VARIABLE_PREFIX + "CONFIG"
+ASSETS = "assets"
 TRUE = ("1", "true", "yes", "on")
 
 
@@ -55,6 +57,8 @@ def resolve(command: str, given: Mapping[str, Any], config: Path | None = None, 
     found |= from_flags(given, options)
     found = from_preset(found, options) | from_run(run, options) | found
     settings = validated(found, options)
+    if rows := rows_of(read_toml(config).get(ASSETS, {}), str(config)) if config is not None else ():
+        settings = settings.model_copy(update={"assets": Assets(rows=rows)})
     return Resolved(settings, {name: found[name].where if name in found else "default" for name in options})
 
 
@@ -87,6 +91,8 @@ def from_file(path: Path, command: str) -> dict[str, Found]:
     """
     shared, tables = {}, {}
     for key, value in read_toml(path).items():
+        if key == ASSETS:
+            continue  # no options: rows of the registry
         if isinstance(value, dict):
             tables[key.replace("_", "-")] = value
         else:
@@ -94,7 +100,8 @@ def from_file(path: Path, command: str) -> dict[str, Found]:
     for table in tables:
         if table not in COMMANDS:
             raise UsageError(f"{path}: [{table}] is no command of dmpctl{did_you_mean(table, COMMANDS)}")
-    found = _named(shared, str(path), every_option())
+    own = {option.public: option for option in options_of(command).values()}  # --weights of patch is a file, of sample a choice
+    found = _named(shared, str(path), every_option() | own)
     for table, values in tables.items():
         of_table = {option.public: option for option in options_of(table).values()}
         over = _named(values, f"{path} [{table}]", of_table)
@@ -147,10 +154,11 @@ def from_preset(found: Mapping[str, Found], options: Mapping[str, Option]) -> di
     """The values of the preset in force, as far as the command has them."""
     if "preset" not in options:
         return {}
-    preset, base = (str(found[name].value if name in found else options[name].field.default) for name in ("preset", "base"))
-    chosen = chosen_preset(preset, base)
-    values = PRESETS[chosen] if chosen else {}
-    return {name: Found(value, f"preset {chosen}") for name, value in values.items() if name in options}
+    preset, base, method = (
+        str(found[name].value if name in found else options[name].field.default) for name in ("preset", "base", "method")
+    )
+    values, where = preset_values(preset, base, method), f"preset {chosen_preset(preset, base)}"
+    return {name: Found(value, where) for name, value in values.items() if name in options}
 
 
 def validated(found: Mapping[str, Found], options: Mapping[str, Option]) -> Settings:

@@ -7,19 +7,26 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from dmpctl.errors import IntegrityError
+from dmpctl.settings.assets import Assets
 from dmpctl.settings.sections import (
     Base,
+    Cache,
+    Codec,
     Console,
     Data,
     Dmp,
+    Download,
     Evaluate,
+    Exporting,
     Fid,
     Gates,
     Images,
+    Importing,
     Launch,
     Method,
     Objective,
     Pretrain,
+    Result,
     Run,
     Sampling,
     Save,
@@ -49,10 +56,17 @@ class Settings(BaseSettings):
     pretrain: Pretrain = Pretrain()
     save: Save = Save()
     sampling: Sampling = Sampling()
+    result: Result = Result()
     images: Images = Images()
     evaluate: Evaluate = Evaluate()
     fid: Fid = Fid()
     gates: Gates = Gates()
+    cache: Cache = Cache()
+    download: Download = Download()
+    assets: Assets = Assets()
+    importing: Importing = Importing()
+    exporting: Exporting = Exporting()
+    codec: Codec = Codec()
 
     @classmethod
     def settings_customise_sources(

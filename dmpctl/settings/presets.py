@@ -1,49 +1,77 @@
 """Recipes: values that fill what no flag, variable or file gave."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+from dmpctl.settings.sections import METHODS
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Values for every method, and `methods`: those of one method alone."""
+
+    values: Mapping[str, Any]
+    methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def of(self, method: str) -> dict[str, Any]:
+        """The values for `method`."""
+        return {**self.values, **self.methods.get(method, {})}
+
+
 # Ham et al. 2025, "Published recipe", with the balance of the published code (importance per sample, k = N soft).
-DMP: dict[str, Any] = {
-    "prompts": None,
-    "position": "add",
-    "prompt_depth": None,
-    "gate": "soft",
-    "gate_scale": 1.0,
-    "gate_noise": True,
-    "balance": "per-sample",
-    "importance_weight": 1.0,
-    "load_weight": 1.0,
-    "prompt_lr": 1e-4,
-    "gate_lr": 1e-3,
-    "loss_weight": "constant",
-    "iters": 50_000,
-    "batch_size": 128,
-    "beta1": 0.9,
-    "beta2": 0.999,
-    "weight_decay": 0.0,
-    "lr_schedule": "constant",
-    "warmup": 0,
-    "ema": 0.0,
-    "hflip": True,
-}
+DMP = Preset(
+    {
+        "loss_weight": "constant",
+        "iters": 50_000,
+        "batch_size": 128,
+        "beta1": 0.9,
+        "beta2": 0.999,
+        "weight_decay": 0.0,
+        "lr_schedule": "constant",
+        "warmup": 0,
+        "ema": 0.0,
+        "hflip": True,
+    },
+    {
+        "dmp": {
+            "prompts": None,
+            "position": "add",
+            "prompt_depth": None,
+            "gate": "soft",
+            "gate_scale": 1.0,
+            "gate_noise": True,
+            "balance": "per-sample",
+            "importance_weight": 1.0,
+            "load_weight": 1.0,
+            "prompt_lr": 1e-4,
+            "gate_lr": 1e-3,
+        },
+        "prompt": {"prompts": None, "position": "add", "prompt_depth": None, "prompt_lr": 1e-4},
+    },
+)
 
 # For the bundled backbone: 8x8 digits on one core in minutes.
-DIGITS: dict[str, Any] = {
-    "iters": 4_000,
-    "batch_size": 128,
-    "prompt_lr": 1e-2,
-    "gate_lr": 1e-3,
-    "balance": "shazeer",
-    "importance_weight": 0.01,
-    "ema": 0.999,
-    "hflip": False,
-    "save_every": 500,
-    "log_every": 50,
-    "sampler": "ddim",
-    "steps": 50,
-}
+DIGITS = Preset(
+    {
+        "iters": 4_000,
+        "batch_size": 128,
+        "ema": 0.999,
+        "hflip": False,
+        "save_every": 500,
+        "log_every": 50,
+        "sampler": "ddim",
+        "steps": 50,
+    },
+    {
+        "dmp": {"prompt_lr": 1e-2, "gate_lr": 1e-3, "balance": "shazeer", "importance_weight": 0.01},
+        "prompt": {"prompt_lr": 1e-3},
+        "lora": {"rank": 1, "lr": 1e-3},
+        "full": {"lr": 1e-4},
+    },
+)
 
-PRESETS: dict[str, dict[str, Any]] = {"dmp": DMP, "digits": DIGITS}
+PRESETS: dict[str, Preset] = {"dmp": DMP, "digits": DIGITS}
 
 
 def chosen_preset(preset: str, base: str) -> str | None:
@@ -51,3 +79,9 @@ def chosen_preset(preset: str, base: str) -> str | None:
     if preset == "auto":
         return "digits" if base == "digits" else None
     return preset if preset in PRESETS else None
+
+
+def preset_values(preset: str, base: str, method: str) -> dict[str, Any]:
+    """Values of the preset in force for `method`, without those that only another method has."""
+    chosen = chosen_preset(preset, base)
+    return PRESETS[chosen].of(method) if chosen and method in METHODS else {}

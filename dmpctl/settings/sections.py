@@ -100,10 +100,15 @@ class Shape(Section):
 
 class Data(Section):
     panel: ClassVar[str] = "Data"
-    free: ClassVar[frozenset[str]] = frozenset({"data", "num_workers"})  # the data's fingerprint is compared instead
+    free: ClassVar[frozenset[str]] = frozenset(  # the data's fingerprint is compared instead
+        {"data", "num_workers", "image_column", "label_column", "caption_column"}
+    )
     data: Annotated[
         str | None,
-        Field(description="Images: digits (bundled) or a folder of PNG/JPEG; default: what the backbone was trained on."),
+        Field(
+            description="Images: digits, ffhq, imagenet, coco, laion-art, hf://OWNER/NAME, a folder (images, parquet or tar); "
+            "default: what the backbone was trained on."
+        ),
     ] = None
     size: Annotated[
         int | None, Field(ge=2, description="Side of the images in pixels; default: the backbone's, or the data's own.")
@@ -114,42 +119,112 @@ class Data(Section):
     hflip: Annotated[bool | None, Field(description="Mirror half of the images; default: what suits the data.")] = None
     on_bad: Annotated[Literal["fail", "skip"], Field(description="What to do about unreadable images.")] = "fail"
     num_workers: Annotated[int, Field(ge=0, description="Loader processes.")] = 0
+    image_column: Annotated[str | None, Field(description="Column of the images; default: the one that holds images.")] = None
+    label_column: Annotated[str | None, Field(description="Column of the labels; default: the one of classes, or label.")] = None
+    caption_column: Annotated[str | None, Field(description="Column of the captions; default: text or caption.")] = None
+    streaming: Annotated[
+        bool, Field(description="Fetch parquet as it is used and keep none of it; shuffles within a window.")
+    ] = False
 
 
-class Dmp(Section):
-    """The method of the paper: gated prompts added to (or prepended before) the tokens of every block."""
+class Prompts(Section):
+    """What DMP and prompt tuning share: where prompts are, how many, and how they start."""
 
     panel: ClassVar[str] = "Method"
-    method: Annotated[Literal["dmp"], Field(description="What is trained.")] = "dmp"
     prompts: Annotated[int | None, Field(ge=1, description="Prompts per block; default: as many as tokens.")] = None
     position: Annotated[Literal["add", "prepend"], Field(description="Add prompts to the tokens, or prepend them.")] = "add"
     prompt_depth: Annotated[int | None, Field(ge=1, description="Patch only the first blocks; default: all.")] = None
-    gate: Annotated[Literal["soft", "topk"], Field(description="Mix all prompts, or the k best.")] = "soft"
+    prompt_sites: Annotated[
+        str | None,
+        Field(pattern=r"^\d+(-\d+)?(,\d+(-\d+)?)*$", description="Patch only these blocks, such as 0,2,4-7; default: all."),
+    ] = None
+    prompt_init: Annotated[
+        Literal["zero", "random"], Field(description="Prompts at the start: zero (the backbone itself), or random, sd 0.02.")
+    ] = "zero"
+    prompt_lr: Annotated[float, Field(gt=0, description="Learning rate of the prompts.")] = 1e-4
+
+    @model_validator(mode="after")
+    def _sites_once(self) -> Self:
+        if self.prompt_depth is not None and self.prompt_sites is not None:
+            raise ValueError("prompt_depth and prompt_sites both say which blocks are patched, give one of the two")
+        return self
+
+
+class Dmp(Prompts):
+    """The method of the paper: gated prompts added to (or prepended before) the tokens of every block."""
+
+    method: Annotated[Literal["dmp"], Field(description="What is trained.")] = "dmp"
+    prompt_sets: Annotated[
+        int | None,
+        Field(ge=2, description="Mix this many whole sets of prompts per block, not single prompts (extension); default: none."),
+    ] = None
+    prompt_rank: Annotated[
+        int | None, Field(ge=1, description="Rank of the prompts as a matrix (extension); default: full.")
+    ] = None
+    gate: Annotated[
+        Literal["soft", "topk", "hard", "uniform", "random"],
+        Field(description="Mix all prompts, the k best, the best alone, all alike, or by a random gate that is not trained."),
+    ] = "soft"
     topk: Annotated[int | None, Field(ge=1, description="Prompts that --gate topk keeps; default: none with --gate soft.")] = None
+    gate_input: Annotated[
+        Literal["t", "t+y"] | None, Field(description="What the gate sees; default: t+y with --position add, else t.")
+    ] = None
+    gate_per_site: Annotated[bool, Field(description="A gate of its own for every block (extension).")] = False
     gate_scale: Annotated[float | None, Field(gt=0, description="Factor on the gate weights; default: 1 (published).")] = None
     gate_noise: Annotated[bool, Field(description="Learned gate noise in training (Shazeer et al. 2017).")] = True
     balance: Annotated[
         Literal["shazeer", "per-sample", "none"], Field(description="Balance loss; per-sample is the published code's.")
     ] = "shazeer"
     importance_weight: Annotated[float, Field(ge=0, description="Weight of the importance loss.")] = 0.01
-    load_weight: Annotated[float, Field(ge=0, description="Weight of the load loss (topk only).")] = 0.01
-    prompt_lr: Annotated[float, Field(gt=0, description="Learning rate of the prompts.")] = 1e-4
+    load_weight: Annotated[float, Field(ge=0, description="Weight of the load loss (topk and hard).")] = 0.01
     gate_lr: Annotated[float, Field(gt=0, description="Learning rate of gate and gate noise.")] = 1e-3
 
     @model_validator(mode="after")
-    def _topk_fits(self) -> Self:
+    def _gate_fits(self) -> Self:
         if self.gate == "topk" and self.topk is None:
             raise ValueError("gate topk needs topk, the number of prompts that it keeps")
         if self.gate != "topk" and self.topk is not None:
             raise ValueError(f"topk {self.topk} needs gate topk, found gate {self.gate}")
-        if self.topk is not None and self.prompts is not None and self.topk > self.prompts:
-            raise ValueError(f"topk {self.topk} is more than prompts {self.prompts}")
+        mixed = "prompts" if self.prompt_sets is None else "prompt_sets"
+        count = getattr(self, mixed)
+        if self.topk is not None and count is not None and self.topk > count:
+            raise ValueError(f"topk {self.topk} is more than {mixed} {count}")
+        if self.gate_per_site and self.gate in ("uniform", "random"):
+            raise ValueError(f"gate_per_site needs a gate that is trained, found gate {self.gate}")
         return self
 
 
-# What `method` can be. A second kind: its class above, and its name here (`Dmp | Lora`).
-Method = Dmp
-METHODS: dict[str, type[Section]] = {kind.model_fields["method"].default: kind for kind in get_args(Method) or (Method,)}
+class PromptTuning(Prompts):
+    """The same prompts without a gate (Jia et al. 2022, as the paper compares with)."""
+
+    method: Annotated[Literal["prompt"], Field(description="What is trained.")] = "prompt"
+
+
+class Lora(Section):
+    """Low-rank changes of linear layers (Hu et al. 2022), through peft."""
+
+    panel: ClassVar[str] = "Method"
+    method: Annotated[Literal["lora"], Field(description="What is trained.")] = "lora"
+    rank: Annotated[int, Field(ge=1, description="LoRA: rank.")] = 8
+    alpha: Annotated[float | None, Field(gt=0, description="LoRA: scale is alpha / rank; default: alpha = rank.")] = None
+    targets: Annotated[
+        str,
+        Field(pattern=r"^(qkv|proj|mlp)(,(qkv|proj|mlp))*$", description="LoRA: which linear layers, of qkv, proj and mlp."),
+    ] = "qkv,proj"
+    lr: Annotated[float, Field(gt=0, description="Learning rate of LoRA or full fine-tuning.")] = 1e-4
+
+
+class Full(Section):
+    """All weights of the backbone (full fine-tuning)."""
+
+    panel: ClassVar[str] = "Method"
+    method: Annotated[Literal["full"], Field(description="What is trained.")] = "full"
+    lr: Annotated[float, Field(gt=0, description="Learning rate of LoRA or full fine-tuning.")] = 1e-4
+
+
+# What `method` can be. One more kind: its class above, its name here, a case in engine.build and a row in the contract suite.
+Method = Dmp | PromptTuning | Lora | Full
+METHODS: dict[str, type[Section]] = {kind.model_fields["method"].default: kind for kind in get_args(Method)}
 
 
 class Objective(Section):
@@ -208,6 +283,16 @@ class Sampling(Section):
     sample_batch: Annotated[int, Field(ge=1, description="Images denoised at once.")] = 256
 
 
+class Result(Section):
+    panel: ClassVar[str] = "Run"
+    science: ClassVar[bool] = False
+    result_weights: Annotated[
+        Literal["ema", "raw"] | None,
+        Field(description="Average of the trained weights, or the last ones; default: what the run ended with."),
+        Flag("weights"),
+    ] = None
+
+
 class Images(Section):
     panel: ClassVar[str] = "Images"
     science: ClassVar[bool] = False
@@ -245,3 +330,94 @@ class Gates(Section):
     science: ClassVar[bool] = False
     timesteps: Annotated[int, Field(ge=2, le=1000, description="Timesteps looked at, evenly spaced.")] = 50
     plot: Annotated[bool, Field(description="Write a heat map (PNG).")] = True
+
+
+class Codec(Section):
+    panel: ClassVar[str] = "Codec"
+    science: ClassVar[bool] = False  # the codec's fingerprint is compared instead
+    codec: Annotated[
+        str,
+        Field(description="Pixels to latents: identity, vae-ema, vae-mse or a folder; auto: what the backbone was trained with."),
+    ] = "auto"
+    codec_batch: Annotated[int, Field(ge=1, description="Images encoded or decoded at once.")] = 32
+    latents: Annotated[bool, Field(description="Encode the images once, and keep their latents in the cache.")] = True
+
+
+class Importing(Section):
+    """`dmpctl import`: what a file of other people does not say of itself."""
+
+    panel: ClassVar[str] = "Import"
+    science: ClassVar[bool] = False
+    import_run: Annotated[
+        Path | None, Field(description="Run directory that is made; default: runs/<name of the file>."), Flag("run")
+    ] = None
+    import_weights: Annotated[
+        Literal["ema", "raw"] | None,
+        Field(description="Average of the weights, or the last ones; default: the average where the file has one."),
+        Flag("weights"),
+    ] = None
+    shape: Annotated[
+        str | None, Field(description="Published shape that it must be, such as DiT-B/2; default: whatever the tensors show.")
+    ] = None
+    import_heads: Annotated[
+        int | None,
+        Field(ge=1, description="Attention heads; default: what the file says, else those of the published shape of its width."),
+        Flag("num_heads"),
+    ] = None
+    import_schedule: Annotated[
+        Literal["linear", "cosine"] | None,
+        Field(description="Noise schedule it was trained with; default: what the file says, else linear."),
+        Flag("schedule"),
+    ] = None
+    import_topk: Annotated[
+        int | None, Field(ge=1, description="Prompts that its gate keeps; default: what the file says, else all."), Flag("topk")
+    ] = None
+    import_position: Annotated[
+        Literal["add", "prepend"] | None,
+        Field(description="Where its prompts go; default: what the file says, else add if there is one per token."),
+        Flag("position"),
+    ] = None
+
+
+class Exporting(Section):
+    """`dmpctl export`: in which form."""
+
+    panel: ClassVar[str] = "Export"
+    science: ClassVar[bool] = False
+    to: Annotated[
+        Literal["patch", "merged", "dmp-pt"],
+        Field(description="The patch alone, one file with its backbone, or the published code's checkpoint."),
+    ] = "merged"
+
+
+class Cache(Section):
+    panel: ClassVar[str] = "Cache"
+    science: ClassVar[bool] = False
+    cache_dir: Annotated[
+        Path | None, Field(description="Where what was downloaded or computed once is kept; default: $XDG_CACHE_HOME/dmpctl.")
+    ] = None
+
+
+class Download(Section):
+    """`dmpctl download`: what, and what is to be done with it."""
+
+    panel: ClassVar[str] = "Download"
+    science: ClassVar[bool] = False
+    list_assets: Annotated[
+        bool, Field(description="List what there is, its size and licence, and whether it is here."), Flag("list")
+    ] = False
+    needed_for: Annotated[
+        Path | None,
+        Field(description="Fetch what an experiment needs: a settings file or a run; default: the assets named."),
+        Flag("for"),
+    ] = None
+    accept_license: Annotated[bool, Field(description="Accept licences that forbid commercial use.")] = False
+    verify: Annotated[bool, Field(description="Hash again what is here, or the assets named.")] = False
+    prune: Annotated[bool, Field(description="Remove from the cache what no asset names, and what downloads left over.")] = False
+
+    @model_validator(mode="after")
+    def _one_thing(self) -> Self:
+        given = [name for name, on in (("list", self.list_assets), ("verify", self.verify), ("prune", self.prune)) if on]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are two different things, give one of the two")
+        return self

@@ -48,7 +48,7 @@ class Case:
         self.backbone = DiT(config)
         self.backbone.initialise(generator)
         spec = self.backbone.spec
-        self.patch = build_patch(spec, Dmp())
+        self.patch = build_patch(self.backbone, Dmp())
         self.schedule = NoiseSchedule.from_spec(spec.schedule)
         self.objective = HybridObjective(self.schedule, spec.learned_sigma, Objective())
         self.x0 = torch.randn(batch, *spec.latent_shape, generator=generator)

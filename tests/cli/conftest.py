@@ -7,7 +7,10 @@ import pytest
 import dmpctl.engine
 from dmpctl.cli.app import main
 
-OUTSIDE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "CI", "RANK", "NO_COLOR", "FORCE_COLOR", "COLUMNS")
+OUTSIDE = (
+    *("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_CACHE", "DMPCTL_CACHE_DIR"),
+    *("CI", "RANK", "NO_COLOR", "FORCE_COLOR", "COLUMNS"),
+)
 
 
 @pytest.fixture(autouse=True)

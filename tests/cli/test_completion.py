@@ -21,7 +21,7 @@ def test_commands(completed):
 
 
 def test_option_names(completed):
-    assert completed("dmpctl patch --ga") == ["--gate", "--gate-scale", "--gate-noise", "--gate-lr"]
+    assert completed("dmpctl patch --ga") == ["--gate", "--gate-input", "--gate-per-site", "--gate-scale", "--gate-noise", "--gate-lr"]
     assert "--no-gate-noise" in completed("dmpctl patch --no-")
 
 
@@ -33,7 +33,7 @@ def test_options_of_one_command_only(completed):
 @pytest.mark.parametrize(
     ("line", "choices"),
     [
-        ("dmpctl patch --gate ", ["soft", "topk"]),
+        ("dmpctl patch --gate ", ["soft", "topk", "hard", "uniform", "random"]),
         ("dmpctl patch --gate t", ["topk"]),
         ("dmpctl patch --channels ", ["1", "3"]),
         ("dmpctl patch --iters 5 --balance p", ["per-sample"]),

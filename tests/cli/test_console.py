@@ -101,6 +101,32 @@ def test_a_terminal_gets_one_bar_with_talk_above_it():
     assert not bars.display.live.is_started
 
 
+def test_bytes_are_counted_in_bytes():
+    stream, clock = io.StringIO(), Clock()
+    with Lines(stream, clock).track("fetching", 95_628_359, 10_000_000, unit="B") as task:
+        clock.now = 2.0
+        task.advance(30_000_000)
+        clock.now = 4.0
+        task.advance(55_628_359)
+    assert stream.getvalue().splitlines() == [
+        "fetching 40 MB/95.6 MB (41 %), 15 MB/s, 0:00:04 left",
+        "fetching 95.6 MB/95.6 MB (100 %), 21.4 MB/s",
+    ]
+
+
+def test_a_size_that_is_not_known_is_not_shown():
+    stream, clock = io.StringIO(), Clock()
+    with Lines(stream, clock).track("fetching", 0, unit="B") as task:
+        clock.now = 2.0
+        task.advance(999_600)
+    assert stream.getvalue() == "fetching 1 MB, 500 kB/s\n"
+    shown = Terminal()
+    with Bars(Console(file=shown, force_terminal=True, width=120)).track("fetching", 0, unit="B") as task:
+        task.advance(1_500)
+    assert "1.5 kB" in shown.getvalue()
+    assert "/0" not in shown.getvalue()
+
+
 def test_a_failure_inside_closes_the_display():
     bars = Bars(Console(file=Terminal(), force_terminal=True))
     with pytest.raises(ValueError, match="x"), bars.track("training", 10):

@@ -92,7 +92,7 @@ def test_ctrl_c(dmpctl_, engine):
         (("patch", "more"), "Got unexpected extra argument(s) (more)"),
         (("ptch",), "No such command 'ptch'. Did you mean 'patch'?"),
         (("sample",), "Missing argument 'RUN'"),
-        (("patch", "--gate", "sofd"), "--gate: 'sofd' is not one of soft, topk, did you mean soft?"),
+        (("patch", "--gate", "sofd"), "--gate: 'sofd' is not one of soft, topk, hard, uniform, random, did you mean soft?"),
         (("patch", "--iters", "0"), "--iters: Input should be greater than or equal to 1, found '0'"),
         (("--debug", "patch"), "no such option --debug"),
     ],

@@ -10,14 +10,14 @@ import pytest
 from typer.main import get_command
 
 from dmpctl import __version__
-from dmpctl.cli.app import COMMANDS
+from dmpctl.cli.app import COMMANDS, module_of
 from dmpctl.settings import commands
 
 HEAVY = ("torch", "numpy", "pydantic_settings", "datasets", "diffusers", "huggingface_hub", "accelerate", "rich", "pydantic")
 
 
 def built(name: str):
-    return get_command(importlib.import_module(f"dmpctl.cli.{name.replace('-', '_')}").app)
+    return get_command(importlib.import_module(module_of(name)).app)
 
 
 def imported_by(*argv: str) -> set[str]:
@@ -88,7 +88,7 @@ def test_bounds_and_defaults(dmpctl_):
     _, out, _ = dmpctl_("sample", "--help")
     assert "--steps <int >=1 <=1000>" in out
     assert "default: 250" in out
-    assert "<soft|topk>" in dmpctl_("patch", "--help")[1]
+    assert "<soft|topk|hard|uniform|random>" in dmpctl_("patch", "--help")[1]
     assert "--prompt-lr <float >0>" in dmpctl_("patch", "--help")[1]
 
 

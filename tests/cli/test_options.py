@@ -30,7 +30,18 @@ def test_typing_the_default_is_typing_it(dmpctl_):
 
 
 @pytest.mark.parametrize(
-    "line", [("patch",), ("pretrain",), ("sample", "r"), ("fid", "r"), ("inspect-gates", "r"), ("doctor",), ("download",)]
+    "line",
+    [
+        ("patch",),
+        ("pretrain",),
+        ("sample", "r"),
+        ("fid", "r"),
+        ("inspect-gates", "r"),
+        ("import", "f"),
+        ("export", "r"),
+        ("doctor",),
+        ("download",),
+    ],
 )
 def test_print_config_shows_every_option(dmpctl_, line):
     found = config(dmpctl_, *line)
@@ -89,6 +100,8 @@ def test_values_reach_the_engine_with_their_types(dmpctl_, engine):
         (("sample", "r"), "generate", "sample", Path("r")),
         (("fid", "r"), "evaluate", "fid", "r"),
         (("inspect-gates", "r"), "gates", "inspect", Path("r")),
+        (("import", "f"), "importer", "import_file", Path("f")),
+        (("export", "r"), "export", "export", Path("r")),
         (("download", "a", "b"), "fetch", "download", ["a", "b"]),
         (("download",), "fetch", "download", []),
     ],
@@ -114,11 +127,19 @@ def test_offline_is_set_before_the_engine_is_imported(dmpctl_, engine):
     assert (seen["HF_HUB_OFFLINE"], seen["HF_DATASETS_OFFLINE"]) == ("1", "1")
 
 
+def test_a_named_cache_is_the_cache_of_the_hub_library_too(dmpctl_, engine, tmp_path, monkeypatch):
+    seen = {}
+    engine("fetch", "download", lambda *_: seen.update(os.environ) or Report({}))
+    monkeypatch.chdir(tmp_path)
+    assert dmpctl_("download", "--cache-dir", "here")[0] == 0
+    assert (seen["DMPCTL_CACHE_DIR"], seen["HF_HUB_CACHE"]) == (str(tmp_path / "here"), str(tmp_path / "here" / "hub"))
+
+
 def test_online_sets_nothing(dmpctl_, engine):
     seen = {}
     engine("fetch", "download", lambda *_: seen.update(os.environ) or Report({}))
     dmpctl_("download")
-    assert "HF_HUB_OFFLINE" not in seen
+    assert not {"HF_HUB_OFFLINE", "HF_HUB_CACHE", "DMPCTL_CACHE_DIR"} & set(seen)
 
 
 def test_print_config_calls_no_engine(dmpctl_, engine):

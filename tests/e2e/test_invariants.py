@@ -36,7 +36,7 @@ def noise(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("method", [Dmp(), Dmp(gate="topk", topk=3), Dmp(prompt_depth=2, gate_scale=16)])
 def test_1_a_zero_patch_is_its_backbone_bit_for_bit(noisy, method):
     loaded = load_backbone(Base())
-    fresh = build_patch(loaded.spec, method)
+    fresh = build_patch(loaded.model, method)
     x, t = noise(32, *loaded.spec.latent_shape), torch.arange(0, 992, 31)
     gate_noise = noise(32, *fresh.noise_shape()) if noisy else None
     plain = loaded.model.denoise(x, t, None)
@@ -48,7 +48,7 @@ def test_1_a_zero_patch_is_its_backbone_bit_for_bit(noisy, method):
 
 def test_1_for_a_conditional_backbone_too(conditional):
     loaded = load_backbone(Base(base=str(conditional)))
-    fresh = build_patch(loaded.spec, Dmp())
+    fresh = build_patch(loaded.model, Dmp())
     x, t, y = noise(11, 1, 8, 8), torch.arange(11) * 90, torch.arange(11)
     found, _ = predict_patched(loaded.model, fresh.time_only, fresh, x, t, y, noise(11, *fresh.noise_shape()))
     assert torch.equal(found, loaded.model.denoise(x, t, y))
@@ -62,12 +62,12 @@ def test_2_training_touches_the_patch_and_nothing_else(tmp_path, given):
     settings = settings_for("patch", run=tmp_path / "run", evaluate=False, **SMALL, **given)
     loaded, source = load_backbone(settings.base), Digits()
     before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
-    module = build_patch(loaded.spec, settings.method)
+    module = build_patch(loaded.model, settings.method)
     untrained = {name: value.clone() for name, value in module.state_dict().items()}
     with RunDir(tmp_path / "run") as run:
         codec = build_codec(loaded.spec, source)
         trainer = Trainer(
-            patch._subject(loaded, module, {}), loaded.spec, codec, source, settings, run, accelerator_for(settings)
+            patch.subject_of(loaded, module, {}), loaded.spec, codec, source, settings, run, accelerator_for(settings)
         )
         optimised = [p for group in trainer.optimizer.param_groups for p in group["params"]]
         assert len(optimised) == len({id(p) for p in optimised})
@@ -246,7 +246,7 @@ def test_4_how_images_are_loaded_changes_nothing(tmp_path, finished):
 
 def test_5_a_saved_patch_has_the_keys_of_the_method(finished):
     about = json.loads((finished / "patch.json").read_text())
-    fresh = build_patch(load_backbone(Base()).spec, Dmp(**about["method"]))
+    fresh = build_patch(load_backbone(Base()).model, Dmp(**about["method"]))
     assert set(tensors_of(finished / "patch.safetensors")) == set(fresh.state_dict())
     assert set(load_patch(finished).patch.state_dict()) == set(fresh.state_dict())  # a tampered one: tests/unit/engine
 

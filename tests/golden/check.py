@@ -25,7 +25,8 @@ from dmpctl.diffusion.schedule import NoiseSchedule, respaced_timesteps
 from dmpctl.engine.patched import predict_patched
 from dmpctl.errors import DmpError, IntegrityError
 from dmpctl.files import read_json, read_tensors
-from dmpctl.methods.dmp import DmpPatch, dmp_shape, per_sample_importance
+from dmpctl.methods.dmp import DmpPatch, dmp_shape
+from dmpctl.methods.gate import per_sample_importance
 from dmpctl.settings.sections import Dmp, Objective
 from dmpctl.types import ScheduleSpec
 

@@ -23,7 +23,13 @@ LAYERS = {
     "cli": 4,
     "__main__": 5,
 }
-HOMES = {"accelerate": ("engine",), "diffusers": ("diffusion", "backbones", "codecs"), "typer": ("cli",), "rich": ("cli",)}
+HOMES = {
+    "accelerate": ("engine",),
+    "diffusers": ("diffusion", "backbones", "codecs"),
+    "peft": ("methods",),
+    "typer": ("cli",),
+    "rich": ("cli",),
+}
 HEAVY = ("torch", "torchvision", "numpy", "scipy", "sklearn", "PIL", "matplotlib", "accelerate", "diffusers", "timm", "datasets")
 LIGHT = ("settings", "cli", "errors", "types", "files", "", "__main__")  # a help page imports these
 UNPICKLERS = ("load", "loads", "Unpickler")

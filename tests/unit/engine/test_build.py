@@ -1,13 +1,16 @@
 import pytest
 import torch
 
-from dmpctl.backbones.dit import DiTConfig
+from dmpctl.backbones.dit import DiT, DiTConfig
 from dmpctl.data.bundled import Digits
 from dmpctl.engine import build
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.files import read_tensors, write_tensors
 from dmpctl.methods.dmp import DmpPatch
-from dmpctl.settings.sections import Base, Data, Dmp
+from dmpctl.methods.full import FullPatch
+from dmpctl.methods.lora import LoraPatch
+from dmpctl.methods.prompt_tuning import PromptPatch
+from dmpctl.settings.sections import Base, Data, Dmp, Full, Lora, PromptTuning
 from dmpctl.types import BackboneSpec, ScheduleSpec, Site
 
 
@@ -66,22 +69,25 @@ def test_weights_that_lack_a_tensor_are_refused(conditional, tmp_path):
 
 def test_a_patch_adds_what_the_paper_counts():
     """Ham et al. 2025: 6 554 112 parameters for DiT-L/2 on 256 tokens, +1.43 %."""
-    spec = BackboneSpec(
-        (4, 32, 32),
-        (Site(256, 1024),) * 24,
-        "epsilon",
-        True,
-        ScheduleSpec(),
-        0,
-        DiTConfig(32, 4, 2, 1024, 24, 16, 0).parameters(),
-    )
-    count, share = build.added_parameters(spec, Dmp())
-    assert count == 6_554_112
-    assert round(share, 2) == 1.43
-    patch = build.build_patch(spec_of(), Dmp())
+    with torch.device("meta"):
+        model = DiT(DiTConfig(32, 4, 2, 1024, 24, 16, 0))
+        patch = build.build_patch(model, Dmp())
     assert isinstance(patch, DmpPatch)
-    in_memory = sum(p.numel() for name, p in patch.named_parameters() if name != "w_noise")
-    assert in_memory == build.added_parameters(spec_of(), Dmp())[0]
+    assert patch.added == 6_554_112
+    assert round(100 * patch.added / model.spec.parameters, 2) == 1.43
+    assert patch.added == sum(p.numel() for name, p in patch.named_parameters() if name != "w_noise")
+
+
+@pytest.mark.parametrize(
+    ("method", "kind"), [(Dmp(), DmpPatch), (PromptTuning(), PromptPatch), (Lora(rank=2), LoraPatch), (Full(), FullPatch)]
+)
+def test_every_method_is_built_without_touching_its_backbone(method, kind):
+    model = build.freeze(DiT(DiTConfig(8, 1, 2, 16, 2, 2, 0)))
+    before = build.digest_of(model.state_dict())
+    patch = build.build_patch(model, method)
+    assert isinstance(patch, kind)
+    assert build.digest_of(model.state_dict()) == before
+    assert not any(p.requires_grad for p in model.parameters())
 
 
 def test_data_defaults_to_what_the_backbone_was_trained_on():

@@ -9,7 +9,7 @@ from scipy import stats
 from dmpctl.cli.console import Silent
 from dmpctl.engine import gates
 from dmpctl.engine.patched import load_patch
-from dmpctl.errors import MissingError, UsageError
+from dmpctl.errors import UsageError
 from tests.helpers import BUNDLED, copied, files, patch_run, settings_for
 
 
@@ -132,13 +132,13 @@ def test_classes_are_averaged(conditional, tmp_path):
 
 
 def test_a_backbone_has_no_gates(conditional):
-    with pytest.raises(MissingError, match="holds no finished patch"):
+    with pytest.raises(UsageError, match="has no gates"):
         gates.inspect(settings_for("inspect-gates"), conditional, Silent())
 
 
 @pytest.mark.parametrize("sites", [1, 4, 5])
 def test_a_heat_map_of_any_number_of_sites(sites):
     weights = torch.rand(sites, 6, 3, generator=torch.Generator().manual_seed(0)).softmax(-1)
-    data = gates.heat_map(weights, [0, 200, 400, 600, 800, 999])
+    data = gates.heat_map(weights, [0, 200, 400, 600, 800, 999], range(sites))
     assert data.startswith(b"\x89PNG")
-    assert gates.heat_map(weights, [0, 200, 400, 600, 800, 999]) == data
+    assert gates.heat_map(weights, [0, 200, 400, 600, 800, 999], range(sites)) == data

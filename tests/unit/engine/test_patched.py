@@ -95,7 +95,7 @@ def test_keys_and_shapes_fit_exactly(tmp_path, finished, change, sentence):
         (("schema_version",), 2, "schema_version 2"),
         (("method", "gate"), "unknown", "does not fit this dmpctl: gate"),
         (("method",), 5, "does not fit this dmpctl"),
-        (("method", "method"), "lora", "does not fit this dmpctl: method"),
+        (("method", "method"), "lora", "does not fit this dmpctl: prompts"),
         (("backbone",), {}, "lacks base, weights, .* of its backbone"),
         (("data",), [], "lacks name of its data"),
     ],
@@ -142,7 +142,6 @@ def test_patch_json_is_small_and_complete(finished):
     about = read_json(finished / "patch.json", 1)
     assert about["sha256"] == sha256_of(finished / "patch.safetensors")
     sites, width = BUNDLED.depth, BUNDLED.hidden_size
-    assert about["shape"] == {"sites": sites, "prompts": 16, "width": width, "kept": 16}
     assert about["added_parameters"] == sites * 16 * width + (width + 1) * 16 + 16
     assert (about["weights"], about["step"], about["data"]["name"]) == ("raw", 6, "digits")
     assert about["method"]["prompt_lr"] == 0.05

@@ -33,7 +33,7 @@ def test_precedence_of_all_layers(monkeypatch, toml):
         return resolved.settings.train.iters, resolved.origins["iters"]
 
     assert value({}) == (50_000, "default")
-    assert value({"preset": "digits"}) == (PRESETS["digits"]["iters"], "preset digits")
+    assert value({"preset": "digits"}) == (PRESETS["digits"].values["iters"], "preset digits")
     shared = toml("iters = 3\n")
     assert value({"preset": "digits"}, shared) == (3, f"{shared}: iters")
     table = toml("iters = 3\n[patch]\niters = 4\n[pretrain]\niters = 5\n", "y.toml")
@@ -140,7 +140,7 @@ def test_a_wrong_value_in_a_file(toml):
     path = toml("lr = -1\n")
     assert sentence("pretrain", {}, path).startswith(f"{path}: lr: Input should be greater than 0")
     path = toml('[patch]\ngate = "sofd"\n')
-    assert sentence("patch", {}, path) == f"{path} [patch]: gate: 'sofd' is not one of soft, topk, did you mean soft?"
+    assert sentence("patch", {}, path) == f"{path} [patch]: gate: 'sofd' is not one of soft, topk, hard, uniform, random, did you mean soft?"
 
 
 def test_all_wrong_values_are_named_at_once():

@@ -4,15 +4,24 @@ import pytest
 
 from dmpctl.settings.commands import options_of
 from dmpctl.settings.layers import resolve
-from dmpctl.settings.presets import PRESETS, chosen_preset
+from dmpctl.settings.presets import PRESETS, chosen_preset, preset_values
+from dmpctl.settings.sections import METHODS
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_names_options_of_patch_with_values_they_take(name, method):
+    values = PRESETS[name].of(method)
+    assert set(values) <= set(options_of("patch"))
+    resolved = resolve("patch", {"preset": name, "method": method})
+    for option in values:
+        assert resolved.origins[option] == f"preset {name}"
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_names_options_of_patch_with_values_they_take(name):
-    assert set(PRESETS[name]) <= set(options_of("patch"))
-    resolved = resolve("patch", {"preset": name})
-    for option in PRESETS[name]:
-        assert resolved.origins[option] == f"preset {name}"
+def test_what_only_one_method_has_is_given_to_that_one_alone(name):
+    for method, values in PRESETS[name].methods.items():
+        assert set(values) <= set(METHODS[method].model_fields)
 
 
 def test_every_preset_can_be_chosen():
@@ -23,6 +32,7 @@ def test_the_published_recipe():
     settings = resolve("patch", {"preset": "dmp"}).settings
     method, train = settings.method, settings.train
     assert (method.prompts, method.gate, method.topk, method.gate_scale) == (None, "soft", None, 1.0)
+    assert (method.prompt_sets, method.prompt_rank, method.gate_per_site, method.prompt_init) == (None, None, False, "zero")
     assert (method.balance, method.importance_weight, method.load_weight) == ("per-sample", 1.0, 1.0)
     assert (method.prompt_lr, method.gate_lr) == (1e-4, 1e-3)
     assert (train.iters, train.batch_size, train.ema, train.lr_schedule, train.warmup) == (50_000, 128, 0.0, "constant", 0)
@@ -42,3 +52,8 @@ def test_the_published_recipe():
 )
 def test_auto_follows_the_backbone(preset, base, chosen):
     assert chosen_preset(preset, base) == chosen
+
+
+def test_no_preset_and_no_such_method_give_nothing():
+    assert preset_values("auto", "DiT-L/2", "dmp") == {}
+    assert preset_values("auto", "digits", "dpm") == {}

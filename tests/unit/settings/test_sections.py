@@ -2,22 +2,43 @@
 
 import inspect
 import math
+from typing import get_args
 
 import pytest
 from pydantic import ValidationError
 
 from dmpctl.settings import sections
 from dmpctl.settings.commands import COMMANDS, every_option, options_of
-from dmpctl.settings.sections import METHODS, Data, Dmp, Fid, Launch, Method, Sampling, Section, Shape, Train, choices_of
+from dmpctl.settings.sections import (
+    METHODS,
+    Data,
+    Dmp,
+    Fid,
+    Launch,
+    Method,
+    Prompts,
+    PromptTuning,
+    Sampling,
+    Section,
+    Shape,
+    Train,
+    choices_of,
+)
 
 CLASSES = {kind for _, kind in inspect.getmembers(sections, inspect.isclass)}
 SECTIONS = sorted((kind for kind in CLASSES if issubclass(kind, Section) and kind is not Section), key=lambda kind: kind.__name__)
 FIELDS = [(section, name, field) for section in SECTIONS for name, field in section.model_fields.items()]
 
 
-def test_every_field_name_is_unique_across_sections():
-    names = [name for section, name, _ in FIELDS if not (section in METHODS.values() and name == "method")]
+def test_every_field_name_is_unique_across_sections_and_methods_share_only_what_means_the_same():
+    methods = {*METHODS.values(), Prompts}
+    names = [name for section, name, _ in FIELDS if section not in methods]
     assert len(names) == len(set(names))
+    shared: dict[str, object] = {}
+    for section, name, field in FIELDS:
+        if section in methods and name != "method":
+            assert name == "lr" or name not in names
+            assert shared.setdefault(name, field.annotation) == field.annotation or name == "lr"
 
 
 def test_every_field_of_every_section_is_offered_by_some_command():
@@ -26,9 +47,10 @@ def test_every_field_of_every_section_is_offered_by_some_command():
 
 
 def test_public_names_are_unique_and_never_shadow_config():
-    options = {option.name: option.public for command in COMMANDS for option in options_of(command).values()}
-    assert len(set(options.values())) == len(options)
-    assert "config" not in options.values()
+    for command in COMMANDS:
+        names = [option.public for option in options_of(command).values()]
+        assert len(set(names)) == len(names)
+        assert "config" not in names
     assert "json" in every_option()
 
 
@@ -56,6 +78,10 @@ def test_free_names_are_fields():
         (Dmp, {"gate": "topk"}, "gate topk needs topk"),
         (Dmp, {"topk": 4}, "topk 4 needs gate topk"),
         (Dmp, {"gate": "topk", "topk": 9, "prompts": 8}, "topk 9 is more than prompts 8"),
+        (Dmp, {"gate": "topk", "topk": 3, "prompt_sets": 2}, "topk 3 is more than prompt_sets 2"),
+        (Dmp, {"gate": "random", "gate_per_site": True}, "gate_per_site needs a gate that is trained, found gate random"),
+        (Dmp, {"prompt_depth": 1, "prompt_sites": "0"}, "prompt_depth and prompt_sites both say"),
+        (PromptTuning, {"prompt_depth": 1, "prompt_sites": "0"}, "prompt_depth and prompt_sites both say"),
         (Shape, {"hidden_size": 30, "num_heads": 4}, "hidden_size 30 is not a multiple of num_heads 4"),
         (Train, {"iters": 10, "warmup": 11}, "warmup 11 is longer than iters 10"),
         (Launch, {"cpu": True, "device": "cuda:1"}, "cpu and device cuda:1 contradict"),
@@ -68,7 +94,7 @@ def test_values_that_do_not_go_together(section, values, sentence):
 
 @pytest.mark.parametrize(
     "values",
-    [{"gate": "topk", "topk": 8, "prompts": 8}, {"gate": "topk", "topk": 4, "position": "prepend"}, {"position": "prepend"}],
+    [{"gate": "topk", "topk": 3, "prompts": 2, "prompt_sets": 4}, {"gate": "topk", "topk": 8, "prompts": 8}, {"gate": "topk", "topk": 4, "position": "prepend"}, {"position": "prepend"}],
 )
 def test_values_that_do_go_together(values):
     assert Dmp(**values)
@@ -95,4 +121,5 @@ def test_choices_of():
 
 def test_methods_are_listed_by_their_tag():
     assert METHODS["dmp"] is Dmp
-    assert Method is Dmp
+    assert list(METHODS) == ["dmp", "prompt", "lora", "full"]
+    assert get_args(Method) == tuple(METHODS.values())

@@ -9,7 +9,7 @@ import torch
 
 from dmpctl.cli.console import Silent
 from dmpctl.data.bundled import Digits
-from dmpctl.engine import compare, paired_loss, patch
+from dmpctl.engine import before_after, paired_loss, patch
 from dmpctl.engine.patched import load_patch
 from dmpctl.errors import Interrupted
 from tests.helpers import SMALL, copied, files, patch_run, settings_for
@@ -24,7 +24,7 @@ def _few_images(monkeypatch):
 
 
 def compared(model, **given):
-    return compare.compare(model, Digits(), settings_for("patch", eval_images=90, steps=3, **given), CPU, Silent())
+    return before_after.measure(model, Digits(), settings_for("patch", eval_images=90, steps=3, **given), CPU, Silent())
 
 
 def test_a_patch_that_does_nothing(finished):
@@ -36,7 +36,7 @@ def test_a_patch_that_does_nothing(finished):
     assert figures["paired_loss"]["difference"] == 0
     assert figures["verdict"].startswith("no significant change (95 % confidence")
     assert figures["paired_loss_verdict"].startswith("no significant change")
-    assert compare.table(figures)[2]["Fréchet distance (pixels, 90 images)"] == "+0.0000 ± 0.0000"
+    assert before_after.table(figures)[2]["Fréchet distance (pixels, 90 images)"] == "+0.0000 ± 0.0000"
     width = (sheet.width - 24) // 2
     assert sheet.crop((0, 22, width, sheet.height)).tobytes() == sheet.crop((width + 24, 22, sheet.width, sheet.height)).tobytes()
 
@@ -53,16 +53,16 @@ def test_a_patch_that_does_harm(finished):
 
 
 def test_verdicts():
-    assert compare.distance_verdict(-1.0, 0.1).startswith("improved (95 % confidence over the sampling of images")
-    assert compare.distance_verdict(1.0, None).startswith("no verdict")
-    assert compare.loss_verdict(-1e-5, 1e-6, 7) == "improved (95 % confidence over the 7 training images)"
+    assert before_after.distance_verdict(-1.0, 0.1).startswith("improved (95 % confidence over the sampling of images")
+    assert before_after.distance_verdict(1.0, None).startswith("no verdict")
+    assert before_after.loss_verdict(-1e-5, 1e-6, 7) == "improved (95 % confidence over the 7 training images)"
 
 
 def test_too_few_images_for_a_verdict(finished):
-    figures, _ = compare.compare(load_patch(finished), Digits(), settings_for("patch", eval_images=30, steps=3), CPU, Silent())
+    figures, _ = before_after.measure(load_patch(finished), Digits(), settings_for("patch", eval_images=30, steps=3), CPU, Silent())
     assert figures["difference"]["standard_error"] is None
     assert figures["verdict"].startswith("no verdict")
-    compare.table(figures)
+    before_after.table(figures)
 
 
 def test_a_complete_run_shows_what_it_has_recorded(tmp_path, monkeypatch):
@@ -71,7 +71,7 @@ def test_a_complete_run_shows_what_it_has_recorded(tmp_path, monkeypatch):
     assert first.lines[0].startswith("trained 6 steps in ")
     before = (tmp_path / "run" / "metrics" / "comparison-0000006.json").read_bytes()
     with monkeypatch.context() as patched:
-        patched.setattr(compare, "compare", None)  # not made again
+        patched.setattr(before_after, "measure", None)  # not made again
         again = patch_run(tmp_path / "run", **EVALUATED)
     assert again.lines[0].startswith("the run was complete already, at step 6")
     assert again.table == first.table
@@ -85,7 +85,7 @@ def test_another_protocol_is_measured_anew(tmp_path, finished, change):
     patch_run(run, **EVALUATED)
     patch_run(run, **EVALUATED | change)
     recorded = json.loads((run / "metrics" / "comparison-0000006.json").read_text())["protocol"]
-    assert recorded == compare.protocol(settings_for("patch", **SMALL | EVALUATED | change), Digits())
+    assert recorded == before_after.protocol(settings_for("patch", **SMALL | EVALUATED | change), Digits())
 
 
 def test_an_interrupted_comparison_is_made_by_the_same_command(tmp_path):

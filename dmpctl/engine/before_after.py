@@ -31,7 +31,7 @@ def protocol(settings: Settings, source: Source) -> dict[str, Any]:
     }
 
 
-def compare(
+def measure(
     patched: Patched, source: Source, settings: Settings, device: torch.device, progress: Progress
 ) -> tuple[dict[str, Any], Image.Image]:
     """Measure both against the training images in pixels, and on their paired loss; JSON-able figures and the sheet.
@@ -62,7 +62,7 @@ def compare(
         "verdict": distance_verdict(found.value, found.standard_error),
         "paired_loss_verdict": loss_verdict(loss.difference, loss.standard_error, loss.images),
     }
-    return figures, before_after(before[:SHOWN], after[:SHOWN])
+    return figures, sheet(before[:SHOWN], after[:SHOWN])
 
 
 def distance_verdict(difference: float, standard_error: float | None) -> str:
@@ -103,7 +103,7 @@ def _with_error(value: float, error: float | None, digits: int, sign: str = "") 
     return f"{value:{sign}.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
-def before_after(before: Tensor, after: Tensor) -> Image.Image:
+def sheet(before: Tensor, after: Tensor) -> Image.Image:
     """Backbone's images left, the patch's right, image k of both from the same seed."""
     sheets = [contact_sheet(list(images), columns=4, side=64) for images in (before, after)]
     top, gap = 22, 24

@@ -1,0 +1,29 @@
+"""`dmpctl import`."""
+
+from pathlib import Path
+
+from dmpctl.cli.options import Argument, Call, command
+from dmpctl.types import Report
+
+
+def import_(call: Call) -> Report:
+    """Take other people's checkpoints apart into a run.
+
+    FILE is a published DMP checkpoint (.pt), whose backbone and patch come apart; a DiT checkpoint (.pt), which becomes a
+    backbone; or a .safetensors file, such as export --to merged writes. Nothing that it pickles is run.
+    """
+    from dmpctl.engine import importer
+
+    return importer.import_file(call.settings, call.argument, call.progress)
+
+
+app = command(
+    "import",
+    import_,
+    [
+        "dmpctl import DiT-XL-2-256x256.pt --run runs/dit-xl",
+        "dmpctl import 0050000.pt --shape DiT-B/2 --schedule cosine",
+        "dmpctl import merged.safetensors --run runs/apart",
+    ],
+    Argument("file", Path, "Checkpoint (.pt) or .safetensors file."),
+)

@@ -1,0 +1,66 @@
+"""One training in its run directory: refuse another experiment, go on from the newest checkpoint, train, publish."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import Accelerator
+
+from dmpctl.engine import checkpoint
+from dmpctl.engine.launch import again_command, science_of
+from dmpctl.engine.rundir import RunDir
+from dmpctl.engine.train import Subject, Trainer
+from dmpctl.settings.model import Settings
+from dmpctl.types import BackboneSpec, Codec, Progress, Source
+
+
+@dataclass(frozen=True)
+class Session:
+    """What `dmpctl command` trains.
+
+    `digests` (sha256 of what the settings name) are part of the experiment; `facts` are only recorded. `metadata` goes
+    into the finished safetensors file, so that it describes itself; None: nothing.
+    """
+
+    command: str
+    subject: Subject
+    spec: BackboneSpec
+    codec: Codec
+    source: Source
+    digests: Mapping[str, str]
+    facts: Mapping[str, Any]
+    metadata: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """From which step to which; `seconds` of training, 0 where the run was complete already."""
+
+    start: int
+    step: int
+    seconds: float
+
+    @property
+    def was_complete(self) -> bool:
+        return self.start >= self.step
+
+
+def train_in(run: RunDir, session: Session, settings: Settings, accelerator: Accelerator, progress: Progress) -> Trained:
+    """Train to --iters inside an open run, and put the finished weights into its root.
+
+    UsageError if the run holds another experiment; Interrupted after saving on a signal.
+    """
+    science = science_of(settings) | dict(session.digests)
+    run.refuse_other(session.command, science)
+    trainer = Trainer(session.subject, session.spec, session.codec, session.source, settings, run, accelerator)
+    began, start = time.perf_counter(), trainer.resume()
+    if start < settings.train.iters:
+        for line in run.differences(settings.to_dict()):
+            progress.say(line)
+        facts = {"device": str(accelerator.device), "start_step": start, **session.facts, **session.digests}
+        run.begin(session.command, science, settings.to_dict(), facts)
+        trainer.train(progress, again_command())
+    checkpoint.publish(checkpoint.complete(run.checkpoints)[-1], session.subject.kind, run.path, session.metadata)
+    seconds = time.perf_counter() - began if start < trainer.step else 0.0
+    return Trained(start, trainer.step, seconds)

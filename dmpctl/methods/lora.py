@@ -1,0 +1,133 @@
+"""LoRA (Hu et al. 2022): W + (alpha / rank)·B·A in chosen linear layers of the blocks, through peft."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from dmpctl.errors import UsageError
+from dmpctl.rng import seed_of
+from dmpctl.settings.sections import Lora
+from dmpctl.types import Backbone, Plan, Routing
+
+ADAPTER = "default"  # peft's name for an adapter that was given none; it is not part of the saved names
+
+
+class LoraPatch(nn.Module):
+    """Adapters A [rank, in] and B [out, rank] in float32, for a backbone (an nn.Module that is a `types.Backbone`).
+
+    peft puts them into a second structure over the very tensors of the backbone, which stays as it is. They are named
+    as peft saves them (`blocks.0.attn.qkv.lora_A.weight`). B is zero at the start: a fresh one is its backbone, bit for bit.
+    """
+
+    def __init__(self, backbone: nn.Module, settings: Lora) -> None:
+        """UsageError for a rank that no target layer can have."""
+        super().__init__()
+        self.settings = settings
+        ends = target_ends(cast(Backbone, backbone), settings)
+        refuse_rank(backbone, ends, settings.rank)
+        changed = injected(over_the_same_tensors(backbone), ends, settings)
+        self._frozen, self._changed = (backbone,), (changed,)  # in tuples they are no submodules
+        for name, layer in adapted(changed):
+            for part in ("lora_A", "lora_B"):
+                register(self, f"{name}.{part}", getattr(layer, part)[ADAPTER])
+
+    def train(self, mode: bool = True) -> Self:
+        """The patch alone changes its mode: a backbone is always in eval mode, adapters and all."""
+        self.training = mode
+        return self
+
+    @property
+    def time_only(self) -> bool:
+        """False: no conditioning is looked at."""
+        return False
+
+    @property
+    def added(self) -> int:
+        """rank·(in + out) for every target layer."""
+        return sum(tensor.numel() for tensor in self.parameters())
+
+    @torch.no_grad()
+    def merged(self) -> dict[str, Tensor]:
+        """The backbone's state dict, with W + (alpha / rank)·B·A (summed in float32) in the target layers."""
+        tensors: dict[str, Tensor] = dict(self._frozen[0].state_dict())
+        for name, layer in adapted(self._changed[0]):
+            weight = tensors[f"{name}.weight"]
+            tensors[f"{name}.weight"] = (weight.float() + layer.get_delta_weight(ADAPTER)).to(weight.dtype)
+        return tensors
+
+    def noise_shape(self) -> None:
+        """None: there is no gate."""
+
+    def forward(self, c: Tensor, noise: Tensor | None = None) -> Plan:
+        """`plan`, so that the module can be wrapped for many processes."""
+        return self.plan(c, noise)
+
+    def plan(self, c: Tensor, noise: Tensor | None = None) -> Plan:
+        """The backbone with adapters in place of the bare one; neither c nor noise has a part in it."""
+        return Plan(backbone=cast(Backbone, self._changed[0]))
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """All adapters at one rate."""
+        return [{"name": "lora", "params": list(self.parameters()), "lr": self.settings.lr}]
+
+    def penalty(self, routing: Routing | None) -> dict[str, Tensor]:
+        """Empty: there is nothing to balance."""
+        return {}
+
+
+def target_ends(backbone: Backbone, settings: Lora) -> tuple[str, ...]:
+    """How the names of the target layers end, without repetition."""
+    return tuple(dict.fromkeys(end for target in settings.targets.split(",") for end in backbone.linears[target]))
+
+
+def refuse_rank(backbone: nn.Module, ends: tuple[str, ...], rank: int) -> None:
+    """UsageError for a rank over the smaller side of a target layer: it would add numbers but no freedom."""
+    dotted = tuple(f".{end}" for end in ends)  # what peft matches with
+    for name, layer in backbone.named_modules():
+        if name.endswith(dotted) and isinstance(layer, nn.Linear):
+            most = min(layer.in_features, layer.out_features)
+            if rank > most:
+                sides = f"{layer.in_features} x {layer.out_features}"
+                raise UsageError(f"--rank {rank} is more than {name} can have, which is {sides}", f"use --rank {most} or less")
+
+
+def over_the_same_tensors(backbone: nn.Module) -> nn.Module:
+    """Modules of its own over the backbone's tensors: what moves or replaces a tensor in one does so in the other."""
+    shared = [held for module in backbone.modules() for held in (module._parameters, module._buffers)]
+    return copy.deepcopy(backbone, {id(held): held for held in shared})
+
+
+def injected(model: nn.Module, ends: tuple[str, ...], settings: Lora) -> nn.Module:
+    """`model` with peft's adapters in it, always the same ones; the global random state is left as it was."""
+    from peft import LoraConfig, inject_adapter_in_model  # it costs seconds
+
+    alpha = settings.rank if settings.alpha is None else settings.alpha
+    # peft hands alpha on as it is: only its annotation wants a whole one
+    config = LoraConfig(r=settings.rank, lora_alpha=cast(int, alpha), target_modules=list(ends), lora_dropout=0.0)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed_of("start", "lora"))  # not torch.manual_seed, which seeds GPUs too
+        model = inject_adapter_in_model(config, model, ADAPTER)
+    for _, layer in adapted(model):
+        layer.lora_A.float()
+        layer.lora_B.float()
+    return model.eval()
+
+
+def adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Name and peft layer of every linear layer with adapters."""
+    from peft.tuners.lora import LoraLayer
+
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer))
+
+
+def register(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Make `module` a submodule of `root` under a dotted name, through containers that hold nothing else."""
+    *parents, last = name.split(".")
+    for parent in parents:
+        if parent not in root._modules:
+            root.add_module(parent, nn.Module())
+        root = root.get_submodule(parent)
+    root.add_module(last, module)

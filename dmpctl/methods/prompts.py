@@ -1,0 +1,161 @@
+"""Prompts at the input of blocks: where they are, how they start, and how they reach the tokens.
+
+DMP and prompt tuning share all of this; they differ in what the prompts are multiplied with.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, assert_never
+
+import torch
+from torch import Tensor, nn
+
+from dmpctl.errors import UsageError
+from dmpctl.rng import seed_of
+from dmpctl.settings.sections import Prompts
+from dmpctl.types import BackboneSpec, Edit
+
+RANDOM_STD = 0.02  # standard deviation of prompts with --prompt-init random
+
+
+@dataclass(frozen=True)
+class PromptShape:
+    """Sizes of prompts: L patched blocks, N prompts each, width D.
+
+    `chosen`: raw indices of the patched blocks, ascending; None: the first L. `sets`: E whole sets per block, None: one.
+    `rank`: rank of the N x D matrix of prompts; None: full.
+    """
+
+    sites: int
+    prompts: int
+    width: int
+    chosen: tuple[int, ...] | None = field(default=None, kw_only=True)
+    sets: int | None = field(default=None, kw_only=True)
+    rank: int | None = field(default=None, kw_only=True)
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Raw index of each patched block, ascending."""
+        return tuple(range(self.sites)) if self.chosen is None else self.chosen
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """What the matrices of prompts are stacked over: (L,), with sets (L, E)."""
+        return (self.sites,) if self.sets is None else (self.sites, self.sets)
+
+    def parameters(self) -> int:
+        """L·N·D; with sets E times as many; with rank r a matrix is r·(N + D) numbers."""
+        matrix = self.prompts * self.width if self.rank is None else self.rank * (self.prompts + self.width)
+        return self.sites * (self.sets or 1) * matrix
+
+
+def prompt_shape(spec: BackboneSpec, settings: Prompts) -> PromptShape:
+    """Sizes that `settings` ask for on a backbone, without sets and rank; UsageError where the two do not fit."""
+    widths = {site.width for site in spec.sites}
+    tokens = {site.tokens for site in spec.sites}
+    if len(widths) > 1 or len(tokens) > 1:
+        raise UsageError("this backbone has sites of several sizes, which prompts of one size cannot serve")
+    (count,) = tokens
+    prompts = settings.prompts or count
+    if settings.position == "add" and prompts != count:
+        raise UsageError(
+            f"--position add needs one prompt per token: {count} here, --prompts says {prompts}",
+            "leave --prompts out, or use --position prepend",
+        )
+    blocks = patched_blocks(settings, len(spec.sites))
+    first = tuple(range(len(blocks)))
+    return PromptShape(len(blocks), prompts, widths.pop(), chosen=None if blocks == first else blocks)
+
+
+def patched_blocks(settings: Prompts, count: int) -> tuple[int, ...]:
+    """Which of `count` blocks are patched, ascending, each once; UsageError for a block that is not there."""
+    if settings.prompt_sites is None:
+        depth = settings.prompt_depth or count
+        if depth > count:
+            raise UsageError(f"--prompt-depth {depth} is more than the backbone's {count} blocks")
+        return tuple(range(depth))
+    chosen = set[int]()
+    for part in settings.prompt_sites.split(","):
+        low, _, high = part.partition("-")
+        first, last = int(low), int(high or low)
+        if first > last:
+            raise UsageError(f"--prompt-sites {part} runs backwards", f"write {last}-{first}")
+        if last >= count:
+            raise UsageError(f"--prompt-sites {part}: there is no block {last}, this backbone's are 0-{count - 1}")
+        chosen.update(range(first, last + 1))
+    return tuple(sorted(chosen))
+
+
+def fixed_normal(purpose: str, std: float, *shape: int) -> Tensor:
+    """Normal numbers float32 on the CPU that depend on `purpose` and shape alone, whatever --seed: every patch starts alike."""
+    return std * torch.randn(shape, generator=torch.Generator().manual_seed(seed_of("start", purpose)), device="cpu")
+
+
+class PromptModule(nn.Module):
+    """The prompts of all patched blocks, in float32 whatever the backbone's dtype.
+
+    `prompt_embeddings` [L, (E,) N, D]; with a rank r instead `prompt_rows` [L, (E,) N, r] and `prompt_columns`
+    [L, (E,) r, D], whose product they are. A zero start has zero columns, as rows of zeros too would never move.
+    """
+
+    prompt_embeddings: nn.Parameter
+    prompt_rows: nn.Parameter
+    prompt_columns: nn.Parameter
+
+    def __init__(self, shape: PromptShape, init: Literal["zero", "random"]) -> None:
+        super().__init__()
+        count, width, rank = shape.prompts, shape.width, shape.rank
+        self._stack, self._full = shape.stack, rank is None
+        if rank is None:
+            self.prompt_embeddings = self._started("prompts", RANDOM_STD if init == "random" else 0.0, count, width)
+        else:  # the product's variance is r times the product of the two variances
+            self.prompt_rows = self._started("prompt rows", rank**-0.5, count, rank)
+            self.prompt_columns = self._started("prompt columns", RANDOM_STD if init == "random" else 0.0, rank, width)
+
+    def _started(self, purpose: str, std: float, *matrix: int) -> nn.Parameter:
+        """A parameter [L, (E,) *matrix]; standard deviation 0: zeros."""
+        parameter = nn.Parameter(torch.zeros(*self._stack, *matrix))
+        if std:
+            with torch.no_grad():
+                parameter.copy_(fixed_normal(purpose, std, *parameter.shape))
+        return parameter
+
+    def all_prompts(self) -> Tensor:
+        """Prompts [L, (E,) N, D] of all patched blocks; call it where autocast is off."""
+        return self.prompt_embeddings if self._full else self.prompt_rows @ self.prompt_columns
+
+    def prompts_of(self, number: int) -> Tensor:
+        """What gate weights multiply at the `number`-th patched block, one per row: [N, D], with sets [E, N * D]."""
+        return self.all_prompts()[number].flatten(1)
+
+    def prompt_parameters(self) -> list[nn.Parameter]:
+        """The parameters that hold the prompts."""
+        return [self.prompt_embeddings] if self._full else [self.prompt_rows, self.prompt_columns]
+
+
+def prompt_edit(shape: PromptShape, position: Literal["add", "prepend"], prompts_at: Callable[[int], Tensor]) -> Edit:
+    """The edit that gives `prompts_at(number)` [B, N, D] or [N, D] to the tokens of the `number`-th patched block.
+
+    `prepend`: before the tokens at the first patched block; at a later one they replace those of before, and between two
+    they travel on. At any other block an edit returns the very tokens it was given.
+    """
+    number_of = {block: number for number, block in enumerate(shape.blocks)}
+
+    def add(site: int, tokens: Tensor) -> Tensor:
+        number = number_of.get(site)
+        return tokens if number is None else tokens + prompts_at(number).to(tokens.dtype)
+
+    def prepend(site: int, tokens: Tensor) -> Tensor:
+        number = number_of.get(site)
+        if number is None:
+            return tokens
+        own = tokens if number == 0 else tokens[:, shape.prompts :]
+        return torch.cat([prompts_at(number).to(tokens.dtype).expand(len(tokens), -1, -1), own], dim=1)
+
+    match position:
+        case "add":
+            return add
+        case "prepend":
+            return prepend
+        case _:
+            assert_never(position)

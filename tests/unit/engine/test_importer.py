@@ -1,0 +1,528 @@
+"""Other people's checkpoints: what becomes of them, and what is refused. The golden weights stand for published ones."""
+
+import json
+import os
+import shutil
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dmpctl.backbones.dit import DiT, DiTConfig
+from dmpctl.backbones.dit_weights import digest_of, save_dit
+from dmpctl.cli.console import Silent
+from dmpctl.engine.build import load_backbone
+from dmpctl.engine.importer import PATCH_KEYS, import_file
+from dmpctl.engine.patched import Patched, load_patch, load_result
+from dmpctl.errors import DmpError, IntegrityError, MissingError, UsageError
+from dmpctl.files import read_json, read_tensors
+from dmpctl.methods.dmp import DmpPatch
+from dmpctl.methods.prompt_tuning import PromptPatch
+from dmpctl.settings.sections import Base
+from dmpctl.types import Report, ScheduleSpec
+from tests.helpers import files, flip, settings_for, tree
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+CASES = ("uncond-soft", "class-topk")
+Tensors = dict[str, Tensor]
+
+
+def golden_state(name: str) -> tuple[Tensors, dict[str, Any]]:
+    """The golden weights of a case, backbone and patch, and the config they were made with."""
+    tensors, metadata = read_tensors(GOLDEN / f"{name}.weights.safetensors")
+    return tensors, json.loads(metadata["config"])
+
+
+def published(about: Mapping[str, Any]) -> dict[str, Any]:
+    """A config in the words of the published code, for a golden case."""
+    patch = {"num_tokens": about["num_prompts"], "topk": about["topk"], "type": "add", "pt_depth": about["prompt_depth"]}
+    return {
+        "general": {"schedule_name": "cosine", "image_size": 64, "topk": 0.25, "lr": 1e-4, "wrong": None},
+        "models": {"name": "DiT-B/2", "param": {"num_classes": "${data.num_classes}", "num_heads": 4}, "vp": patch},
+    }
+
+
+def saved(path: Path, value: Any) -> Path:
+    torch.save(value, path)
+    return path
+
+
+def imported(path: Path, run: Path, **given: Any) -> Report:
+    return import_file(settings_for("import", import_run=run, **given), path, Silent())
+
+
+def optimizer_state(state: Tensors) -> dict[str, Any]:
+    """What torch's AdamW saves, after a step on some of these tensors."""
+    parameters = [torch.nn.Parameter(state[name].clone()) for name in sorted(state)[:2]]
+    optimizer = torch.optim.AdamW(parameters)
+    sum(p.sum() for p in parameters).backward()
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+# ---- config classes of packages that are not here
+
+
+class Foreign:
+    """Makes classes with the full names of other packages, importable only while it is open."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._patch = monkeypatch
+
+    def kind(self, full: str, base: type = object) -> type:
+        module, _, name = full.rpartition(".")
+        parts = module.split(".")
+        for depth in range(1, len(parts) + 1):
+            dotted = ".".join(parts[:depth])
+            if not isinstance(sys.modules.get(dotted), ModuleType):
+                self._patch.setitem(sys.modules, dotted, ModuleType(dotted))
+        made = type(name, (base,), {"__module__": module, "__setstate__": refuse_to_run})
+        setattr(sys.modules[module], name, made)
+        return made
+
+
+def refuse_to_run(self: object, state: object) -> None:
+    raise AssertionError("code of the pickle's class was run")
+
+
+@pytest.fixture
+def foreign() -> Iterator[Foreign]:
+    with pytest.MonkeyPatch.context() as patch:
+        yield Foreign(patch)
+
+
+def as_omegaconf(value: Any, foreign: Foreign) -> Any:
+    """The value in the shape in which omegaconf pickles it: nodes that know their parent and their type."""
+    container, metadata, leaf, items = (
+        foreign.kind(f"omegaconf.{name}")
+        for name in ("dictconfig.DictConfig", "base.ContainerMetadata", "nodes.AnyNode", "listconfig.ListConfig")
+    )
+    from collections import defaultdict
+
+    def node(value: Any, parent: object, key: object) -> Any:
+        kind = container if isinstance(value, dict) else items if isinstance(value, list) else leaf
+        made, about = kind(), metadata()
+        about.__dict__.update(ref_type=Any, object_type=dict, key=key, flags={}, resolver_cache=defaultdict(dict))
+        made.__dict__.update(_metadata=about, _parent=parent, _flags_cache=None)
+        if kind is leaf:
+            made._val = value
+        elif kind is items:
+            made._content = [node(part, made, i) for i, part in enumerate(value)]
+        else:
+            made._content = {k: node(part, made, k) for k, part in value.items()}
+        return made
+
+    return node(value, None, None)
+
+
+def as_dictionaries(value: Any, kind: type) -> Any:
+    """Nested dictionaries of a class of their own, with attributes beside the items."""
+    if not isinstance(value, dict):
+        return value
+    made = kind((k, as_dictionaries(part, kind)) for k, part in value.items())
+    made.__dict__.update(made)
+    return made
+
+
+def as_ml_collections(value: Any, kind: type) -> Any:
+    if not isinstance(value, dict):
+        return value
+    made = kind()
+    made.__dict__.update(_fields={k: as_ml_collections(part, kind) for k, part in value.items()}, _locked=True)
+    return made
+
+
+CONFIGS: dict[str, Callable[[dict[str, Any], Foreign], Any]] = {
+    "plain": lambda value, _: value,
+    "namespace": lambda value, _: Namespace(
+        **value["models"]["vp"], **value["models"]["param"], vp_type="add", schedule_name="cosine", results=Path()
+    ),
+    "simple namespace": lambda value, _: SimpleNamespace(inner=Namespace(general=value["general"], models=value["models"])),
+    "omegaconf": lambda value, foreign: as_omegaconf(value | {"list": [1, "a"]}, foreign),
+    "easydict": lambda value, foreign: as_dictionaries(value, foreign.kind("easydict.EasyDict", dict)),
+    "yacs": lambda value, foreign: as_dictionaries(value, foreign.kind("yacs.config.CfgNode", dict)),
+    "ml_collections": lambda value, foreign: as_ml_collections(
+        value, foreign.kind("ml_collections.config_dict.config_dict.ConfigDict")
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_what_a_config_says_is_used_whatever_class_holds_it(tmp_path, foreign, kind):
+    state, about = golden_state("class-topk")
+    path = saved(tmp_path / "a.pt", {"model": state, "config": CONFIGS[kind](published(about), foreign)})
+    foreign._patch.undo()
+    report = imported(path, tmp_path / "run")
+    assert report.data["assumed"] == []
+    method, config = report.data["method"], report.data["config"]
+    assert (method["gate"], method["topk"], method["position"], config["num_heads"]) == ("topk", 8, "add", 4)
+    assert report.data["schedule"] == {"kind": "cosine", "steps": 1000}
+    assert load_result(tmp_path / "run").backbone.spec.schedule == ScheduleSpec("cosine")
+
+
+# ---- golden
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("config", [True, False])
+def test_golden_tensors_pass_through_the_importer(tmp_path, name, config):
+    """A .pt in the published layout, with optimizer and config, gives the published code's outputs."""
+    state, about = golden_state(name)
+    checkpoint: dict[str, Any] = {"model": state, "opt": optimizer_state(state)}
+    given = {}
+    if config:
+        checkpoint["config"] = published(about)
+    else:
+        given = {"import_heads": 4} | ({"import_topk": 8} if about["topk"] < 1 else {})
+    report = imported(saved(tmp_path / "0050000.pt", checkpoint), tmp_path / "run", **given)
+    tensors, _ = read_tensors(GOLDEN / f"{name}.tensors.safetensors")
+    model, x, t = load_result(tmp_path / "run"), tensors["x"], tensors["t"]
+    y = tensors["y"] if about["num_classes"] > 1 else None
+    assert (model.predict(x, t, y) - tensors["dmp_out"]).abs().max() < 1e-5
+    assert (model.unpatched().predict(x, t, y) - tensors["base_out"]).abs().max() < 1e-5
+    assert (tensors["dmp_out"] - tensors["base_out"]).abs().max() > 1e-2  # so the two cannot be confused
+    assert model.step == 50_000
+    assert isinstance(model.patch, DmpPatch)
+    assert (model.patch.route(model.backbone.model.embed(t, y)).gates - tensors["gates"]).abs().max() < 1e-5
+    assert report.data["taken"] == "its 'model' entry"
+
+
+def test_nothing_is_lost_or_added(tmp_path):
+    """Every tensor of the file is in the backbone or in the patch, bit for bit; and the run is no larger than that."""
+    state, about = golden_state("class-topk")
+    imported(saved(tmp_path / "a.pt", {"model": state, "config": published(about)}), tmp_path / "run")
+    backbone, patch = (read_tensors(tmp_path / "run" / f"{name}.safetensors")[0] for name in ("backbone", "patch"))
+    assert set(patch) == set(PATCH_KEYS)
+    assert backbone.keys() | patch.keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in {**backbone, **patch}.items())
+    expected = {"backbone.safetensors", "patch.safetensors", "patch.json", "config.json", "provenance.json", ".lock"}
+    assert files(tmp_path / "run") == expected
+
+
+def test_the_patch_names_its_backbone_by_path_and_digest(tmp_path):
+    state, about = golden_state("uncond-soft")
+    imported(saved(tmp_path / "a.pt", {"model": state, "config": published(about)}), tmp_path / "run")
+    recorded = read_json(tmp_path / "run" / "patch.json")
+    rest = {name: value for name, value in state.items() if name not in PATCH_KEYS}
+    assert recorded["backbone"]["base"] == str(tmp_path / "run" / "backbone.safetensors")
+    assert recorded["backbone"]["sha256"] == digest_of(rest)
+    assert recorded["data"] == {"name": None, "fingerprint": None}
+    flip(tmp_path / "run" / "backbone.safetensors")
+    with pytest.raises(IntegrityError, match="another backbone"):
+        load_result(tmp_path / "run")
+
+
+# ---- what the file does not say
+
+
+def test_what_is_assumed_is_said(tmp_path):
+    state, _ = golden_state("uncond-soft")
+    report = imported(saved(tmp_path / "a.pt", state), tmp_path / "run", import_heads=4)
+    assert len(report.data["assumed"]) == 3
+    for option in ("--schedule", "--position", "--topk"):
+        assert any(option in sentence for sentence in report.data["assumed"])
+        assert any(option in line for line in report.lines)
+    given = {"import_schedule": "linear", "import_position": "add", "import_topk": 16}
+    assert imported(tmp_path / "a.pt", tmp_path / "b", import_heads=4, **given).data["assumed"] == []
+
+
+def test_options_go_before_the_config(tmp_path):
+    state, about = golden_state("uncond-soft")
+    path = saved(tmp_path / "a.pt", {"model": state, "config": published(about)})
+    given = {"import_topk": 3, "import_position": "prepend", "import_schedule": "linear", "import_heads": 8, "data": "digits"}
+    report = imported(path, tmp_path / "run", **given)
+    method = report.data["method"]
+    assert (method["gate"], method["topk"], method["position"]) == ("topk", 3, "prepend")
+    assert (report.data["schedule"]["kind"], report.data["config"]["num_heads"]) == ("linear", 8)
+    assert load_result(tmp_path / "run").about["data"]["name"] == load_result(tmp_path / "run").backbone.data == "digits"
+
+
+@pytest.mark.parametrize(("topk", "kept"), [(1.0, None), (1, None), (0.5, 8), (0.49, 7), (16, None), (5, 5)])
+def test_k_is_the_share_of_the_prompts_rounded_down_or_a_count(tmp_path, topk, kept):
+    """As the published code: int(share * N)."""
+    state, about = golden_state("uncond-soft")
+    path = saved(tmp_path / "a.pt", {"model": state, "args": Namespace(topk=topk, num_heads=4)})
+    assert imported(path, tmp_path / "run").data["method"]["topk"] == kept
+    assert about["num_prompts"] == 16
+
+
+@pytest.mark.parametrize("topk", [0.0, 0.01, -1.0, 17, float("nan")])
+def test_a_share_that_keeps_nothing_or_too_much_is_refused(tmp_path, topk):
+    state, _ = golden_state("uncond-soft")
+    path = saved(tmp_path / "a.pt", {"model": state, "args": Namespace(topk=topk, num_heads=4)})
+    with pytest.raises(UsageError, match="cannot keep"):
+        imported(path, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_fewer_prompts_than_tokens_are_prepended(tmp_path):
+    state, _ = golden_state("uncond-soft")
+    few = {"prompt_embeddings": state["prompt_embeddings"][:, :5], "gate.weight": state["gate.weight"][:5]}
+    few |= {"gate.bias": state["gate.bias"][:5], "w_noise": state["w_noise"][:, :5]}
+    path = saved(tmp_path / "a.pt", {name: value.clone() for name, value in (state | few).items()})
+    assert imported(path, tmp_path / "run", import_heads=4).data["method"]["position"] == "prepend"
+    with pytest.raises(UsageError, match="one prompt per token: 16 here, --prompts says 5"):
+        imported(path, tmp_path / "b", import_heads=4, import_position="add")
+
+
+def test_prompts_without_a_gate_are_prompt_tuning(tmp_path):
+    state, _ = golden_state("uncond-soft")
+    bare = {name: value for name, value in state.items() if name not in PATCH_KEYS[1:]}
+    report = imported(saved(tmp_path / "a.pt", {"model": bare}), tmp_path / "run", import_heads=4)
+    model = load_result(tmp_path / "run")
+    assert report.data["method"]["method"] == "prompt"
+    assert isinstance(model.patch, PromptPatch)
+    assert torch.equal(model.patch.prompt_embeddings, state["prompt_embeddings"])
+    with pytest.raises(UsageError, match="--topk says nothing"):
+        imported(tmp_path / "a.pt", tmp_path / "b", import_heads=4, import_topk=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda s: s.pop("w_noise"), "lacks w_noise"),
+        (lambda s: s.pop("prompt_embeddings"), "a gate without prompts"),
+        (lambda s: s.update(prompt_embeddings=torch.zeros(16, 64)), "a gate without prompts"),
+        (lambda s: s.update(prompt_embeddings=torch.zeros(4, 16, 64)), "prompts for 4 blocks, its backbone has 3"),
+        (lambda s: s.update(prompt_embeddings=torch.zeros(3, 16, 32)), r"prompt_embeddings has shape \[3, 16, 32\]"),
+        (lambda s: s.update({"gate.bias": torch.zeros(3)}), r"gate\.bias has shape \[3\], expected \[16\]"),
+        (lambda s: s.update(extra=torch.zeros(1)), r"extra is unexpected \(1 in all\)"),
+        (lambda s: s.pop("blocks.1.attn.qkv.weight"), r"blocks\.1\.attn\.qkv\.weight is missing"),
+        (lambda s: s.pop("pos_embed"), "no DiT in the published layout"),
+    ],
+)
+def test_keys_that_do_not_fit_are_named(tmp_path, change, sentence):
+    state, _ = golden_state("uncond-soft")
+    change(state)
+    with pytest.raises(IntegrityError, match=sentence):
+        imported(saved(tmp_path / "a.pt", {"model": state}), tmp_path / "run", import_heads=4)
+    assert not (tmp_path / "run").exists()
+
+
+# ---- a backbone alone
+
+
+def small(seed: int, config: DiTConfig) -> Tensors:
+    model = DiT(config)
+    for tensor in model.parameters():
+        torch.nn.init.normal_(tensor, generator=torch.Generator().manual_seed(seed))
+    return model.state_dict()
+
+
+CONFIG = DiTConfig(8, 4, 2, 384, 1, 6, 10)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("which", [None, "ema", "raw"])
+def test_the_original_checkpoint_becomes_a_backbone(tmp_path, prefix, which):
+    average, last = small(1, CONFIG), small(2, CONFIG)
+    value = {key: {prefix + n: v for n, v in state.items()} for key, state in (("model", last), ("ema", average))}
+    path = saved(tmp_path / "a.pt", value | {"opt": optimizer_state(last), "args": Namespace(model="DiT-S/2")})
+    report = imported(path, tmp_path / "run", import_weights=which)
+    expected, entry = (last, "model") if which == "raw" else (average, "ema")
+    assert report.data["taken"] == f"its '{entry}' entry"
+    assert any(f"its '{entry}' entry" in line for line in report.lines)
+    assert files(tmp_path / "run") == {"backbone.safetensors", "backbone.json", "config.json", "provenance.json", ".lock"}
+    loaded = load_backbone(Base(base=str(tmp_path / "run")))
+    assert loaded.digest == report.data["backbone_sha256"] == digest_of(expected)
+    assert loaded.model.config == CONFIG
+    assert load_result(tmp_path / "run").patch is None
+    assert read_json(tmp_path / "run" / "backbone.json")["weights"] == ("raw" if which == "raw" else "ema")
+
+
+def test_a_bare_state_dict_and_plain_safetensors(tmp_path):
+    state = small(0, CONFIG)
+    save_file(state, tmp_path / "b.safetensors")
+    for path in (saved(tmp_path / "a.pt", state), tmp_path / "b.safetensors"):
+        report = imported(path, tmp_path / path.stem, shape=None)
+        assert (report.data["taken"], report.data["backbone_sha256"]) == ("the file", digest_of(state))
+
+
+def test_weights_that_the_file_does_not_hold(tmp_path):
+    state = small(0, CONFIG)
+    saved(tmp_path / "average.pt", {"ema": state})
+    saved(tmp_path / "bare.pt", state)
+    save_file(state, tmp_path / "bare.safetensors")
+    for name, which in (("average.pt", "raw"), ("bare.pt", "ema"), ("bare.safetensors", "ema")):
+        with pytest.raises(UsageError, match="holds no"):
+            imported(tmp_path / name, tmp_path / "run", import_weights=which)
+    assert imported(tmp_path / "bare.pt", tmp_path / "run", import_weights="raw").data["taken"] == "the file"
+
+
+def test_our_own_backbone_keeps_what_it_says(tmp_path):
+    config = DiTConfig(4, 1, 2, 8, 2, 2, 3, null_class=False)
+    state = small(0, config)
+    save_dit(tmp_path / "a.safetensors", state, config, ScheduleSpec("cosine", 400), "digits")
+    imported(tmp_path / "a.safetensors", tmp_path / "run")
+    model = load_result(tmp_path / "run").backbone
+    assert (model.model.config, model.spec.schedule, model.data) == (config, ScheduleSpec("cosine", 400), "digits")
+    with pytest.raises(UsageError, match="its schedule is cosine"):
+        imported(tmp_path / "a.safetensors", tmp_path / "b", import_schedule="linear")
+
+
+def test_the_named_shape_is_checked(tmp_path):
+    path = saved(tmp_path / "a.pt", small(0, CONFIG))
+    with pytest.raises(UsageError, match="no DiT-S/2: its depth is 1, not 12"):
+        imported(path, tmp_path / "run", shape="DiT-S/2")
+    with pytest.raises(UsageError, match="DiT-Q/2 is no published shape"):
+        imported(path, tmp_path / "run", shape="DiT-Q/2")
+    with pytest.raises(UsageError, match="--topk says nothing"):
+        imported(path, tmp_path / "run", import_topk=2)
+
+
+def test_heads_that_nothing_says(tmp_path):
+    state, _ = golden_state("uncond-soft")
+    with pytest.raises(UsageError, match="width 64") as caught:
+        imported(saved(tmp_path / "a.pt", state), tmp_path / "run")
+    assert "--num-heads" in str(caught.value.hint)
+
+
+# ---- hostile files
+
+
+class Malicious:
+    """Unpickling this runs a shell command."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
+        return os.system, (self.command,)
+
+
+PLACES: dict[str, Callable[[Any], Any]] = {
+    "config": lambda bad: {"config": bad},
+    "inside": lambda bad: {"config": Namespace(models={"vp": {"topk": bad}})},
+    "optimizer": lambda bad: {"opt": {"state": {0: bad}}},
+    "list": lambda bad: {"config": {"a": [1, (2, bad)]}},
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_no_code_of_a_pickle_is_run(tmp_path, place):
+    state, _ = golden_state("uncond-soft")
+    marker = tmp_path / "marker"
+    path = saved(tmp_path / "a.pt", {"model": state, **PLACES[place](Malicious(f"touch '{marker}'"))})
+    with pytest.raises(IntegrityError, match=rf"holds more than tensors \({os.system.__module__}\.system\)") as caught:
+        imported(path, tmp_path / "run", import_heads=4)
+    assert caught.value.exit_code == 4
+    assert not marker.exists()
+    assert not (tmp_path / "run").exists()
+    torch.load(path, weights_only=False)
+    assert marker.exists()  # it would have
+
+
+def test_a_class_that_is_not_on_the_list_is_named(tmp_path, foreign):
+    state, _ = golden_state("uncond-soft")
+    path = saved(tmp_path / "a.pt", {"model": state, "config": foreign.kind("somewhere.config.Config")()})
+    with pytest.raises(IntegrityError, match=r"somewhere\.config\.Config"):
+        imported(path, tmp_path / "run", import_heads=4)
+
+
+def test_a_value_that_refers_to_another_is_that_one(tmp_path, foreign):
+    state, about = golden_state("uncond-soft")
+    config = published(about)
+    config["models"]["vp"] |= {"topk": "${general.topk}", "type": "${general.nowhere}"}
+    path = saved(tmp_path / "a.pt", {"model": state, "config": as_omegaconf(config, foreign)})
+    report = imported(path, tmp_path / "run")
+    assert report.data["method"]["topk"] == 4  # a quarter of 16
+    assert len(report.data["assumed"]) == 1
+    assert "--position" in report.data["assumed"][0]
+
+
+def test_a_run_that_was_moved_finds_its_backbone(tmp_path):
+    state, about = golden_state("uncond-soft")
+    imported(saved(tmp_path / "a.pt", {"model": state, "config": published(about)}), tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert load_result(tmp_path / "moved").patch is not None
+
+
+def test_a_config_that_holds_itself_ends(tmp_path):
+    state, about = golden_state("uncond-soft")
+    config = published(about)
+    config["models"]["again"] = config
+    assert imported(saved(tmp_path / "a.pt", {"model": state, "config": config}), tmp_path / "run").data["assumed"] == []
+
+
+# ---- the run
+
+
+def test_the_same_import_again_changes_nothing(tmp_path):
+    state, about = golden_state("uncond-soft")
+    path = saved(tmp_path / "a.pt", {"model": state, "config": published(about)})
+    imported(path, tmp_path / "run")
+    before = {name: digest for name, digest in tree(tmp_path / "run").items() if name != ".lock"}
+    report = imported(path, tmp_path / "run")
+    assert {name: digest for name, digest in tree(tmp_path / "run").items() if name != ".lock"} == before
+    assert any("complete already" in line for line in report.lines)
+
+
+def test_an_import_that_was_interrupted_is_completed(tmp_path):
+    state, about = golden_state("uncond-soft")
+    path = saved(tmp_path / "a.pt", {"model": state, "config": published(about)})
+    imported(path, tmp_path / "run")
+    before = tree(tmp_path / "run")
+    for name in ("patch.json", "patch.safetensors"):
+        (tmp_path / "run" / name).unlink()
+    imported(path, tmp_path / "run")
+    assert {n: d for n, d in tree(tmp_path / "run").items() if n != ".lock"} == {n: d for n, d in before.items() if n != ".lock"}
+
+
+def test_a_run_that_holds_something_else_is_refused(tmp_path, finished):
+    state, about = golden_state("uncond-soft")
+    path = saved(tmp_path / "a.pt", {"model": state, "config": published(about)})
+    imported(path, tmp_path / "run")
+    with pytest.raises(UsageError, match=r"another experiment \(topk: None there, 3 now"):
+        imported(path, tmp_path / "run", import_topk=3)
+    other = saved(tmp_path / "b.pt", {"model": state | {"gate.bias": state["gate.bias"] + 1}, "config": published(about)})
+    with pytest.raises(UsageError, match=r"another experiment \(file_sha256"):
+        imported(other, tmp_path / "run")
+    run = Path(shutil.copytree(finished, tmp_path / "finished"))
+    with pytest.raises(UsageError, match="was made by dmpctl patch, not import"):
+        imported(path, run)
+    flip(tmp_path / "run" / "patch.safetensors")
+    with pytest.raises(UsageError, match=r"patch\.safetensors is there already and holds something else"):
+        imported(path, tmp_path / "run")
+
+
+def test_a_dry_run_writes_nothing(tmp_path):
+    state, about = golden_state("uncond-soft")
+    path = saved(tmp_path / "a.pt", {"model": state, "config": published(about)})
+    report = imported(path, tmp_path / "run", dry_run=True)
+    assert not (tmp_path / "run").exists()
+    assert report.data["added_parameters"] > 0
+    assert report.lines[-2] == "dry run: nothing was written"
+
+
+def test_the_default_run_is_named_after_the_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state, about = golden_state("uncond-soft")
+    report = import_file(settings_for("import"), saved(tmp_path / "a.pt", {"model": state, "config": published(about)}), Silent())
+    assert report.data["run"] == str(tmp_path / "runs" / "a")
+    assert load_patch(tmp_path / "runs" / "a").patch is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("no.pt", MissingError), ("no.safetensors", MissingError), ("bad.pt", IntegrityError)]
+)
+def test_what_is_not_there_or_damaged(tmp_path, name, kind):
+    (tmp_path / "bad.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(kind):
+        imported(tmp_path / name, tmp_path / "run")
+
+
+def test_prompts_of_an_imported_patch_are_frozen(tmp_path):
+    state, about = golden_state("uncond-soft")
+    imported(saved(tmp_path / "a.pt", {"model": state, "config": published(about)}), tmp_path / "run")
+    model: Patched = load_result(tmp_path / "run")
+    assert model.patch is not None
+    assert not any(p.requires_grad for module in (model.patch, model.backbone.model) for p in module.parameters())
+    with pytest.raises(DmpError):
+        load_result(tmp_path / "run", "ema")

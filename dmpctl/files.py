@@ -28,6 +28,15 @@ def writing(path: Path) -> Iterator[None]:
         raise UsageError(f"cannot write to {path}: {error.strerror or error}", hint) from None
 
 
+def amount(size: float) -> str:
+    """Bytes for people: `95.6 MB`, powers of ten."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 999.5:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
 def make_folder(path: Path) -> Path:
     """The folder, made if it is not there; UsageError where it cannot be made."""
     with writing(path):

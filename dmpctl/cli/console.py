@@ -12,14 +12,16 @@ from typing import Any, TextIO
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
+from rich.text import Text
 
+from dmpctl.files import amount
 from dmpctl.settings import sections
 from dmpctl.settings.commands import field_of, options_of
 from dmpctl.settings.layers import Resolved
-from dmpctl.types import Progress, ProgressTask, Report
+from dmpctl.types import Progress, ProgressTask, Report, Unit
 
 SECONDS_PER_LINE = 2.0
 LINES_PER_TASK = 50
@@ -46,7 +48,7 @@ def progress_for(console: sections.Console) -> Progress:
 class Silent:
     """No progress, no talk; also the task that shows nothing."""
 
-    def track(self, what: str, total: int, start: int = 0) -> ProgressTask:
+    def track(self, what: str, total: int, start: int = 0, unit: Unit = "it") -> ProgressTask:
         return self
 
     def say(self, message: str) -> None:
@@ -62,11 +64,16 @@ class Silent:
         return None
 
 
-def shown(figures: Mapping[str, float], rate: float | None) -> str:
-    """`loss 0.0912, 12.5 it/s`. `rate` in it/sec, None: not known yet; left out where the figures hold a speed already."""
+def counted(number: float, unit: Unit) -> str:
+    """A count as it is; bytes as `95.6 MB`."""
+    return amount(number) if unit == "B" else f"{number:.0f}"
+
+
+def shown(figures: Mapping[str, float], rate: float | None, unit: Unit = "it") -> str:
+    """`loss 0.0912, 12.5 it/s`. `rate` in units/sec, None: not known yet; left out where the figures hold a speed already."""
     parts = [f"{value:.4g} {name}" if name.endswith("/s") else f"{name} {value:.4g}" for name, value in figures.items()]
     if rate is not None and not any(name.endswith("/s") and name != "images/s" for name in figures):
-        parts.append(f"{rate:.3g} it/s")
+        parts.append(f"{rate:.3g} it/s" if unit == "it" else f"{counted(rate, unit)}/s")
     return ", ".join(parts)
 
 
@@ -76,8 +83,8 @@ class Lines:
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream, self._clock = stream, clock
 
-    def track(self, what: str, total: int, start: int = 0) -> ProgressTask:
-        return LinesTask(self.say, self._clock, what, total, start)
+    def track(self, what: str, total: int, start: int = 0, unit: Unit = "it") -> ProgressTask:
+        return LinesTask(self.say, self._clock, what, total, start, unit)
 
     def say(self, message: str) -> None:
         self._stream.write(message + "\n")
@@ -87,8 +94,10 @@ class Lines:
 class LinesTask:
     """One piece of work shown by `Lines`; the last line is where it ended."""
 
-    def __init__(self, say: Callable[[str], None], clock: Callable[[], float], what: str, total: int, start: int) -> None:
-        self._say, self._clock = say, clock
+    def __init__(
+        self, say: Callable[[str], None], clock: Callable[[], float], what: str, total: int, start: int, unit: Unit
+    ) -> None:
+        self._say, self._clock, self._unit = say, clock, unit
         self._what, self._total, self._start = what, total, start
         self._done = self._last_done = start
         self._since = self._last_time = clock()
@@ -106,7 +115,8 @@ class LinesTask:
         elapsed = self._last_time - self._since
         rate = (self._done - self._start) / elapsed if elapsed > 0 and self._done > self._start else None
         share = f" ({100 * self._done // self._total} %)" if self._total else ""
-        parts = [f"{self._what} {self._done}/{self._total}{share}", shown(self._figures, rate)]
+        of_total = f"/{counted(self._total, self._unit)}{share}" if self._total or self._unit == "it" else ""
+        parts = [f"{self._what} {counted(self._done, self._unit)}{of_total}", shown(self._figures, rate, self._unit)]
         if rate is not None and self._done < self._total:
             parts.append(f"{timedelta(seconds=round((self._total - self._done) / rate))} left")
         self._say(", ".join(part for part in parts if part))
@@ -119,6 +129,14 @@ class LinesTask:
             self._line()
 
 
+class Amounts(ProgressColumn):
+    """How much of how much is done, in the task's unit."""
+
+    def render(self, task: Task) -> Text:
+        of_total = f"/{counted(task.total, task.fields['unit'])}" if task.total is not None else ""
+        return Text(f"{counted(task.completed, task.fields['unit'])}{of_total}")
+
+
 class Bars:
     """One rich display on stderr; talk scrolls above it. `console` None: this process's stderr."""
 
@@ -127,7 +145,7 @@ class Bars:
         self.display = RichProgress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
-            MofNCompleteColumn(),
+            Amounts(),
             TextColumn("{task.fields[figures]}", markup=False),
             TimeRemainingColumn(),
             console=self.console,
@@ -135,8 +153,9 @@ class Bars:
         )
         self.open = 0
 
-    def track(self, what: str, total: int, start: int = 0) -> ProgressTask:
-        return BarsTask(self, self.display.add_task(what, total=total, completed=start, figures=""))
+    def track(self, what: str, total: int, start: int = 0, unit: Unit = "it") -> ProgressTask:
+        known = total if total or unit == "it" else None
+        return BarsTask(self, self.display.add_task(what, total=known, completed=start, figures="", unit=unit), unit)
 
     def say(self, message: str) -> None:
         self.console.print(message, markup=False, highlight=False, soft_wrap=True)
@@ -145,15 +164,15 @@ class Bars:
 class BarsTask:
     """One bar; the display runs while at least one is open."""
 
-    def __init__(self, bars: Bars, task: TaskID) -> None:
-        self._bars, self._task = bars, task
+    def __init__(self, bars: Bars, task: TaskID, unit: Unit) -> None:
+        self._bars, self._task, self._unit = bars, task, unit
         self._figures: dict[str, float] = {}
 
     def advance(self, by: int = 1, **figures: float) -> None:
         self._figures |= figures
         display = self._bars.display
         rate = next(task.speed for task in display.tasks if task.id == self._task)
-        display.update(self._task, advance=by, figures=shown(self._figures, rate))
+        display.update(self._task, advance=by, figures=shown(self._figures, rate, self._unit))
 
     def __enter__(self) -> ProgressTask:
         self._bars.open += 1

@@ -17,6 +17,13 @@ def download(call: Call) -> Report:
 app = command(
     "download",
     download,
-    ["dmpctl download", "dmpctl download inception"],
+    [
+        "dmpctl download --list",
+        "dmpctl download inception vae-ema",
+        "dmpctl download dit-xl2-256 --accept-license",
+        "dmpctl download --for experiment.toml",
+        "dmpctl download --verify",
+        "dmpctl download --prune --dry-run",
+    ],
     Argument("names", list[str], "Assets to fetch; none: list them.", optional=True),
 )

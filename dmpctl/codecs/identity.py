@@ -1,5 +1,7 @@
 """The codec of pixel space: latents are the pixels themselves, in [-1, 1]."""
 
+import hashlib
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,8 @@ class Identity:
     """Pixels as latents: same shape, no posterior variance, exact round trip."""
 
     name = "identity"
+    fingerprint = hashlib.sha256(b"identity").hexdigest()
+    scale = 1.0
 
     def latent_shape(self, channels: int, size: int) -> tuple[int, int, int]:
         """(C, H, W) of the latents of images with this many channels and this side in pixels."""

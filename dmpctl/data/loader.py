@@ -1,7 +1,7 @@
 """What training sees, as a pure function of (seed, step): nothing to save, nothing to skip, the same for any layout of ranks."""
 
 import os
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from itertools import count
 from typing import Any, Protocol, runtime_checkable
 
@@ -22,6 +22,19 @@ class Held(Protocol):
 
     def images(self) -> Tensor | None:
         """uint8 [N, C, S, S]; None if they are not held."""
+        ...
+
+    def labels(self) -> Tensor:
+        """int64 [N]."""
+        ...
+
+
+@runtime_checkable
+class Encoded(Protocol):
+    """A source whose items are moments, [2C, h, w]: an image's and its mirror's are two, not one to be flipped."""
+
+    def gather(self, indices: Tensor, mirrored: Tensor) -> Tensor:
+        """[B, 2C, h, w] of images int64 [B], of their mirrors where bool [B] says so."""
         ...
 
     def labels(self) -> Tensor:
@@ -94,7 +107,8 @@ class StepBatches(Sampler[list[Place]]):
 class TrainingItems(Dataset[tuple[Tensor, int, int]]):
     """Images as training takes them: items at (epoch, index) are (uint8 [C, S, S], label, index).
 
-    With `hflip` an image is mirrored in half of the epochs: a function of (seed, epoch, index).
+    With `hflip` an image is mirrored in half of the epochs: a function of (seed, epoch, index). Of a source that is
+    `Encoded` the items are moments, floating [2C, h, w], in place of images.
     """
 
     def __init__(self, source: Source, hflip: bool, seed: int) -> None:
@@ -111,6 +125,9 @@ class TrainingItems(Dataset[tuple[Tensor, int, int]]):
     def __getitems__(self, places: Sequence[Place]) -> tuple[Tensor, Tensor, Tensor]:
         """Images uint8 [B, C, S, S], labels int64 [B] and indices int64 [B]; one gather if the source is held in memory."""
         epochs, indices = torch.tensor(places).unbind(1)
+        if isinstance(self.source, Encoded):
+            mirrored = self._mirrored.at(epochs, indices) if self.hflip else torch.zeros(len(indices), dtype=torch.bool)
+            return self.source.gather(indices, mirrored), self.source.labels()[indices], indices
         images, labels = self._gather(indices)
         if self.hflip:
             images = torch.where(self._mirrored.at(epochs, indices).view(-1, 1, 1, 1), images.flip(-1), images)
@@ -159,17 +176,33 @@ def batches(
 ) -> Generator[tuple[Tensor, Tensor], None, None]:
     """Images uint8 [B, C, S, S] and labels int64 [B] of this rank (B = batch_size / world), from step `start` on, without end.
 
+    Of a source that is `Encoded`: moments [B, 2C, h, w] in place of images.
     `close()` ends the loader processes. Nothing is drawn from torch's global generator.
     Raises UsageError at once if the batch does not divide over the ranks, and in its turn what an item raises.
     """
+    order = StepBatches(len(source), batch_size, seed, start, rank, world)
+    return _loaded(TrainingItems(source, hflip, seed), order, num_workers, seed_of(seed, "loader", rank))
+
+
+def in_order(
+    source: Source, items: Sequence[int], batch_size: int, num_workers: int = 0
+) -> Generator[tuple[Tensor, Tensor], None, None]:
+    """Images uint8 [B, C, S, S] and labels int64 [B] of these items as they are, each once. Otherwise like `batches`."""
+    parts = [[(0, index) for index in items[first : first + batch_size]] for first in range(0, len(items), batch_size)]
+    return _loaded(TrainingItems(source, hflip=False, seed=0), parts, num_workers, 0)
+
+
+def _loaded(
+    items: TrainingItems, order: Iterable[list[Place]], num_workers: int, seed: int
+) -> Generator[tuple[Tensor, Tensor], None, None]:
     loader = DataLoader(
-        _Fetched(TrainingItems(source, hflip, seed)),
-        batch_sampler=StepBatches(len(source), batch_size, seed, start, rank, world),
+        _Fetched(items),
+        batch_sampler=order,
         collate_fn=as_fetched,
         num_workers=num_workers,
         worker_init_fn=leave_process_group,
         persistent_workers=num_workers > 0,
-        generator=torch.Generator().manual_seed(seed_of(seed, "loader", rank)),  # or it would draw from the global one
+        generator=torch.Generator().manual_seed(seed),  # or it would draw from the global one
     )
     return _unwrapped(iter(loader))
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 from PIL import Image, UnidentifiedImageError
 
@@ -99,12 +99,17 @@ def _entry(item: "os.DirEntry[str]", name: str, top: str) -> Entry:
     return Entry(name, status.st_size, status.st_mtime_ns, None if status.st_size else "empty")
 
 
-def read_header(path: str) -> Header:
+def read_header(file: IO[bytes]) -> Header:
     """Size and kind of one image, without decoding it. Raises one of BROKEN."""
-    with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"more than {MAX_PIXELS} pixels")
-        return Header(image.width, image.height, is_grey(image))
+    with Image.open(file, formats=FORMATS) as image:
+        return header_of(image)
+
+
+def header_of(image: Image.Image) -> Header:
+    """Size and kind of an image that was opened; ValueError if it is too large to be decoded safely."""
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"more than {MAX_PIXELS} pixels")
+    return Header(image.width, image.height, is_grey(image))
 
 
 def attempt(function: Callable[[A], T], items: Sequence[A]) -> list[T | str]:

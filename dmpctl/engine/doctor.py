@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dmpctl.engine.fetch import cache_dir
+from dmpctl.engine.cache import cache_dir
 from dmpctl.engine.rundir import version_of
 from dmpctl.settings.model import Settings
 from dmpctl.types import Report

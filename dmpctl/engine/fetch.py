@@ -1,170 +1,148 @@
-"""`dmpctl download`: files that the tool uses and may not ship, fetched over https, verified, put in place by one rename."""
+"""`dmpctl download`: lists, fetches, verifies and prunes what the tool uses and may not ship."""
 
-import hashlib
-import http.client
-import os
-import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from dmpctl.engine import needs, prune
+from dmpctl.engine.assets import ad_hoc, address_in, cached, command_for, fetch, present, provenance, verify
+from dmpctl.engine.cache import cache_dir, changing_index, files_dir, hub_dir, need_room, now, read_index
+from dmpctl.engine.registry import SHIPPED, Registry, expanded, registry_of, replaced
 from dmpctl.errors import IntegrityError, MissingError, UsageError
-from dmpctl.files import fsync, make_folder, sha256_of, writing
+from dmpctl.files import amount
+from dmpctl.settings.assets import AssetRow, Assets
 from dmpctl.settings.model import Settings
 from dmpctl.types import Progress, Report
 
-CHUNK = 1 << 20
-
 
 @dataclass(frozen=True)
-class Asset:
-    """A file elsewhere. `sha256` and `size` (bytes) None: not known, recorded in the report after the download."""
+class Request:
+    """What was asked for. `rows`: the registry, and addresses as rows of their own; `names`: of rows, before their parts;
+    `typed`: the same as on the command line.
+    """
 
-    name: str
-    what: str
-    url: str
-    licence: str
-    sha256: str | None = None
-    size: int | None = None
-
-    @property
-    def file(self) -> str:
-        return self.url.rsplit("/", 1)[1]
-
-
-FIDELITY = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
-DIT = "https://dl.fbaipublicfiles.com/DiT/models/"
-ASSETS = {
-    asset.name: asset
-    for asset in (
-        Asset(
-            "inception",
-            "Inception-v3 for FID",
-            FIDELITY + "weights-inception-2015-12-05-6726825d.pth",
-            "Apache-2.0",
-            "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
-            95_628_359,
-        ),
-        Asset("dit-xl2-256", "DiT-XL/2, ImageNet 256", DIT + "DiT-XL-2-256x256.pt", "CC-BY-NC-4.0"),
-        Asset("dit-xl2-512", "DiT-XL/2, ImageNet 512", DIT + "DiT-XL-2-512x512.pt", "CC-BY-NC-4.0"),
-    )
-}
-
-
-def cache_dir() -> Path:
-    """Where downloads lie: $XDG_CACHE_HOME/dmpctl, by default ~/.cache/dmpctl."""
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dmpctl"
-
-
-def cached(name: str) -> Path | None:
-    """The file of an asset if it was downloaded, None if not."""
-    path = cache_dir() / ASSETS[name].file
-    return path if path.is_file() else None
+    settings: Settings
+    rows: Registry
+    wanted: list[AssetRow]
+    names: tuple[str, ...]
+    typed: str
 
 
 def download(settings: Settings, names: Sequence[str], progress: Progress) -> Report:
-    """Fetch assets by name; without a name, list them. What is there and has the right hash is kept."""
-    unknown = [name for name in names if name not in ASSETS]
-    if unknown:
-        from difflib import get_close_matches
+    """Fetch assets by name, or what an experiment needs; without either, list what there is.
 
-        near = get_close_matches(unknown[0], ASSETS, 1)
-        raise UsageError(
-            f"{unknown[0]} is no known download", f"did you mean {near[0]}?" if near else f"known: {', '.join(ASSETS)}"
-        )
-    if not names:
-        rows = tuple(_row(asset) for asset in ASSETS.values())
-        return Report({"assets": list(rows), "cache": str(cache_dir())}, rows, (f"cache: {cache_dir()}",))
-    done: list[dict[str, Any]] = []
-    for asset in (ASSETS[name] for name in names):
-        target = cache_dir() / asset.file
-        if not target.is_file():
-            if settings.console.dry_run:
-                progress.say(f"would fetch {asset.url}")
-                continue
-            if settings.console.offline:
-                raise MissingError(
-                    f"{asset.name} is not in {cache_dir()} and --offline forbids fetching it",
-                    f"run dmpctl download {asset.name} online",
-                )
-            fetch(asset, target, progress)
-        done.append({"name": asset.name, "path": str(target), "sha256": _verified(asset, target), "licence": asset.licence})
-    return Report({"files": done}, tuple({k: str(v) for k, v in row.items()} for row in done))
-
-
-def _row(asset: Asset) -> dict[str, str]:
-    size = "unknown" if asset.size is None else f"{asset.size / 1e6:.0f} MB"
-    return {
-        "name": asset.name,
-        "what": asset.what,
-        "size": size,
-        "licence": asset.licence,
-        "present": "yes" if cached(asset.name) else "no",
-    }
-
-
-def _verified(asset: Asset, path: Path) -> str:
-    actual = sha256_of(path)
-    if asset.sha256 not in (None, actual):
-        raise IntegrityError(
-            f"{path} has sha256 {actual}, expected {asset.sha256}", f"delete it and run dmpctl download {asset.name} again"
-        )
-    return actual
-
-
-def fetch(asset: Asset, target: Path, progress: Progress) -> None:
-    """Download into `target`.part, check size and hash, rename.
-
-    MissingError if it cannot be fetched as a whole, IntegrityError if something else came, UsageError on a full disk.
+    UsageError for an unknown name, a licence that was not accepted or a full disk; MissingError for what is not there;
+    IntegrityError for what is not as it should be.
     """
-    part = make_folder(target.parent) / f"{target.name}.part"
-    try:
-        digest = _receive(asset, part, progress)
-        if asset.sha256 not in (None, digest):
-            raise IntegrityError(
-                f"{asset.url} gave sha256 {digest}, expected {asset.sha256}", "try again; if it stays, the file there has changed"
+    options = settings.download
+    request = requested(settings, names)
+    for name in replaced(request.settings):
+        progress.say(f"{name}: the row of your settings takes the place of the shipped one")
+    if options.prune:
+        if names:
+            raise UsageError(
+                "--prune goes over the whole cache, it takes no names", "dmpctl download --prune --dry-run shows what goes"
             )
-        with writing(target):
-            part.replace(target)
-            fsync(target.parent)
-    finally:
-        part.unlink(missing_ok=True)
+        return prune.prune(request.rows, settings.console.dry_run)
+    if options.verify:
+        return verified(request, progress)
+    if options.list_assets or not (names or options.needed_for):
+        return listed(request)
+    if not request.wanted:
+        return Report({"files": []}, lines=(f"{options.needed_for} needs nothing that has to be fetched",))
+    accept_licences(request)
+    return fetched(request, progress)
 
 
-def _receive(asset: Asset, part: Path, progress: Progress) -> str:
-    """Download into `part`; returns the sha256 of what came."""
-    digest, received = hashlib.sha256(), 0
-    with _opened(asset) as answer, writing(part), part.open("wb") as file:
-        total = int(answer.headers.get("Content-Length") or asset.size or 0)
-        with progress.track(f"fetching {asset.name}", total) as task:
-            for chunk in _chunks(asset, answer):
-                file.write(chunk)
-                digest.update(chunk)
-                received += len(chunk)
-                task.advance(len(chunk))
-        file.flush()
-        os.fsync(file.fileno())
-    if total and received != total:
-        raise _not_fetched(asset, f"the connection ended after {received} of {total} bytes")
-    return digest.hexdigest()
+def requested(settings: Settings, names: Sequence[str]) -> Request:
+    """The rows that names, addresses and --for stand for."""
+    found = needs.settings_in(settings.download.needed_for) if settings.download.needed_for else []
+    if own := needs.rows_in(found):
+        known = {row.name for row in settings.assets.rows}
+        rows = (*settings.assets.rows, *(row for row in own if row.name not in known))
+        settings = settings.model_copy(update={"assets": Assets(rows=rows)})
+    registry = registry_of(settings)
+    addresses = {name: ad_hoc(name) for name in names if address_in(name)}
+    needed = needs.needed(found, registry)
+    by_name = dict(registry) | {row.name: row for row in (*addresses.values(), *needed)}
+    every = (*(addresses[name].name if name in addresses else name for name in names), *(row.name for row in needed))
+    typed = " ".join([*names, *(["--for", str(settings.download.needed_for)] if settings.download.needed_for else [])])
+    return Request(settings, by_name, expanded(every, by_name), tuple(dict.fromkeys(every)), typed)
 
 
-def _opened(asset: Asset) -> Any:
-    try:
-        return urllib.request.urlopen(asset.url, timeout=60)
-    except (OSError, http.client.HTTPException) as error:
-        raise _not_fetched(asset, getattr(error, "reason", error)) from None
+def listed(request: Request) -> Report:
+    """Every row: name, what, size, licence, present."""
+    rows = [request.rows[name] for name in request.names] or list(request.rows.values())
+    data = [_described(row, request.settings) for row in rows]
+    table = tuple({key: str(row[key]) for key in ("name", "what", "size", "licence", "present")} for row in data)
+    lines = (f"cache: {cache_dir()}", f"Hub repositories: {hub_dir()}")
+    return Report({"assets": data, "cache": str(cache_dir()), "hub_cache": str(hub_dir())}, table, lines)
 
 
-def _chunks(asset: Asset, answer: Any) -> Iterator[bytes]:
-    """What comes, piece by piece; MissingError where the connection breaks."""
-    try:
-        while chunk := answer.read(CHUNK):
-            yield chunk
-    except (OSError, http.client.HTTPException) as error:
-        raise _not_fetched(asset, error) from None
+def _described(row: AssetRow, settings: Settings) -> dict[str, Any]:
+    path = present(row) if row.name not in registry_of(settings) else cached(row.name, settings)
+    fields = row.model_dump(include={"name", "what", "kind", "sha256", "non_commercial", "gated", "needs", "notes", "score"})
+    size = amount(row.size) if row.size is not None else f"about {amount(row.about)}" if row.about is not None else "unknown"
+    licence = row.licence + (" (non-commercial)" if row.non_commercial and "NC" not in row.licence else "")
+    found = {"size": size, "bytes": row.size, "licence": licence, "source": row.source}
+    own = SHIPPED.get(row.name) != row
+    return fields | found | {"present": "yes" if path else "no", "path": path and str(path), "own": own}
 
 
-def _not_fetched(asset: Asset, why: object) -> MissingError:
-    return MissingError(f"cannot fetch {asset.url}: {why}", "check the connection, or put the file there by hand")
+def accept_licences(request: Request) -> None:
+    """Record what --accept-license accepts; UsageError where a non-commercial licence was not accepted."""
+    accepted, options = read_index().licences, request.settings.download
+    restricted = [request.rows[name] for name in request.names if request.rows[name].non_commercial]
+    restricted += [row for row in request.wanted if row.non_commercial and row not in restricted]
+    new = [row for row in restricted if accepted.get(row.name, {}).get("licence") != row.licence]
+    if not new:
+        return
+    if not options.accept_license:
+        which = ", ".join(f"{row.name} ({row.licence})" for row in new)
+        command = f"dmpctl download {request.typed} --accept-license"
+        raise UsageError(f"for non-commercial use only: {which}", f"if you accept that: {command}")
+    if not request.settings.console.dry_run:
+        with changing_index() as index:
+            index.licences |= {row.name: {"licence": row.licence, "accepted": now()} for row in new}
+
+
+def fetched(request: Request, progress: Progress) -> Report:
+    """Bring every row into the cache; offline, or in a dry run, say what is missing."""
+    console = request.settings.console
+    missing = [row for row in request.wanted if present(row) is None]
+    if console.offline and missing:
+        names = ", ".join(row.label for row in missing)
+        raise MissingError(f"not in the cache: {names}, and --offline forbids fetching", f"online: {command_for(missing)}")
+    known = [row.size or row.about for row in missing]
+    need_room(files_dir(), sum(size for size in known if size and not console.offline), ", ".join(row.label for row in missing))
+    if console.dry_run:
+        for row in missing:
+            size = amount(row.size) if row.size else "unknown size"
+            progress.say(f"would fetch {row.label} from {row.source} ({size})")
+    rows = [row for row in request.wanted if not (console.dry_run and row in missing)]
+    paths = [fetch(row, progress) for row in rows]
+    files = [{**provenance(row), "path": str(path)} for row, path in zip(rows, paths, strict=True)]
+    table = tuple({key: str(row[key]) for key in ("name", "path", "sha256", "licence")} for row in files)
+    return Report({"files": files, "would_fetch": [row.label for row in missing] if console.dry_run else []}, table)
+
+
+def verified(request: Request, progress: Progress) -> Report:
+    """Hash everything that is there again; IntegrityError for the first file that has changed, and how many more."""
+    rows = request.wanted or [row for row in request.rows.values() if not row.parts]
+    there = [row for row in rows if present(row) is not None or row.name in read_index().entries]
+    good: list[dict[str, Any]] = []
+    bad: list[IntegrityError | MissingError] = []
+    for row in there:
+        progress.say(f"verifying {row.label}")
+        try:
+            facts = verify(row, deep=True)
+        except (IntegrityError, MissingError) as error:
+            bad.append(error)
+        else:
+            good += [{"name": row.name, "file": name, "sha256": fact.sha256} for name, fact in facts.items()]
+    if bad:
+        first = next((error for error in bad if isinstance(error, IntegrityError)), bad[0])
+        rest = f", and {len(bad) - 1} more are not as they should be" if len(bad) > 1 else ""
+        raise type(first)(f"{first.message}{rest}", first.hint)
+    lines = (f"{len(good)} files are what they were",) if good else ("nothing was downloaded yet",)
+    return Report({"verified": good}, tuple({key: str(value) for key, value in row.items()} for row in good), lines)

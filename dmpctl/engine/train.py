@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from dmpctl.data.latents import unpack
 from dmpctl.data.loader import batches
 from dmpctl.diffusion.objective import HybridObjective
 from dmpctl.diffusion.schedule import NoiseSchedule
@@ -23,7 +24,7 @@ from dmpctl.engine.stop import Stop, interrupted
 from dmpctl.errors import NumericalError
 from dmpctl.rng import StepDraws
 from dmpctl.settings.model import Settings
-from dmpctl.types import BackboneSpec, Codec, Progress, ProgressTask, Routing, Source
+from dmpctl.types import BackboneSpec, Codec, Moments, Progress, ProgressTask, Routing, Source
 
 Predict = Callable[[nn.Module, Tensor, Tensor, "Tensor | None", "Tensor | None"], tuple[Tensor, "Routing | None"]]
 
@@ -159,7 +160,7 @@ class Trainer:
 
     def _noised(self, images: Tensor, labels: Tensor) -> Noised:
         """Latents, timesteps and noise of this step; each kind of noise has a stream of its own."""
-        moments, step, device = self.codec.encode(images.to(self.device)), self.step, self.device
+        moments, step, device = self._moments(images.to(self.device)), self.step, self.device
         shape = moments.mean.shape[1:]
         x0 = moments.mean
         if moments.logvar is not None:
@@ -174,6 +175,10 @@ class Trainer:
         gate_shape = self.subject.gate_noise_shape
         gate_noise = None if gate_shape is None else self.draws.at(step, "gate").normal(*gate_shape).to(device)
         return Noised(x0, self.schedule.add_noise(x0, t, noise), t, noise, cond, gate_noise)
+
+    def _moments(self, images: Tensor) -> Moments:
+        """Posterior of a batch of images, or of what they were encoded into before (`data.latents`)."""
+        return unpack(images) if images.is_floating_point() else self.codec.encode(images)
 
     def _one_step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """One optimizer step; returns scalars to log. A loss or gradient that is not finite is counted and skipped."""

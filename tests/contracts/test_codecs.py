@@ -4,15 +4,20 @@ import pytest
 import torch
 
 from dmpctl.codecs.identity import Identity
+from dmpctl.codecs.vae import Vae
 from dmpctl.types import Codec
+from tests.latent_helpers import TINY_SIDE, tiny_vae
 
-CODECS = {"identity": (Identity, 3, 16)}  # how to make it, and the channels and side of the images to try it on
+CODECS = {  # how to make it in an empty folder, and the channels and side of the images to try it on
+    "identity": (lambda folder: Identity(), 3, 16),
+    "vae": (lambda folder: Vae(tiny_vae(folder), "vae", 2), 3, TINY_SIDE),
+}
 
 
-@pytest.fixture(params=CODECS)
-def case(request) -> tuple[Codec, torch.Tensor]:
+@pytest.fixture(scope="module", params=CODECS)
+def case(request, tmp_path_factory) -> tuple[Codec, torch.Tensor]:
     make, channels, size = CODECS[request.param]
-    codec = make()
+    codec = make(tmp_path_factory.mktemp("codec"))
     assert codec.name == request.param
     images = torch.randint(0, 256, (3, channels, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     return codec, images
@@ -56,3 +61,9 @@ def test_nothing_is_written_into_the_arguments(case):
     codec.decode(latents)
     assert torch.equal(images, kept)
     assert torch.equal(latents, before)
+
+
+def test_it_says_what_it_is(case):
+    codec, _ = case
+    assert len(bytes.fromhex(codec.fingerprint)) == 32
+    assert codec.scale > 0

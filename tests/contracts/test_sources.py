@@ -4,16 +4,26 @@ import pickle
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from dmpctl.data import folder
+from dmpctl.cli.console import Silent
+from dmpctl.data import stored
 from dmpctl.data.bundled import Digits
+from dmpctl.data.coco import CocoImages
+from dmpctl.data.columns import Columns
 from dmpctl.data.folder import ImageFolder
 from dmpctl.data.loader import TrainingItems
+from dmpctl.data.parquet import ParquetImages
+from dmpctl.data.stream import RowGroups, StreamedImages
+from dmpctl.data.tar import TarImages
+from dmpctl.engine.latents import build_latents
 from dmpctl.types import Source
+from tests.latent_helpers import Ramp
+from tests.unit.data.made import write_coco, write_parquet, write_tar
 
 
 def made_folder(root: Path, seed: int = 0) -> Path:
@@ -24,25 +34,67 @@ def made_folder(root: Path, seed: int = 0) -> Path:
     return root
 
 
+def made_latents(root: Path) -> Source:
+    return build_latents(Digits(), Ramp(), root / "cache", Silent(), batch=512, per_shard=1_000)
+
+
+LABELS = (0, 0, 1, 2)
+
+
+def images_in(root: Path) -> list[bytes]:
+    return [path.read_bytes() for path in sorted(made_folder(root / "files").rglob("*.png"))]
+
+
+def parquet_in(root: Path) -> Path:
+    path, kind = root / "rows.parquet", datasets.ClassLabel(names=["cat", "dog", "emu"])
+    return path if path.exists() else write_parquet(path, images_in(root), 3, label=(kind, LABELS))
+
+
+def tar_in(root: Path) -> Path:
+    path, images = root / "shard.tar", images_in(root)
+    members = [pair for n, data in enumerate(images) for pair in ((f"{n}.png", data), (f"{n}.cls", f"{LABELS[n]}".encode()))]
+    return path if path.exists() else write_tar(path, members)
+
+
+def coco_in(root: Path) -> Path:
+    if not (root / "val2014").exists():
+        write_coco(root, "val2014", {f"{n}.png": data for n, data in enumerate(images_in(root))})
+    return root
+
+
 SOURCES: dict[str, Callable[[Path], Source]] = {
     "digits": lambda root: Digits(),
     "digits-rgb": lambda root: Digits(channels=3),
     "folder": lambda root: ImageFolder(made_folder(root)),
     "folder-cropped": lambda root: ImageFolder(made_folder(root), 6, 1),
     "folder-lazy": lambda root: ImageFolder(made_folder(root)),
+    "latents": made_latents,
+    "parquet": lambda root: ParquetImages(parquet_in(root)),
+    "parquet-lazy": lambda root: ParquetImages(parquet_in(root)),
+    "streamed": lambda root: StreamedImages(RowGroups([parquet_in(root)], Columns(), "rows", "a@b"), "rows"),
+    "tar": lambda root: TarImages(tar_in(root)),
+    "tar-lazy": lambda root: TarImages(tar_in(root), on_bad="skip"),
+    "coco": lambda root: CocoImages(coco_in(root) / "val2014", root / "annotations/captions_val2014.json", "val2014"),
 }
+
+
+@pytest.fixture(autouse=True)
+def _arrow_in_tmp(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("arrow")))
 
 
 @pytest.fixture(params=SOURCES)
 def opened(request, tmp_path, monkeypatch) -> Callable[[], Source]:
-    if request.param == "folder-lazy":
-        monkeypatch.setattr(folder, "HELD_FILES", 0)
+    if request.param.endswith("-lazy"):
+        monkeypatch.setattr(stored, "HELD_ITEMS", 0)
     SOURCES[request.param](tmp_path)
-    return lambda: SOURCES[request.param](tmp_path) if "digits" in request.param else again(request.param, tmp_path)
+    return lambda: again(request.param, tmp_path)
 
 
 def again(name: str, root: Path) -> Source:
     """The same files, opened anew."""
+    if "folder" not in name:
+        return SOURCES[name](root)
     return ImageFolder(root, 6, 1) if name == "folder-cropped" else ImageFolder(root)
 
 
@@ -50,15 +102,16 @@ def some(source: Source) -> list[int]:
     return [0, 1, len(source) // 2, len(source) - 1]
 
 
-def test_items_are_square_bytes_of_one_shape(opened):
+def test_items_are_square_and_of_one_shape(opened):
+    """Bytes of 1 or 3 channels, or moments: as many means as log variances."""
     source = opened()
     first, _ = source.item(0)
     channels, height, width = first.shape
     assert height == width
-    assert channels in (1, 3)
+    assert channels in (1, 3) if first.dtype == torch.uint8 else first.is_floating_point() and channels % 2 == 0
     for index in some(source):
         image, _ = source.item(index)
-        assert image.dtype == torch.uint8
+        assert image.dtype == first.dtype
         assert image.shape == first.shape
 
 
@@ -100,9 +153,10 @@ def test_the_fingerprint_is_a_stable_sha256(opened):
 
 
 def test_fingerprints_tell_sources_apart(tmp_path, monkeypatch):
-    sources = [make(tmp_path / name) for name, make in SOURCES.items() if name != "folder-lazy"]
-    monkeypatch.setattr(folder, "HELD_FILES", 0)
-    sources += [SOURCES["folder-lazy"](tmp_path / "lazy"), ImageFolder(made_folder(tmp_path / "other", seed=1))]
+    sources = [make(tmp_path / name) for name, make in SOURCES.items() if not name.endswith("-lazy")]
+    monkeypatch.setattr(stored, "HELD_ITEMS", 0)
+    sources += [SOURCES[name](tmp_path / name) for name in SOURCES if name.endswith("-lazy")]
+    sources.append(ImageFolder(made_folder(tmp_path / "other", seed=1)))
     assert len({source.fingerprint for source in sources}) == len(sources)
 
 
@@ -124,7 +178,7 @@ def test_training_sees_the_items(opened):
     source = opened()
     places = [(0, index) for index in some(source)]
     images, labels, indices = TrainingItems(source, hflip=False, seed=0).__getitems__(places)
-    assert (images.dtype, labels.dtype) == (torch.uint8, torch.int64)
+    assert (images.dtype, labels.dtype) == (source.item(0)[0].dtype, torch.int64)
     for row, index in enumerate(indices.tolist()):
         assert torch.equal(images[row], source.item(index)[0])
         assert int(labels[row]) == source.item(index)[1]

@@ -327,7 +327,7 @@ def test_numbers_that_are_not_finite(tmp_path, cli):
 
 def test_offline(cli, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    failed(cli("download", "inception", "--offline"), 3, "--offline forbids", hint="dmpctl download inception online")
+    failed(cli("download", "inception", "--offline"), 3, "--offline forbids", hint="online: dmpctl download inception")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    failed(cli("download", "inception"), 3, "--offline forbids", hint="dmpctl download inception online")
+    failed(cli("download", "inception"), 3, "--offline forbids", hint="online: dmpctl download inception")
     failed(cli("fid", colour_folder(tmp_path / "big", 2, 32), "--reference", "digits"), 2, "8x8")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dmpctl.data import folder, scan
+from dmpctl.data import folder, scan, stored
 from dmpctl.data.folder import ImageFolder
 from dmpctl.errors import DmpError, IntegrityError, MissingError, UsageError
 
@@ -30,7 +30,7 @@ def fill(root: Path, *names: str, **options: int) -> Path:
 
 
 def names(source: ImageFolder) -> list[str]:
-    return [entry.name for entry in source._entries]
+    return [source._store.entries[index].name for index in source._kept]
 
 
 def header_of(width: int, height: int) -> bytes:
@@ -147,7 +147,7 @@ def test_a_bomb_is_never_decoded(tmp_path, monkeypatch, held):
     bomb(tmp_path / "b.png")
     large(tmp_path / "c.png")
     sizes = []
-    monkeypatch.setattr(folder, "HELD_FILES", 20_000 if held else 0)
+    monkeypatch.setattr(stored, "HELD_ITEMS", 20_000 if held else 0)
     monkeypatch.setattr(Image.Image, "load", lambda image, load=Image.Image.load: sizes.append(image.size) or load(image))
     source = ImageFolder(tmp_path, 8, on_bad="skip")
     source.item(0)
@@ -163,7 +163,14 @@ def test_a_file_that_may_not_be_read_is_bad(tmp_path, monkeypatch):
             raise PermissionError(13, "Permission denied", path)
         return open(path, mode)
 
-    monkeypatch.setattr(scan, "open", guarded, raising=False)
+    monkeypatch.setattr(folder, "open", guarded, raising=False)
+    assert ImageFolder(tmp_path, 8, on_bad="skip").bad == [("b.png", "Permission denied")]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permissions_is_bad(tmp_path):
+    fill(tmp_path, "a.png", "b.png")
+    (tmp_path / "b.png").chmod(0)
     assert ImageFolder(tmp_path, 8, on_bad="skip").bad == [("b.png", "Permission denied")]
 
 
@@ -330,11 +337,11 @@ def test_missing_a_file_and_empty_are_told_apart(tmp_path):
     assert nothing.value.exit_code == 2
 
 
-@pytest.mark.parametrize("limit", ["HELD_FILES", "HELD_BYTES"])
+@pytest.mark.parametrize("limit", ["HELD_ITEMS", "HELD_BYTES"])
 def test_a_large_folder_is_decoded_as_it_is_used(tmp_path, monkeypatch, limit):
     fill(tmp_path, "a/1.png", "b/2.jpg", size=11)
     held = ImageFolder(tmp_path, 8)
-    monkeypatch.setattr(folder, limit, 1)
+    monkeypatch.setattr(stored, limit, 1)
     lazy = ImageFolder(tmp_path, 8)
     assert held.images().shape == (2, 3, 8, 8)
     assert lazy.images() is None
@@ -345,13 +352,14 @@ def test_a_large_folder_is_decoded_as_it_is_used(tmp_path, monkeypatch, limit):
 
 
 def test_in_a_large_folder_a_broken_file_stops_by_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(folder, "HELD_FILES", 0)
+    monkeypatch.setattr(stored, "HELD_ITEMS", 0)
     fill(tmp_path, "a.png")
     truncated(tmp_path / "b.png")
     text(tmp_path / "c.png")
     with pytest.raises(IntegrityError, match=r"c\.png"):
         ImageFolder(tmp_path, 8)
-    source = ImageFolder(tmp_path, 8, on_bad="skip")
+    (tmp_path / "c.png").unlink()
+    source = ImageFolder(tmp_path, 8)
     assert len(source) == 2  # what its header does not tell is found when it is used
     with pytest.raises(DmpError, match=r"b\.png cannot be decoded: .*truncated") as caught:
         source.item(1)
@@ -360,7 +368,7 @@ def test_in_a_large_folder_a_broken_file_stops_by_name(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("held", [True, False])
 def test_the_fingerprint_sees_every_change(tmp_path, monkeypatch, held):
-    monkeypatch.setattr(folder, "HELD_FILES", 20_000 if held else 0)
+    monkeypatch.setattr(stored, "HELD_ITEMS", 20_000 if held else 0)
     fill(tmp_path, "a/1.png", "b/2.png")
     options = ({}, {"size": 6}, {"channels": 1})
     seen = [ImageFolder(tmp_path, **option).fingerprint for option in options]

@@ -1,11 +1,18 @@
 import pytest
+import torch
+from datasets import ClassLabel, Value
 from PIL import Image
 
 from dmpctl.data.bundled import Digits
+from dmpctl.data.coco import CocoImages
 from dmpctl.data.folder import ImageFolder
-from dmpctl.data.source import open_source
+from dmpctl.data.parquet import ParquetImages
+from dmpctl.data.source import kind_of, open_source
+from dmpctl.data.stream import StreamedImages
+from dmpctl.data.tar import TarImages
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.settings.sections import Data
+from tests.unit.data.made import encoded, write_coco, write_folder, write_parquet, write_tar
 
 
 @pytest.fixture
@@ -32,6 +39,81 @@ def test_what_the_backbone_wants_goes_before_the_section(images):
     assert open_source(section, 8, 3).item(0)[0].shape == (3, 8, 8)
 
 
+@pytest.mark.parametrize(
+    ("names", "kind"),
+    [
+        (["a.png", "b.tar"], "images"),
+        (["a.tar", "b.png"], "tar"),
+        (["LICENSE", "README.md", "data/train-00000-of-00001.parquet"], "parquet"),
+        (["x/a.png", "z.parquet"], "parquet"),  # of the same rank as the sub-folders is the top
+        (["cat/1.JPEG", "dog/b.tar"], "images"),
+        ([".cache/a.tar", "deep/er/a.parquet"], "images"),
+        ([], "images"),
+    ],
+)
+def test_what_a_folder_holds(tmp_path, names, kind):
+    write_folder(tmp_path, dict.fromkeys(names, b"x"))
+    assert kind_of(tmp_path) == kind
+
+
+def test_local_parquet_tar_and_coco(tmp_path):
+    write_parquet(tmp_path / "p" / "a.parquet", [encoded(0)], text=(Value("string"), ["x"]), alt=(Value("string"), ["y"]))
+    write_tar(tmp_path / "t" / "a.tar", [("a.png", encoded(0)), ("a.note", b"z")])
+    write_coco(tmp_path / "c", "val2014", {"a.png": encoded(0)}, captions=1)
+    folder = write_folder(tmp_path / "f", {"a.png": encoded(0)})
+    found = {}
+    for name, column in (("p", "alt"), ("p/a.parquet", None), ("t", "note"), ("t/a.tar", None), ("c", None), ("f", None)):
+        source = open_source(Data(data=str(tmp_path / name), caption_column=column), None, None)
+        assert torch.equal(source.item(0)[0], ImageFolder(folder).item(0)[0])
+        found[name] = (type(source), source.captions(0))
+    assert found == {
+        "p": (ParquetImages, ("y",)),
+        "p/a.parquet": (ParquetImages, ("x",)),
+        "t": (TarImages, ("z",)),
+        "t/a.tar": (TarImages, ()),
+        "c": (CocoImages, ("a.png said 0",)),
+        "f": (ImageFolder, ()),
+    }
+
+
+def test_streaming_is_for_parquet(tmp_path, images):
+    write_parquet(tmp_path / "p" / "a.parquet", [encoded(row) for row in range(9)], 3)
+    source = open_source(Data(data=str(tmp_path / "p"), streaming=True), None, None)
+    assert isinstance(source, StreamedImages)
+    assert len(source) == 9
+    with pytest.raises(UsageError, match="is read where it lies already"):
+        open_source(Data(data=str(images), streaming=True), None, None)
+
+
+def test_names_are_looked_up_where_downloads_lie(tmp_path):
+    commit = tmp_path / "snapshots" / ("a" * 40)
+    write_parquet(commit / "data/train-00000-of-00001.parquet", [encoded(0)], label=(ClassLabel(names=["n01", "n02"]), [1]))
+    write_coco(tmp_path, "train2014", {"a.png": encoded(0)})
+    places = {
+        "imagenet": commit,
+        "coco-train2014": tmp_path / "train2014",
+        "coco-annotations": tmp_path / "annotations" / "captions_train2014.json",
+    }
+    imagenet = open_source(Data(data="imagenet"), None, None, places.__getitem__)
+    assert (imagenet.name, imagenet.num_classes, imagenet.item(0)[1]) == ("imagenet", 2, 1)
+    coco = open_source(Data(data="coco"), None, None, places.__getitem__)
+    assert (coco.name, len(coco.captions(0))) == ("coco-train2014", 5)
+
+
+def test_coco_that_is_not_at_hand_names_the_command():
+    with pytest.raises(MissingError, match=r"coco .* is not at hand") as caught:
+        open_source(Data(data="coco"), None, None)
+    assert "dmpctl download coco" in str(caught.value.hint)
+    assert "annotations/captions_train2014.json" in str(caught.value.hint)
+
+
+def test_a_folder_of_synsets_has_imagenet_s_class_order(tmp_path):
+    files = {f"{synset}/{synset}_1.JPEG": encoded(0, "JPEG") for synset in ("n02111889", "n01440764", "n01443537")}
+    source = open_source(Data(data=str(write_folder(tmp_path, files))), None, None)
+    assert source.classes == ("n01440764", "n01443537", "n02111889")  # tench 0, goldfish 1, as in the published list
+    assert [source.item(index)[1] for index in range(3)] == [0, 1, 2]
+
+
 def test_a_bare_name_may_be_a_folder_here(images, monkeypatch):
     monkeypatch.chdir(images.parent)
     assert open_source(Data(data=images.name), None, None).name == images.name
@@ -49,7 +131,7 @@ def test_a_typo_is_answered_with_the_nearest_name():
     assert "folder" in str(caught.value.hint)
 
 
-@pytest.mark.parametrize("name", ["imagenet", "", "x" * 5000, "a\0b"])
+@pytest.mark.parametrize("name", ["pictures of cats", "", "x" * 5000, "a\0b"])
 def test_an_unknown_name_is_answered_with_the_known_ones(name):
     with pytest.raises(UsageError, match="there is digits"):
         open_source(Data(data=name), None, None)

@@ -7,7 +7,7 @@ from torchmetrics.image.fid import _compute_fid
 
 from dmpctl.cli.console import Silent
 from dmpctl.data.bundled import Digits
-from dmpctl.engine import evaluate, fetch
+from dmpctl.engine import evaluate
 from dmpctl.engine.generate import generate
 from dmpctl.engine.patched import load_patch
 from dmpctl.errors import IntegrityError, MissingError, UsageError
@@ -180,7 +180,7 @@ def test_a_compressed_npz_that_is_damaged(tmp_path):
 
 
 def test_inception_needs_its_weights(run, real, tmp_path, monkeypatch):
-    monkeypatch.setattr(fetch, "cache_dir", lambda: tmp_path / "cache")
+    monkeypatch.setenv("DMPCTL_CACHE_DIR", str(tmp_path / "cache"))
     with pytest.raises(MissingError, match="the Inception extractor needs its weights") as failure:
         fid(run, extractor="inception")
     assert "dmpctl download inception" in failure.value.hint

@@ -1,0 +1,231 @@
+"""The file of `dmpctl compare`: variants of `dmpctl patch`, at stages of backbones, over seeds.
+
+Reading it checks every name; `settings_of` gives the settings of one variant: preset, then [settings], then the variant.
+"""
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dmpctl.errors import MissingError, UsageError
+from dmpctl.settings.commands import options_of
+from dmpctl.settings.layers import Found, did_you_mean, from_preset, read_toml, validated
+from dmpctl.settings.model import Settings
+from dmpctl.settings.sections import Console, Launch, Sampling
+
+Seed = Annotated[int, Field(ge=0)]
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+-]*")  # of a stage or a variant: they name folders
+
+# Options of `patch` that the file may not set, and why.
+OURS = {
+    **dict.fromkeys(("run", "seed", "evaluate", "keep_last"), "is set by compare itself"),
+    **dict.fromkeys(("base", "weights"), "is what [stages] is for"),
+    "eval_images": "belongs into [compare]",
+    **dict.fromkeys((*Launch.model_fields, *Console.model_fields, "json"), "is given on the command line"),
+}
+COMMON = ("precision", *Sampling.model_fields)  # the same for all variants, so in [settings] alone
+GOING_ON = ("iters",)  # all that a variant with `continue` may set
+
+
+class Table(BaseModel):
+    """A table of the file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Protocol(Table):
+    """[compare]: where, with which seeds, and how it is measured.
+
+    `tune_stage` None: rates are tuned at every stage by itself. `eval_data` None: the data that is trained on.
+    `eval_images` 0: nothing is sampled. `extractor` None: as `dmpctl fid` chooses. `against`: variants that all others
+    are tested against too, beside the backbone.
+    """
+
+    run: Path
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
+    tuning_seeds: tuple[Seed, ...] = ()
+    tune_stage: str | None = None
+    eval_data: str | None = None
+    eval_images: Annotated[int, Field(ge=0)] = 5_000
+    extractor: Literal["pixels", "inception"] | None = None
+    extractor_weights: Path | None = None
+    against: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _seeds_are_apart(self) -> Self:
+        for name in ("seeds", "tuning_seeds", "against"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} holds a value twice")
+        if both := sorted(set(self.seeds) & set(self.tuning_seeds)):
+            raise ValueError(f"seed {both[0]} is in seeds and in tuning_seeds, which have to be apart")
+        if self.eval_images == 1:
+            raise ValueError("eval_images 1 is no sample: a distance needs 2 at least, 0 leaves it out")
+        return self
+
+
+class Variant(BaseModel):
+    """[variants.NAME]: options of `dmpctl patch` (`options`), a grid of them to choose from, and the stages it is run at.
+
+    `goes_on` (`continue` in the file): the backbone itself, trained on. `stages` None: all.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    goes_on: Annotated[bool, Field(alias="continue")] = False
+    stages: tuple[str, ...] | None = None
+    tune: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+    def choices(self) -> list[dict[str, Any]]:
+        """Every point of the grid, by the keys of the file; [{}] without a grid."""
+        return [dict(zip(self.tune, point, strict=True)) for point in itertools.product(*self.tune.values())]
+
+    def at(self, stage: str) -> bool:
+        """Whether it is run at this stage."""
+        return self.stages is None or stage in self.stages
+
+
+@dataclass(frozen=True)
+class Study:
+    """The file, checked. `stages`: name -> what --base takes; `settings`: options of every variant."""
+
+    path: Path
+    compare: Protocol
+    stages: Mapping[str, str]
+    settings: Mapping[str, Any]
+    variants: Mapping[str, Variant]
+
+    def tunes_at(self, stage: str) -> str:
+        """The stage at which the rates used at `stage` are chosen."""
+        return self.compare.tune_stage or stage
+
+
+def read_study(path: Path) -> Study:
+    """Read and check the file of a study.
+
+    MissingError if it is not there; UsageError, one sentence with the nearest name, for an unknown key or a wrong value.
+    """
+    if not path.is_file():
+        raise MissingError(f"{path} is not there", "name the TOML file of a study")
+    tables = read_toml(path)
+    _known(tables, ("compare", "stages", "settings", "variants"), str(path), "table of a study")
+    for name in ("compare", "stages", "variants"):
+        if not isinstance(tables.get(name), dict) or not tables[name]:
+            raise UsageError(f"{path} has no [{name}]", "dmpctl compare --help says what it holds")
+    compare = _model(Protocol, tables["compare"], f"{path} [compare]", tuple(Protocol.model_fields))
+    stages, settings = tables["stages"], tables.get("settings", {})
+    variants = {name: _variant(path, name, value, stages) for name, value in tables["variants"].items()}
+    for what, names in (("stage", stages), ("variant", variants)):
+        for name in names:
+            if not NAME.fullmatch(name) or name == "backbone":
+                raise UsageError(f"{path}: {name!r} cannot be the name of a {what}", "use letters, digits, _, + and -")
+    for name, base in stages.items():
+        if not isinstance(base, str):
+            raise UsageError(f"{path} [stages]: {name}: found {base!r}, expected what --base takes")
+    _options(settings, f"{path} [settings]")
+    _known(compare.against, variants, f"{path} [compare] against", "variant")
+    _known([compare.tune_stage] if compare.tune_stage else [], stages, f"{path} [compare] tune_stage", "stage")
+    study = Study(path, compare, stages, settings, variants)
+    for name, variant in variants.items():
+        _tunable(study, name, variant)
+    return study
+
+
+def _variant(path: Path, name: str, value: Any, stages: Iterable[str]) -> Variant:
+    where = f"{path} [variants.{name}]"
+    if not isinstance(value, dict):
+        raise UsageError(f"{path} [variants]: {name} should be a table of options, found {value!r}")
+    variant = _model(Variant, value, where)
+    _known(variant.stages or (), stages, f"{where} stages", "stage")
+    given = _options(variant.options, where, COMMON) | _options(variant.tune, f"{where} tune", COMMON)
+    if variant.goes_on and (more := [key for key in given if key not in GOING_ON or key in variant.tune]):
+        raise UsageError(f"{given[more[0]].where} cannot be set beside continue: it goes on as the backbone was pretrained")
+    return variant
+
+
+def _tunable(study: Study, name: str, variant: Variant) -> None:
+    """UsageError for a grid that nothing can choose from."""
+    where, stage = f"{study.path} [variants.{name}]", study.compare.tune_stage
+    if len(variant.choices()) > 1:
+        if not study.compare.tuning_seeds:
+            raise UsageError(f"{where}: tune needs tuning_seeds in [compare]", "name seeds that are not in seeds")
+        if stage is not None and not variant.at(stage):
+            raise UsageError(f"{where}: it is tuned at stage {stage}, which is not among its stages")
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def _model(kind: type[M], values: Mapping[str, Any], where: str, known: Sequence[str] = ()) -> M:
+    """A table as its model; `known`: its keys, () where others may follow. UsageError that names the key."""
+    values = {key.replace("-", "_") if key.replace("-", "_") in known else key: value for key, value in values.items()}
+    if known:
+        _known(values, known, where, "setting")
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        if first["type"] == "value_error":
+            raise UsageError(f"{where}: {first['ctx']['error']}") from None
+        key = ".".join(map(str, first["loc"]))
+        found = "" if first["type"] == "missing" else f", found {first['input']!r}"
+        raise UsageError(f"{where}: {key}: {first['msg']}{found}") from None
+
+
+def _known(names: Iterable[str], known: Iterable[str], where: str, what: str) -> None:
+    """UsageError, with the nearest name, for a name that is not known."""
+    for name in names:
+        if name not in known:
+            raise UsageError(f"{where}: {name} is no {what}{did_you_mean(name, known)}")
+
+
+def _options(values: Mapping[str, Any], where: str, refused: Sequence[str] = ()) -> dict[str, Found]:
+    """Keys as fields of `dmpctl patch`, each with its origin; UsageError for one that is unknown, twice there or not its own."""
+    known = {option.public: option.name for option in options_of("patch").values()}
+    found: dict[str, Found] = {}
+    for key, value in values.items():
+        public = key.replace("-", "_")
+        if public not in known:
+            raise UsageError(f"{where}: {key} is no setting{did_you_mean(public, [*known, 'continue', 'stages', 'tune'])}")
+        if public in OURS:
+            raise UsageError(f"{where}: {key} {OURS[public]}")
+        if public in refused:
+            raise UsageError(f"{where}: {key} is the same for all variants", "move it to [settings]")
+        if known[public] in found:
+            raise UsageError(f"{where}: {key} is there twice, with a hyphen and with an underscore")
+        found[known[public]] = Found(value, f"{where}: {key}")
+    return found
+
+
+def settings_of(
+    study: Study, stage: str, variant: str | None = None, choice: Mapping[str, Any] | None = None, seed: int | None = None
+) -> Settings:
+    """Settings of `dmpctl patch` for one variant at one stage, without an environment.
+
+    `variant` None: [settings] alone. `choice`: a point of its grid, None for none. `seed` None: the first of the seeds.
+    UsageError that names the file and the key.
+    """
+    options = options_of("patch")
+    found = _options(study.settings, f"{study.path} [settings]")
+    where = f"{study.path} [settings]"
+    if variant is not None:
+        where = f"{study.path} [variants.{variant}]"
+        found |= _options(study.variants[variant].options, where) | _options(choice or {}, f"{where} tune")
+    found["base"] = Found(study.stages[stage], f"{study.path} [stages]: {stage}")
+    found["seed"] = Found(study.compare.seeds[0] if seed is None else seed, f"{study.path} [compare]: seeds")
+    found |= {name: Found(value, "compare") for name, value in (("evaluate", False), ("keep_last", 1), ("quiet", True))}
+    try:
+        return validated(from_preset(found, options) | found, options)
+    except UsageError as error:
+        if str(study.path) in error.message:
+            raise
+        raise UsageError(f"{where}: {error.message}", error.hint) from None

@@ -25,6 +25,10 @@ class UsageError(DmpError):
     exit_code = 2
 
 
+class InUse(UsageError):
+    """Another command is at work in this run."""
+
+
 class MissingError(DmpError):
     """Something needed is not there: an asset, a file, a run; or we are offline."""
 

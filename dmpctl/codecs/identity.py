@@ -19,6 +19,10 @@ class Identity:
         """(C, H, W) of the latents of images with this many channels and this side in pixels."""
         return channels, size, size
 
+    def image_shape(self, latents: tuple[int, int, int]) -> tuple[int, int, int]:
+        """(C, H, W) of the images behind latents of this shape."""
+        return latents
+
     def encode(self, images: Tensor) -> Moments:
         """uint8 [B, C, H, W] -> float32 in [-1, 1], same shape: v / 127.5 - 1."""
         return Moments(images.to(torch.float32) / 127.5 - 1)

@@ -1,5 +1,6 @@
 """Patch against backbone on common seeds: the numbers, the verdict in plain words and the picture that end `dmpctl patch`."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -8,7 +9,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from dmpctl.engine.evaluate import extract, images_of, in_parts
+from dmpctl.engine.assets import cached
+from dmpctl.engine.evaluate import build_extractor, extract, images_of, in_parts
 from dmpctl.engine.generate import in_batches
 from dmpctl.engine.paired_loss import epsilon_errors, loss_difference
 from dmpctl.engine.patched import Patched
@@ -17,9 +19,13 @@ from dmpctl.metrics.features.pixels import Pixels
 from dmpctl.metrics.frechet import CONFIDENCE, noise_floor, paired_difference, verdict
 from dmpctl.metrics.moments import features_to_moments
 from dmpctl.settings.model import Settings
-from dmpctl.types import Progress, Source
+from dmpctl.settings.sections import Fid
+from dmpctl.types import Extractor, Progress, Source
 
 SHOWN = 32  # images of each side on the before/after sheet
+MOST_PIXELS = 4096  # numbers of an image, up to which pixels are its features
+NOTHING = dict.fromkeys(("metric", "backbone", "patched", "difference", "noise_floor", "verdict"))
+NO_DISTANCE = "Fréchet distance: not measured, Inception's weights are not in the cache; fetch them: dmpctl download inception"
 
 
 def protocol(settings: Settings, source: Source) -> dict[str, Any]:
@@ -31,38 +37,51 @@ def protocol(settings: Settings, source: Source) -> dict[str, Any]:
     }
 
 
+def extractor_for(shape: tuple[int, int, int], device: torch.device) -> Extractor | None:
+    """Pixels for small images, Inception for the others; None where its weights are not in the cache."""
+    if math.prod(shape) <= MOST_PIXELS:
+        return Pixels(*shape[:2])
+    return build_extractor(Fid(extractor="inception"), shape, device) if cached("inception") is not None else None
+
+
 def measure(
     patched: Patched, source: Source, settings: Settings, device: torch.device, progress: Progress
 ) -> tuple[dict[str, Any], Image.Image]:
-    """Measure both against the training images in pixels, and on their paired loss; JSON-able figures and the sheet.
+    """Measure both against the training images, and on their paired loss; JSON-able figures and the sheet.
 
     A negative difference is an improvement. The standard error covers the sampling of images, not that of training.
+    Without an extractor there is a loss and a sheet, and no distance.
     """
-    channels, height, _ = patched.backbone.spec.latent_shape
-    extractor = Pixels(channels, height)
-    real = extract(extractor, images_of(source))
-    reference, seed = features_to_moments([real]), settings.sampling.sample_seed
-    plain = patched.unpatched()
+    plain, seed = patched.unpatched(), settings.sampling.sample_seed
     errors, steps = epsilon_errors(plain, source, device, seed, progress)
     loss = loss_difference(errors, epsilon_errors(patched, source, device, seed, progress)[0], steps)
-    indices = range(settings.evaluate.eval_images)
+    extractor = extractor_for(patched.image_shape, device)
+    count = SHOWN if extractor is None else settings.evaluate.eval_images
     before, after = (
-        torch.cat([images for _, images in in_batches(model, indices, settings.sampling, device, progress)])
+        torch.cat([images for _, images in in_batches(model, range(count), settings.sampling, device, progress)])
         for model in (plain, patched)
     )
-    found = paired_difference(extract(extractor, in_parts(after)), extract(extractor, in_parts(before)), reference)
     figures = {
         "protocol": protocol(settings, source),
-        "metric": "Fréchet distance in pixels",
-        "backbone": asdict(found.b),
-        "patched": asdict(found.a),
-        "difference": {"value": found.value, "standard_error": found.standard_error, "p_value": found.p_value},
-        "noise_floor": noise_floor(real, settings.evaluate.eval_images, seed),
+        **(NOTHING if extractor is None else _distances(extractor, before, after, source, settings)),
         "paired_loss": asdict(loss),
-        "verdict": distance_verdict(found.value, found.standard_error),
         "paired_loss_verdict": loss_verdict(loss.difference, loss.standard_error, loss.images),
     }
     return figures, sheet(before[:SHOWN], after[:SHOWN])
+
+
+def _distances(extractor: Extractor, before: Tensor, after: Tensor, source: Source, settings: Settings) -> dict[str, Any]:
+    real = extract(extractor, images_of(source))
+    reference = features_to_moments([real])
+    found = paired_difference(extract(extractor, in_parts(after)), extract(extractor, in_parts(before)), reference)
+    return {
+        "metric": f"Fréchet distance in {extractor.name}",
+        "backbone": asdict(found.b),
+        "patched": asdict(found.a),
+        "difference": {"value": found.value, "standard_error": found.standard_error, "p_value": found.p_value},
+        "noise_floor": noise_floor(real, settings.evaluate.eval_images, settings.sampling.sample_seed),
+        "verdict": distance_verdict(found.value, found.standard_error),
+    }
 
 
 def distance_verdict(difference: float, standard_error: float | None) -> str:
@@ -81,18 +100,22 @@ def loss_verdict(difference: float, standard_error: float, images: int) -> str:
 def table(figures: Mapping[str, Any]) -> tuple[dict[str, str], ...]:
     """Backbone, patch and their paired difference; distance and loss."""
     loss, gain = figures["paired_loss"], figures["difference"]
-    rows = (
-        ("backbone", _with_error(**_value(figures["backbone"]), digits=4), f"{loss['backbone']:.6f}"),
-        ("patched", _with_error(**_value(figures["patched"]), digits=4), f"{loss['patched']:.6f}"),
-        (
-            "difference (paired)",
-            _with_error(**_value(gain), digits=4, sign="+"),
-            _with_error(loss["difference"], loss["standard_error"], 6, "+"),
-        ),
-        ("noise floor (as many real images)", f"{figures['noise_floor']:.4f}", ""),
+    losses = (
+        ("backbone", f"{loss['backbone']:.6f}"),
+        ("patched", f"{loss['patched']:.6f}"),
+        ("difference (paired)", _with_error(loss["difference"], loss["standard_error"], 6, "+")),
     )
-    column = f"Fréchet distance (pixels, {figures['protocol']['images']} images)"
-    return tuple({"": name, column: distance, "paired loss": value} for name, distance, value in rows)
+    if gain is None:
+        return tuple({"": name, "paired loss": value} for name, value in losses)
+    distances = (
+        _with_error(**_value(figures["backbone"]), digits=4),
+        _with_error(**_value(figures["patched"]), digits=4),
+        _with_error(**_value(gain), digits=4, sign="+"),
+    )
+    column = f"{figures['metric'].replace(' in ', ' (')}, {figures['protocol']['images']} images)"
+    rows = [{"": name, column: distance, "paired loss": value} for (name, value), distance in zip(losses, distances, strict=True)]
+    floor = {"": "noise floor (as many real images)", column: f"{figures['noise_floor']:.4f}", "paired loss": ""}
+    return (*rows, floor)
 
 
 def _value(figures: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,17 +1,20 @@
 """From settings to things: backbone, patch, codec, source. What can fail fails here, before anything is written."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import TypeVar, assert_never
+from typing import Any, TypeVar, assert_never
 
 import torch
 from torch import nn
 
 from dmpctl.backbones.dit import SHAPES, DiT, DiTConfig, shape_config
 from dmpctl.backbones.dit_weights import Weights, digest_of, dit_from, read_weights
-from dmpctl.codecs.identity import Identity
 from dmpctl.data.source import open_source
+from dmpctl.engine.assets import require
+from dmpctl.engine.codec import open_codec
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.files import read_json
 from dmpctl.methods.dmp import DmpPatch, dmp_shape
@@ -19,6 +22,7 @@ from dmpctl.methods.full import FullPatch
 from dmpctl.methods.lora import LoraPatch
 from dmpctl.methods.prompt_tuning import PromptPatch
 from dmpctl.methods.prompts import prompt_shape
+from dmpctl.settings.model import Settings
 from dmpctl.settings.sections import Base, Data, Dmp, Full, Launch, Lora, Method, PromptTuning
 from dmpctl.types import BackboneSpec, Codec, ScheduleSpec, Source
 
@@ -28,12 +32,16 @@ PatchModule = DmpPatch | PromptPatch | LoraPatch | FullPatch
 
 @dataclass(frozen=True)
 class Loaded:
-    """A frozen backbone and where it came from. `data`: what it was trained on, None if its file does not say."""
+    """A frozen backbone and where it came from.
+
+    `data`: what it was trained on, `codec`: the record of the codec it was trained with; None if its file does not say.
+    """
 
     model: DiT
     digest: str
     origin: str
     data: str | None
+    codec: Mapping[str, Any] | None = None
 
     @property
     def spec(self) -> BackboneSpec:
@@ -56,7 +64,7 @@ def load_backbone(base: Base) -> Loaded:
     path, heads = backbone_file(base)
     weights = described_beside(path, read_weights(path))
     model = freeze(dit_from(weights, heads))
-    return Loaded(model, digest_of(model.state_dict()), f"{path} ({weights.taken})", weights.data)
+    return Loaded(model, digest_of(model.state_dict()), f"{path} ({weights.taken})", weights.data, weights.codec)
 
 
 def described_beside(path: Path, weights: Weights) -> Weights:
@@ -67,7 +75,7 @@ def described_beside(path: Path, weights: Weights) -> Weights:
     about = read_json(beside, 1)
     try:
         config, schedule = DiTConfig(**about["config"]), ScheduleSpec(**about["schedule"])
-        return replace(weights, config=config, schedule=schedule, data=about["data"])
+        return replace(weights, config=config, schedule=schedule, data=about["data"], codec=about.get("codec"))
     except (KeyError, TypeError) as error:
         raise IntegrityError(f"{beside} does not describe the backbone beside it ({error})") from None
 
@@ -127,37 +135,25 @@ def build_patch(model: DiT, method: Method) -> PatchModule:
             assert_never(method)
 
 
-def open_data(data: Data, spec: BackboneSpec, trained_on: str | None) -> Source:
+def build_codec(loaded: Loaded, settings: Settings) -> Codec:
+    """The codec of a backbone: the one it was trained with unless --codec says otherwise. Raises as `open_codec` does."""
+    channels = loaded.spec.latent_shape[0]
+    return open_codec(settings.codec, partial(require, settings=settings), channels, loaded.codec)
+
+
+def open_data(data: Data, spec: BackboneSpec, codec: Codec, trained_on: str | None) -> Source:
     """The images to train on, in the size and channels the backbone takes; `trained_on`: the default for --data."""
     name = data.data or trained_on
     if name is None:
         raise UsageError("nothing says which images to patch on", "add --data digits or --data DIR")
-    channels, height, _ = spec.latent_shape
+    channels, height, _ = codec.image_shape(spec.latent_shape)
     if data.size not in (None, height):
         raise UsageError(f"this backbone takes {height}x{height} images, --size says {data.size}", "leave --size out")
     if data.channels not in (None, channels):
         raise UsageError(
             f"this backbone takes images of {channels} channels, --channels says {data.channels}", "leave --channels out"
         )
-    if channels not in (1, 3):
-        raise UsageError(
-            f"this backbone works on latents of {channels} channels, not on pixels",
-            "patch a pixel-space backbone, such as --base digits",
-        )
     return open_source(data.model_copy(update={"data": name}), height, channels)
-
-
-def build_codec(spec: BackboneSpec, source: Source) -> Codec:
-    """The codec between the source's images and the backbone's latents; UsageError where they cannot meet."""
-    codec = Identity()
-    channels, size, _ = source.item(0)[0].shape
-    found = codec.latent_shape(channels, size)
-    if found != spec.latent_shape:
-        raise UsageError(
-            f"the images are {channels}x{size}x{size}, the backbone takes {'x'.join(map(str, spec.latent_shape))}",
-            "name other --data, or a backbone trained on images of this size",
-        )
-    return codec
 
 
 def resolve_device(launch: Launch) -> torch.device:

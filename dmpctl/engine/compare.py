@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dmpctl.engine.build import build_codec, build_patch, open_data, resolve_device
+from dmpctl.engine.build import build_patch, open_data, resolve_device
 from dmpctl.engine.launch import again_command
 from dmpctl.engine.rundir import version_of
 from dmpctl.engine.stop import Stop, interrupted
@@ -62,7 +62,7 @@ class Plan:
         if self.study.variants[name].goes_on:
             self.going_on[stage.name, name] = find_going_on(stage, name, settings)
             return
-        build_codec(stage.loaded.spec, self._source(stage, settings))
+        self._source(stage, settings)
         build_patch(stage.loaded.model, settings.method)
 
     def _settings(self, stage: Stage, name: str, choice: Mapping[str, Any], seed: int) -> Settings:
@@ -73,7 +73,7 @@ class Plan:
         """Images to train on, opened once."""
         key = (stage.name, settings.data.model_dump_json())
         if key not in self._sources:
-            self._sources[key] = open_data(settings.data, stage.loaded.spec, stage.loaded.data)
+            self._sources[key] = open_data(settings.data, stage.loaded.spec, stage.codec, stage.loaded.data)
         return self._sources[key]
 
     def cell(self, job: Job) -> Cell | None:

@@ -15,6 +15,7 @@ from dmpctl.data.folder import ImageFolder
 from dmpctl.data.source import open_source
 from dmpctl.engine.assets import cached
 from dmpctl.engine.build import resolve_device
+from dmpctl.engine.codec import codec_record
 from dmpctl.engine.generate import in_batches
 from dmpctl.engine.patched import Patched, load_result, outputs_of
 from dmpctl.engine.rundir import version_of
@@ -60,7 +61,7 @@ def fid(settings: Settings, what: str, progress: Progress) -> Report:
     path = Path(what).expanduser()
     which = settings.result.result_weights
     made = path.suffix in MODELS or any((path / name).is_file() for name in ("config.json", "patch.json"))
-    model = load_result(path, which) if made else None
+    model = load_result(path, which).with_codec(settings) if made else None
     images = measured(path, model, settings, device, progress)
     shape, count = images.shape, images.count
     reference_name = options.reference or (reference_of(model) if model else None)
@@ -87,6 +88,7 @@ def fid(settings: Settings, what: str, progress: Progress) -> Report:
         "reference": {"name": reference_name, "fingerprint": source.fingerprint, "n": len(source)},
         "images": {"what": str(path.absolute()), "shape": list(shape)},
         "sampling": settings.sampling.model_dump(mode="json", exclude={"sample_batch"}) if model else None,
+        "codec": codec_record(model.codec) if model else None,
         "patch": None
         if model is None
         else {"step": model.step, "patch_sha256": model.about.get("sha256"), "backbone_sha256": model.backbone.digest},
@@ -184,7 +186,7 @@ def measured(path: Path, model: Patched | None, settings: Settings, device: torc
     most = settings.fid.max_images
     if model is not None:
         sampled = (images for _, images in in_batches(model, range(most), settings.sampling, device, progress))
-        return Measured(model.backbone.spec.latent_shape, most, sampled)
+        return Measured(model.image_shape, most, sampled)
     if path.is_dir():
         folder = ImageFolder(path)
         channels, height, width = folder.item(0)[0].shape

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmpctl.codecs.identity import Identity
 from dmpctl.diffusion.guidance import guide
 from dmpctl.diffusion.samplers import sample as run_sampler
 from dmpctl.diffusion.schedule import NoiseSchedule
@@ -57,7 +56,7 @@ def generate(
     draw = ImageDraws(settings.sample_seed, indices, spec.latent_shape, device)
     schedule = NoiseSchedule.from_spec(spec.schedule).to(device)
     latents = run_sampler(denoiser, draw, schedule, spec.learned_sigma, settings.sampler, settings.steps, settings.eta)
-    return Identity().decode(latents).cpu()
+    return model.codec.decode(latents).cpu()
 
 
 def in_batches(
@@ -81,7 +80,7 @@ def folder_name(model: Patched, settings: Sampling) -> str:
 
 def sample(settings: Settings, run: Path, progress: Progress) -> Report:
     """Write images of a run: a PNG folder and a contact sheet, or one npz in ADM layout. What is there already is kept."""
-    model = load_result(run, settings.result.result_weights)
+    model = load_result(run, settings.result.result_weights).with_codec(settings)
     if settings.images.unpatched:
         model = model.unpatched()
     wanted, sampling = settings.images, settings.sampling

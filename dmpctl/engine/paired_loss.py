@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dmpctl.codecs.identity import Identity
 from dmpctl.diffusion.schedule import NoiseSchedule, split_prediction
 from dmpctl.engine.patched import Patched
 from dmpctl.rng import seed_of
@@ -44,7 +43,8 @@ def epsilon_errors(
     steps = [int(t) for t in torch.linspace(0, spec.schedule.steps - 1, 2 * TIMESTEPS + 1)[1::2]]
     count = min(len(source), MOST_IMAGES)
     items = [source.item(i * len(source) // count) for i in range(count)]  # spread evenly: class folders are sorted
-    x0 = Identity().encode(torch.stack([image for image, _ in items])).mean
+    images = torch.stack([image for image, _ in items])
+    x0 = torch.cat([model.codec.encode(part.to(device)).mean.cpu() for part in torch.split(images, batch)])
     labels = torch.tensor([label for _, label in items])
     errors = torch.empty(len(steps), count, dtype=torch.float64)
     model.to(device)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,9 @@ import torch
 
 from dmpctl.backbones.dit import DiT
 from dmpctl.engine import before_after
+from dmpctl.engine.assets import resolve_weights
 from dmpctl.engine.build import (
     Loaded,
-    PatchModule,
     build_codec,
     build_patch,
     load_backbone,
@@ -30,7 +31,7 @@ from dmpctl.engine.train import Subject
 from dmpctl.errors import IntegrityError
 from dmpctl.files import make_folder, read_json, write_json
 from dmpctl.settings.model import Settings
-from dmpctl.types import Progress, Report, Source
+from dmpctl.types import Codec, Progress, Report, Source
 
 SCHEMA_VERSION = 1
 
@@ -42,32 +43,47 @@ def patch(settings: Settings, progress: Progress) -> Report:
         with torch.device("meta"):
             shape = DiT(planned)
             return _parameters_only(settings, shape.spec.parameters, build_patch(shape, settings.method).added)
+    settings = with_weights_here(settings, progress)
     loaded = load_backbone(settings.base)
-    source = open_data(settings.data, loaded.spec, loaded.data)
-    module = build_patch(loaded.model, settings.method)
-    codec = build_codec(loaded.spec, source)
+    codec = build_codec(loaded, settings)
+    source = open_data(settings.data, loaded.spec, codec, loaded.data)
+    session = session_of(settings, loaded, codec, source)
     if settings.evaluate.evaluate:
         denoiser_of(Patched(loaded, None, {}), [0], settings.sampling, torch.device("cpu"))  # fails now, not after training
-    data_name = lasting_name(settings.data.data or str(loaded.data))
-    path = (settings.run.run or Path("runs") / Path(data_name).name).expanduser().absolute()
-    described = describe_patch(loaded, settings.base, settings.method, module, data_name, source.fingerprint)
+    path = (settings.run.run or Path("runs") / Path(data_name(settings, loaded)).name).expanduser().absolute()
     if settings.console.dry_run:
-        return _planned(settings, path, described, source)
+        return _planned(settings, path, session)
     with RunDir(path) as run:
         accelerator = accelerator_for(settings)
         loaded.model.to(accelerator.device)
-        digests = {"backbone_sha256": loaded.digest, "data_fingerprint": source.fingerprint}
-        subject = subject_of(loaded, module, described)
-        session = Session("patch", subject, loaded.spec, codec, source, digests, {"backbone": loaded.origin})
         trained = train_in(run, session, settings, accelerator, progress)
         refuse_changed_backbone(loaded)
-        return _report(settings, run, source, described, trained, progress)
+        return _report(settings, run, session, trained, progress)
 
 
-def subject_of(loaded: Loaded, module: PatchModule, described: Mapping[str, Any]) -> Subject:
-    """A patch as the training loop sees it."""
+def with_weights_here(settings: Settings, progress: Progress) -> Settings:
+    """The same settings with --weights as a file on this disk, fetched first if it is an address."""
+    if settings.base.weights is None:
+        return settings
+    base = settings.base.model_copy(update={"weights": resolve_weights(settings.base.weights, settings, progress)})
+    return settings.model_copy(update={"base": base})
+
+
+def data_name(settings: Settings, loaded: Loaded) -> str:
+    """The images to train on, by a name that still means the same from another folder."""
+    return lasting_name(settings.data.data or str(loaded.data))
+
+
+def session_of(settings: Settings, loaded: Loaded, codec: Codec, source: Source) -> Session:
+    """The training of a fresh patch on this backbone."""
+    module = build_patch(loaded.model, settings.method)
+    described = describe_patch(
+        loaded, settings.base, settings.method, module, data_name(settings, loaded), source.fingerprint
+    )
     predict = partial(predict_patched, loaded.model, module.time_only)
-    return Subject("patch", module, module.param_groups(), predict, module.penalty, module.noise_shape(), described)
+    subject = Subject("patch", module, module.param_groups(), predict, module.penalty, module.noise_shape(), described)
+    digests = {"backbone_sha256": loaded.digest, "data_fingerprint": source.fingerprint}
+    return Session("patch", subject, loaded.spec, codec, source, digests, {"backbone": loaded.origin})
 
 
 def refuse_changed_backbone(loaded: Loaded) -> None:
@@ -95,7 +111,8 @@ def _parameters_only(settings: Settings, backbone: int, added: int) -> Report:
     return Report(data, (), (line, missing, "dry run: nothing was written"))
 
 
-def _planned(settings: Settings, path: Path, described: Mapping[str, Any], source: Source) -> Report:
+def _planned(settings: Settings, path: Path, session: Session) -> Report:
+    described, source = session.subject.described, session.source
     backbone = described["backbone"]
     data = {"dry_run": True, "ready": True, "run": str(path), "images": len(source), "iters": settings.train.iters, **described}
     row = {
@@ -108,11 +125,9 @@ def _planned(settings: Settings, path: Path, described: Mapping[str, Any], sourc
     return Report(data, (row,), ("dry run: nothing was written",))
 
 
-def _report(
-    settings: Settings, run: RunDir, source: Source, described: Mapping[str, Any], trained: Trained, progress: Progress
-) -> Report:
+def _report(settings: Settings, run: RunDir, session: Session, trained: Trained, progress: Progress) -> Report:
     """The table that ends the command. The comparison is made once: a complete run shows what it has recorded."""
-    patched = load_patch(run.path)
+    patched, described = replace(load_patch(run.path), codec=session.codec), session.subject.described
     data: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "run": str(run.path), "step": patched.step}
     data |= {"patch_sha256": patched.about["sha256"], "train_seconds": round(trained.seconds, 1)}
     data |= {"added_parameters": described["added_parameters"], "added_percent": described["added_percent"]}
@@ -123,10 +138,10 @@ def _report(
     where = f"patch: {run.path / 'patch.safetensors'}"
     if not settings.evaluate.evaluate:
         return Report(data, (), (first, where))
-    data |= _compared(settings, run, source, patched, progress)
+    data |= _compared(settings, run, session.source, patched, progress)
     lines = (
         first,
-        f"Fréchet distance: {data['verdict']}",
+        *([f"Fréchet distance: {data['verdict']}"] if data["difference"] else [before_after.NO_DISTANCE]),
         f"denoising loss: {data['paired_loss_verdict']}",
         where,
         f"look at: {run.path / 'before-after.png'}",

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,15 +13,17 @@ from torch import Tensor, nn
 
 from dmpctl.backbones.dit import DiT, shape_config
 from dmpctl.backbones.dit_weights import PATCH, described_weights, digest_of, dit_from, is_patched
+from dmpctl.codecs.identity import Identity
 from dmpctl.data.source import BUNDLED as BUNDLED_DATA
 from dmpctl.engine import checkpoint
-from dmpctl.engine.build import BUNDLED, Loaded, PatchModule, build_patch, freeze, load_backbone
+from dmpctl.engine.build import BUNDLED, Loaded, PatchModule, build_codec, build_patch, freeze, load_backbone
 from dmpctl.engine.checkpoint import refuse_other_keys
 from dmpctl.engine.rundir import version_of
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.files import read_json, read_tensors, sha256_of, tensors_to_bytes
+from dmpctl.settings.model import Settings
 from dmpctl.settings.sections import Base, Method
-from dmpctl.types import Backbone, Routing
+from dmpctl.types import Backbone, Codec, Routing
 
 SCHEMA_VERSION = 1
 PATCH_PREFIX = "patch."  # of a patch's tensors in one file with its backbone
@@ -49,11 +51,15 @@ def predict_patched(
 
 @dataclass(frozen=True)
 class Patched:
-    """A frozen backbone, and its patch (None: the backbone alone). `about` is patch.json, {} without a patch."""
+    """A frozen backbone, and its patch (None: the backbone alone), with the codec of its images.
+
+    `about` is patch.json, {} without a patch.
+    """
 
     backbone: Loaded
     patch: PatchModule | None
     about: Mapping[str, Any]
+    codec: Codec = field(default_factory=Identity)
 
     def predict(self, x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
         """Prediction [B, C or 2C, H, W], without gate noise."""
@@ -75,7 +81,16 @@ class Patched:
 
     def unpatched(self) -> "Patched":
         """The same backbone without its patch."""
-        return Patched(self.backbone, None, {})
+        return Patched(self.backbone, None, {}, self.codec)
+
+    def with_codec(self, settings: Settings) -> "Patched":
+        """The same with the codec that --codec names; what was loaded has that of pixel space until then."""
+        return replace(self, codec=build_codec(self.backbone, settings))
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of its images."""
+        return self.codec.image_shape(self.backbone.spec.latent_shape)
 
 
 def describe_patch(

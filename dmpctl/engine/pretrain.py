@@ -1,6 +1,7 @@
 """`dmpctl pretrain`: a backbone from scratch, as real DiTs are trained."""
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from dmpctl.backbones.dit import DiT, DiTConfig
 from dmpctl.backbones.dit_weights import digest_of, dit_metadata
 from dmpctl.codecs.identity import Identity
 from dmpctl.data.source import open_source
+from dmpctl.engine.assets import require
+from dmpctl.engine.codec import codec_record, open_codec
 from dmpctl.engine.launch import accelerator_for
 from dmpctl.engine.patched import lasting_name
 from dmpctl.engine.rundir import RunDir
@@ -20,15 +23,16 @@ from dmpctl.errors import UsageError
 from dmpctl.files import read_tensors
 from dmpctl.rng import seed_of
 from dmpctl.settings.model import Settings
-from dmpctl.types import Progress, Report, Routing, ScheduleSpec, Source
+from dmpctl.types import Codec, Progress, Report, Routing, ScheduleSpec, Source
 
 
-def config_for(settings: Settings, source: Source) -> DiTConfig:
-    """The shape that the settings ask for, on these images; UsageError where they do not fit."""
+def config_for(settings: Settings, codec: Codec, source: Source) -> DiTConfig:
+    """The shape that the settings ask for, on latents of these images; UsageError where they do not fit."""
     shape = settings.shape
-    channels, size, _ = source.item(0)[0].shape
+    channels, size, _ = codec.latent_shape(*source.item(0)[0].shape[:2])
     if size % shape.patch_size:
-        raise UsageError(f"--patch-size {shape.patch_size} does not divide images of side {size}", "take a divisor of the side")
+        what = "images" if isinstance(codec, Identity) else "latents"
+        raise UsageError(f"--patch-size {shape.patch_size} does not divide {what} of side {size}", "take a divisor of the side")
     if shape.class_conditional and not source.num_classes:
         raise UsageError("--class-conditional needs labels, and this data has none", "put the images into one folder per class")
     return DiTConfig(
@@ -63,29 +67,29 @@ def pretrain(settings: Settings, progress: Progress) -> Report:
     """Train a backbone into its run directory, going on from the newest checkpoint; a finished run says so."""
     if settings.data.data is None:
         raise UsageError("nothing says which images to train on", "add --data digits or --data DIR")
+    codec = open_codec(settings.codec, partial(require, settings=settings))
     source = open_source(settings.data, settings.data.size, settings.data.channels)
-    config = config_for(settings, source)
-    schedule = ScheduleSpec(settings.shape.schedule)
+    config = config_for(settings, codec, source)
     path = default_run(settings, source).expanduser().absolute()
-    facts = {"config": asdict(config), "schedule": asdict(schedule), "data": source.name, "images": len(source)}
+    session = session_of(settings, config, ScheduleSpec(settings.shape.schedule), codec, source)
     if settings.console.dry_run:
-        return _planned(config, facts, path)
+        return _planned(config, dict(session.facts), path)
+    with RunDir(path) as run:
+        return _finished(run, session, train_in(run, session, settings, accelerator_for(settings), progress))
+
+
+def session_of(settings: Settings, config: DiTConfig, schedule: ScheduleSpec, codec: Codec, source: Source) -> Session:
+    """The training of a fresh backbone on latents of these images."""
     model = DiT(config, schedule)
     model.initialise(torch.Generator().manual_seed(seed_of(settings.run.seed, "initialise")))
-    subject = Subject(
-        "backbone",
-        model.train(),
-        [{"params": list(model.parameters()), "lr": settings.pretrain.lr}],
-        predict,
-        no_penalty,
-        None,
-        {"schema_version": 1, **facts},
-    )
+    record = None if isinstance(codec, Identity) else codec_record(codec)
+    facts = {"config": asdict(config), "schedule": asdict(schedule), "data": source.name, "images": len(source)}
+    facts |= {} if record is None else {"codec": record}
+    groups = [{"name": "backbone", "params": list(model.parameters()), "lr": settings.pretrain.lr}]
+    subject = Subject("backbone", model.train(), groups, predict, no_penalty, None, {"schema_version": 1, **facts})
+    metadata = dit_metadata(config, schedule, lasting_name(settings.data.data or source.name), record)
     digests = {"data_fingerprint": source.fingerprint}
-    metadata = dit_metadata(config, schedule, lasting_name(settings.data.data))
-    session = Session("pretrain", subject, model.spec, Identity(), source, digests, facts, metadata)
-    with RunDir(path) as run:
-        return _finished(run, config, facts, train_in(run, session, settings, accelerator_for(settings), progress))
+    return Session("pretrain", subject, model.spec, codec, source, digests, facts, metadata)
 
 
 def _planned(config: DiTConfig, facts: dict[str, Any], path: Path) -> Report:
@@ -96,19 +100,19 @@ def _planned(config: DiTConfig, facts: dict[str, Any], path: Path) -> Report:
     )
 
 
-def _finished(run: RunDir, config: DiTConfig, facts: dict[str, Any], trained: Trained) -> Report:
+def _finished(run: RunDir, session: Session, trained: Trained) -> Report:
     digest = digest_of(read_tensors(run.path / "backbone.safetensors")[0])
     data = {
         "run": str(run.path),
         "step": trained.step,
         "seconds": round(trained.seconds, 1),
-        "parameters": config.parameters(),
+        "parameters": session.spec.parameters,
         "backbone_sha256": digest,
-        **facts,
+        **session.facts,
     }
     row = {
         "step": str(trained.step),
-        "parameters": f"{config.parameters():,}",
+        "parameters": f"{session.spec.parameters:,}",
         "seconds": f"{trained.seconds:.0f}",
         "backbone": str(run.path / "backbone.safetensors"),
     }

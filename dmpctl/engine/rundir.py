@@ -12,8 +12,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from dmpctl.errors import IntegrityError, MissingError, UsageError
+from dmpctl.errors import InUse, IntegrityError, MissingError, UsageError
 from dmpctl.files import read_json, write_atomic, write_json, writing
+from dmpctl.settings.commands import defaults_of
 
 SCHEMA_VERSION = 1
 Kind = str  # "patch" or "backbone": what the run trains, and the name of the files that hold it
@@ -45,7 +46,7 @@ class RunDir:
             holder = os.read(self._lock, 200).decode(errors="replace").strip()
             os.close(self._lock)
             self._lock = None
-            raise UsageError(f"{self.path} is in use by {holder}", "wait for it, or name another --run") from None
+            raise InUse(f"{self.path} is in use by {holder}", "wait for it, or name another --run") from None
         now = datetime.now(UTC).isoformat(timespec="seconds")
         with writing(self.path):
             os.truncate(self._lock, 0)
@@ -77,7 +78,9 @@ class RunDir:
             before = self.config()
             if before["command"] != command:
                 raise UsageError(f"{self.path} was made by dmpctl {before['command']}, not {command}", "name another --run")
-            self._refuse_other_science(before["science"], dict(science))
+            old = before["science"]
+            newer = {key: value for key, value in defaults_of(command).items() if key in science and key not in old}
+            self._refuse_other_science(old | newer, dict(science))
 
     def differences(self, settings: Mapping[str, Any]) -> list[str]:
         """What a resume asks for otherwise than the run did before: `save_every: 500 before, 50 now`."""

@@ -7,7 +7,9 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from dmpctl.codecs.identity import Identity
 from dmpctl.engine import checkpoint
+from dmpctl.engine.latents import training_source
 from dmpctl.engine.launch import again_command, science_of
 from dmpctl.engine.rundir import RunDir
 from dmpctl.engine.train import Subject, Trainer
@@ -51,14 +53,18 @@ def train_in(run: RunDir, session: Session, settings: Settings, accelerator: Acc
 
     UsageError if the run holds another experiment; Interrupted after saving on a signal.
     """
-    science = science_of(settings) | dict(session.digests)
+    digests = dict(session.digests)
+    if not isinstance(session.codec, Identity):
+        digests["codec_fingerprint"] = session.codec.fingerprint
+    science = science_of(settings) | digests
     run.refuse_other(session.command, science)
-    trainer = Trainer(session.subject, session.spec, session.codec, session.source, settings, run, accelerator)
+    source = training_source(settings, session.source, session.codec, accelerator.device, progress, again_command())
+    trainer = Trainer(session.subject, session.spec, session.codec, source, settings, run, accelerator)
     began, start = time.perf_counter(), trainer.resume()
     if start < settings.train.iters:
         for line in run.differences(settings.to_dict()):
             progress.say(line)
-        facts = {"device": str(accelerator.device), "start_step": start, **session.facts, **session.digests}
+        facts = {"device": str(accelerator.device), "start_step": start, **session.facts, **digests}
         run.begin(session.command, science, settings.to_dict(), facts)
         trainer.train(progress, again_command())
     checkpoint.publish(checkpoint.complete(run.checkpoints)[-1], session.subject.kind, run.path, session.metadata)

@@ -6,27 +6,23 @@ A finished cell is not done again; one that was made in another way is refused; 
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dmpctl.backbones.dit import DiT
-from dmpctl.backbones.dit_weights import digest_of, dit_metadata
+from dmpctl.backbones.dit_weights import digest_of
 from dmpctl.data.source import open_source
-from dmpctl.engine import checkpoint
-from dmpctl.engine.build import build_codec, build_patch, load_backbone
+from dmpctl.engine import checkpoint, patch, pretrain
+from dmpctl.engine.build import load_backbone
 from dmpctl.engine.launch import accelerator_for, science_of
 from dmpctl.engine.paired_loss import epsilon_errors, loss_difference
-from dmpctl.engine.patch import refuse_changed_backbone, subject_of
-from dmpctl.engine.patched import Patched, describe_patch, lasting_name, load_patch
-from dmpctl.engine.pretrain import config_for, no_penalty, predict
+from dmpctl.engine.patched import Patched, load_patch
 from dmpctl.engine.rundir import RunDir
 from dmpctl.engine.session import Session, train_in
 from dmpctl.engine.study_stage import Quiet, Side, Stage, identity_of, refuse_other, sampled_features
-from dmpctl.engine.train import Subject
-from dmpctl.errors import NumericalError, UsageError
+from dmpctl.errors import InUse, NumericalError, UsageError
 from dmpctl.files import make_folder, read_json, read_tensors, sha256_of, write_json, writing
 from dmpctl.metrics.frechet import paired_difference
 from dmpctl.settings.model import Settings
@@ -168,10 +164,8 @@ def do_cell(cell: Cell, side: Side, device: torch.device) -> dict[str, Any] | No
         return done
     try:
         run = RunDir(cell.path).__enter__()
-    except UsageError as error:
-        if " is in use by " in error.message:
-            return None
-        raise
+    except InUse:
+        return None
     try:
         done = cell.record() or _finished(cell, run, side, device)
         with writing(leftover):
@@ -208,39 +202,23 @@ def _finished(cell: Cell, run: RunDir, side: Side, device: torch.device) -> dict
 
 def _train(cell: Cell, run: RunDir) -> dict[str, Any]:
     """Train inside the open run, as `dmpctl patch` or `dmpctl pretrain` does; returns what the model adds."""
-    session = _patch_session(cell) if cell.goes_on is None else _backbone_session(cell, cell.goes_on)
+    session = _session(cell)
     accelerator = accelerator_for(cell.settings)
     if cell.goes_on is not None:
         _begin_from(cell.goes_on, cell, run, session)
     cell.stage.loaded.model.to(accelerator.device)
     train_in(run, session, cell.settings, accelerator, Quiet())
-    refuse_changed_backbone(cell.stage.loaded)
+    patch.refuse_changed_backbone(cell.stage.loaded)
     whole = {"added_parameters": cell.stage.loaded.spec.parameters, "added_percent": 100.0}
     return {key: session.subject.described.get(key, value) for key, value in whole.items()}
 
 
-def _patch_session(cell: Cell) -> Session:
-    settings, loaded, source = cell.settings, cell.stage.loaded, cell.source
-    module = build_patch(loaded.model, settings.method)
-    data = lasting_name(settings.data.data or str(loaded.data))
-    described = describe_patch(loaded, settings.base, settings.method, module, data, source.fingerprint)
-    digests = {"backbone_sha256": loaded.digest, "data_fingerprint": source.fingerprint}
-    subject = subject_of(loaded, module, described)
-    codec = build_codec(loaded.spec, source)
-    return Session("patch", subject, loaded.spec, codec, source, digests, {"backbone": loaded.origin})
-
-
-def _backbone_session(cell: Cell, goes_on: GoingOn) -> Session:
-    """Pretraining that goes on: its weights come from the checkpoint, the rest is as `dmpctl pretrain` has it."""
-    settings, source, spec = cell.settings, goes_on.source, cell.stage.loaded.spec
-    config = config_for(settings, source)
-    model = DiT(config, spec.schedule).train()
-    facts = {"config": asdict(config), "schedule": asdict(spec.schedule), "data": source.name, "images": len(source)}
-    groups = [{"params": list(model.parameters()), "lr": settings.pretrain.lr}]
-    subject = Subject("backbone", model, groups, predict, no_penalty, None, {"schema_version": 1, **facts})
-    metadata = dit_metadata(config, spec.schedule, lasting_name(settings.data.data or source.name))
-    digests = {"data_fingerprint": source.fingerprint}
-    return Session("pretrain", subject, spec, build_codec(spec, source), source, digests, facts, metadata)
+def _session(cell: Cell) -> Session:
+    stage, settings = cell.stage, cell.settings
+    if cell.goes_on is None:
+        return patch.session_of(settings, stage.loaded, stage.codec, cell.source)
+    config = pretrain.config_for(settings, stage.codec, cell.goes_on.source)
+    return pretrain.session_of(settings, config, stage.loaded.spec.schedule, stage.codec, cell.goes_on.source)
 
 
 def _begin_from(goes_on: GoingOn, cell: Cell, run: RunDir, session: Session) -> None:
@@ -260,8 +238,8 @@ def _begin_from(goes_on: GoingOn, cell: Cell, run: RunDir, session: Session) -> 
 def _model(cell: Cell) -> Patched:
     """What the cell's training has made, as it is on disk."""
     if cell.goes_on is None:
-        return load_patch(cell.path, cell.settings.base)
-    return Patched(load_backbone(Base(base=str(cell.path))), None, {})
+        return replace(load_patch(cell.path, cell.settings.base), codec=cell.stage.codec)
+    return Patched(load_backbone(Base(base=str(cell.path))), None, {}, cell.stage.codec)
 
 
 def measured(model: Patched, stage: Stage, side: Side, tuning: bool, device: torch.device) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dmpctl.engine import paired_loss
-from dmpctl.engine.build import Loaded, load_backbone, open_data
+from dmpctl.engine.build import Loaded, build_codec, load_backbone, open_data
 from dmpctl.engine.evaluate import build_extractor, extract, images_of
 from dmpctl.engine.generate import denoiser_of, in_batches
 from dmpctl.engine.paired_loss import epsilon_errors
@@ -25,11 +25,11 @@ from dmpctl.files import make_folder, read_json, read_tensors, write_json, write
 from dmpctl.metrics.frechet import Factor, features_to_fid, noise_floor
 from dmpctl.metrics.moments import FeatureMoments, features_to_moments
 from dmpctl.rng import seed_of
-from dmpctl.settings.commands import options_of
+from dmpctl.settings.commands import defaults_of
 from dmpctl.settings.model import Settings
 from dmpctl.settings.sections import Fid, Sampling
 from dmpctl.settings.study import Study, settings_of
-from dmpctl.types import Extractor, Progress, ProgressTask, Source
+from dmpctl.types import Codec, Extractor, Progress, ProgressTask, Source
 
 SCHEMA_VERSION = 1
 TRAINING = ("patch", "pretrain")  # commands whose settings shape a cell
@@ -79,6 +79,7 @@ class Stage:
     folder: Path
     settings: Settings
     loaded: Loaded
+    codec: Codec
     source: Source
     images: int
     extractor: Extractor | None
@@ -87,7 +88,7 @@ class Stage:
     @property
     def plain(self) -> Patched:
         """The backbone alone."""
-        return Patched(self.loaded, None, {})
+        return Patched(self.loaded, None, {}, self.codec)
 
     @property
     def sampling(self) -> Sampling:
@@ -123,7 +124,8 @@ def open_stage(study: Study, name: str, settings: Settings, device: torch.device
     loaded = load_backbone(plain.base)
     spec, compare = loaded.spec, study.compare
     data = plain.data.model_copy(update={"data": compare.eval_data or plain.data.data})
-    source = open_data(data, spec, loaded.data)
+    codec = build_codec(loaded, plain)
+    source = open_data(data, spec, codec, loaded.data)
     if len(source) < 2:
         raise UsageError(f"{study.path}: the images to measure on are {len(source)}, a standard error takes 2")
     if spec.num_classes and source.num_classes != spec.num_classes:
@@ -134,9 +136,9 @@ def open_stage(study: Study, name: str, settings: Settings, device: torch.device
     if compare.eval_images:
         denoiser_of(Patched(loaded, None, {}), [0], plain.sampling, CPU)  # what does not suit the backbone fails now
         options = Fid(extractor=compare.extractor, extractor_weights=compare.extractor_weights)
-        extractor = build_extractor(options, spec.latent_shape, device)
+        extractor = build_extractor(options, codec.image_shape(spec.latent_shape), device)
     folder = compare.run.expanduser().absolute() / name
-    return Stage(name, folder, plain, loaded, source, compare.eval_images, extractor)
+    return Stage(name, folder, plain, loaded, codec, source, compare.eval_images, extractor)
 
 
 def refuse_other(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -144,7 +146,7 @@ def refuse_other(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) 
 
     A setting that the record does not know is newer than it: it stands at its default there.
     """
-    defaults = {name: option.field.default for command in TRAINING for name, option in options_of(command).items()}
+    defaults = {name: value for command in TRAINING for name, value in defaults_of(command).items()}
     before = {key: defaults[key] for key in now if key in defaults} | dict(before)
     new = json.loads(json.dumps(now))
     changed = [f"{key}: {before.get(key)} there, {new.get(key)} now" for key in before | new if before.get(key) != new.get(key)]

@@ -87,6 +87,8 @@ def _parts(*sections: type[Section]) -> tuple[Part, ...]:
     return tuple(Part(section) for section in sections)
 
 
+DECODER = Part(Codec, ("codec", "codec_batch"))
+
 # In the order of `dmpctl --help`; the parts in the order of each command's own help.
 COMMANDS: dict[str, tuple[Part, ...]] = {
     "download": _parts(Download, Cache, Console),
@@ -95,8 +97,8 @@ COMMANDS: dict[str, tuple[Part, ...]] = {
         *_parts(Base, Data, Codec, *METHODS.values(), Objective, Train, Run, Save),
         *_parts(Evaluate, Sampling, Launch, Cache, Console),
     ),
-    "sample": _parts(Images, Sampling, Result, Launch, Cache, Console),
-    "fid": _parts(Fid, Sampling, Result, Launch, Cache, Console),
+    "sample": (*_parts(Images, Sampling), DECODER, *_parts(Result, Launch, Cache, Console)),
+    "fid": (*_parts(Fid, Sampling), DECODER, *_parts(Result, Launch, Cache, Console)),
     "compare": _parts(Launch, Console),
     "inspect-gates": (Part(Gates), Part(Images, ("out",), "Gates"), *_parts(Result, Console)),
     "import": (Part(Importing), Part(Data, ("data",), "Import"), Part(Console)),
@@ -126,6 +128,11 @@ def options_in(parts: Iterable[Part]) -> dict[str, Option]:
 def options_of(command: str) -> dict[str, Option]:
     """The options that `command` shows, by field name, in the order of its help."""
     return options_in(COMMANDS[command])
+
+
+def defaults_of(command: str) -> dict[str, Any]:
+    """What each option of `command` stands at where nothing gives it."""
+    return {name: option.field.default for name, option in options_of(command).items()}
 
 
 def field_of(section: type[Section]) -> str:

@@ -11,7 +11,8 @@ import torch
 from dmpctl.cli.console import Silent
 from dmpctl.data.bundled import Digits
 from dmpctl.engine import checkpoint, generate, patch, pretrain
-from dmpctl.engine.build import build_codec, build_patch, load_backbone
+from dmpctl.codecs.identity import Identity
+from dmpctl.engine.build import build_patch, load_backbone
 from dmpctl.engine.launch import accelerator_for
 from dmpctl.engine.patched import load_patch, load_result, predict_patched
 from dmpctl.engine.rundir import RunDir
@@ -62,13 +63,11 @@ def test_2_training_touches_the_patch_and_nothing_else(tmp_path, given):
     settings = settings_for("patch", run=tmp_path / "run", evaluate=False, **SMALL, **given)
     loaded, source = load_backbone(settings.base), Digits()
     before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
-    module = build_patch(loaded.model, settings.method)
+    session = patch.session_of(settings, loaded, Identity(), source)
+    module = session.subject.module
     untrained = {name: value.clone() for name, value in module.state_dict().items()}
     with RunDir(tmp_path / "run") as run:
-        codec = build_codec(loaded.spec, source)
-        trainer = Trainer(
-            patch.subject_of(loaded, module, {}), loaded.spec, codec, source, settings, run, accelerator_for(settings)
-        )
+        trainer = Trainer(session.subject, loaded.spec, session.codec, source, settings, run, accelerator_for(settings))
         optimised = [p for group in trainer.optimizer.param_groups for p in group["params"]]
         assert len(optimised) == len({id(p) for p in optimised})
         assert {id(p) for p in optimised} == {id(p) for p in module.parameters() if p.requires_grad}

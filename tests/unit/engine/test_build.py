@@ -1,7 +1,10 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from dmpctl.backbones.dit import DiT, DiTConfig
+from dmpctl.codecs.identity import Identity
 from dmpctl.data.bundled import Digits
 from dmpctl.engine import build
 from dmpctl.errors import IntegrityError, MissingError, UsageError
@@ -12,6 +15,7 @@ from dmpctl.methods.lora import LoraPatch
 from dmpctl.methods.prompt_tuning import PromptPatch
 from dmpctl.settings.sections import Base, Data, Dmp, Full, Lora, PromptTuning
 from dmpctl.types import BackboneSpec, ScheduleSpec, Site
+from tests.helpers import settings_for
 
 
 def spec_of(channels: int = 1, size: int = 8, tokens: int = 16, width: int = 32, depth: int = 4) -> BackboneSpec:
@@ -91,11 +95,11 @@ def test_every_method_is_built_without_touching_its_backbone(method, kind):
 
 
 def test_data_defaults_to_what_the_backbone_was_trained_on():
-    assert build.open_data(Data(), spec_of(), "digits").fingerprint == Digits().fingerprint
-    assert build.open_data(Data(size=8, channels=1), spec_of(), "digits").fingerprint == Digits().fingerprint
-    assert build.open_data(Data(), spec_of(channels=3), "digits").item(0)[0].shape == (3, 8, 8)
+    assert build.open_data(Data(), spec_of(), Identity(), "digits").fingerprint == Digits().fingerprint
+    assert build.open_data(Data(size=8, channels=1), spec_of(), Identity(), "digits").fingerprint == Digits().fingerprint
+    assert build.open_data(Data(), spec_of(channels=3), Identity(), "digits").item(0)[0].shape == (3, 8, 8)
     with pytest.raises(UsageError, match="nothing says which images"):
-        build.open_data(Data(), spec_of(), None)
+        build.open_data(Data(), spec_of(), Identity(), None)
 
 
 @pytest.mark.parametrize(
@@ -103,19 +107,23 @@ def test_data_defaults_to_what_the_backbone_was_trained_on():
     [
         (Data(size=16), spec_of(), "takes 8x8 images, --size says 16"),
         (Data(channels=3), spec_of(), "takes images of 1 channels, --channels says 3"),
-        (Data(), spec_of(channels=4, size=32), "works on latents of 4 channels"),
         (Data(), spec_of(size=16), "8x8 pixels only, not at 16x16"),
     ],
 )
 def test_data_that_does_not_fit_the_backbone(data, spec, sentence):
     with pytest.raises(UsageError, match=sentence):
-        build.open_data(data, spec, "digits")
+        build.open_data(data, spec, Identity(), "digits")
 
 
-def test_a_codec_that_cannot_meet_the_backbone():
-    assert build.build_codec(spec_of(), Digits()).name == "identity"
-    with pytest.raises(UsageError, match="the images are 3x8x8, the backbone takes 1x8x8"):
-        build.build_codec(spec_of(), Digits(channels=3))
+def test_the_codec_is_the_one_the_backbone_was_trained_with(tmp_path):
+    settings, loaded = settings_for("patch"), build.load_backbone(Base())
+    assert build.build_codec(loaded, settings).name == "identity"
+    latent = replace(loaded, model=build.freeze(DiT(DiTConfig(8, 4, 2, 16, 2, 2, 0))))
+    with pytest.raises(MissingError, match="vae-ema"):
+        build.build_codec(latent, settings)
+    recorded = replace(latent, codec={"name": "vae-mse", "fingerprint": "", "scale": 1.0})
+    with pytest.raises(MissingError, match="vae-mse"):
+        build.build_codec(recorded, settings)
 
 
 def test_freezing():

@@ -1,0 +1,20 @@
+"""Captions: several to an image, one of them drawn for each epoch."""
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+from dmpctl.rng import seed_of
+
+
+@runtime_checkable
+class Captioned(Protocol):
+    """A source whose images may have captions."""
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """All captions of one image, in an order that never changes; () without."""
+        ...
+
+
+def caption_of(captions: Sequence[str], seed: int, epoch: int, index: int) -> str:
+    """The caption that image `index` has in one epoch: a function of (seed, epoch, index); "" where there is none."""
+    return captions[seed_of(seed, "caption", epoch, index) % len(captions)] if captions else ""

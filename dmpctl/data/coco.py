@@ -1,0 +1,188 @@
+"""MS-COCO 2014: images with five captions each (Lin et al. 2014; Chen et al. 2015), read from folders or from the zip files."""
+
+import hashlib
+import io
+import json
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from dmpctl.data.scan import Entry, printable, scan
+from dmpctl.data.stored import Labels, OnBad, StoredImages
+from dmpctl.data.tar import Slice
+from dmpctl.errors import IntegrityError, MissingError
+
+SPLITS = ("train2014", "val2014")
+LOCAL_HEADER, LOCAL_MAGIC = struct.Struct("<4s22xHH"), b"PK\x03\x04"  # APPNOTE.TXT 4.3.7
+MOST_BYTES = 1 << 28  # of one packed image
+
+
+def captions_file(folder: Path) -> Path | None:
+    """The captions in a folder laid out as COCO is, of the first split whose images are there too; None if it is not."""
+    found = ((split, folder / "annotations" / f"captions_{split}.json") for split in SPLITS)
+    return next((path for split, path in found if path.is_file() and (folder / split).is_dir()), None)
+
+
+class CocoImages(StoredImages):
+    """The images that a file of COCO captions names, in the order of their ids, with their captions in the order of theirs.
+
+    `images`: a folder or a zip file; `annotations`: a captions_*.json, or the zip file that holds the one of `split`.
+    Raises MissingError if one of them is not there, IntegrityError if it is not what it should be.
+    """
+
+    def __init__(
+        self,
+        images: Path,
+        annotations: Path,
+        split: str,
+        size: int | None = None,
+        channels: int | None = None,
+        on_bad: OnBad = "fail",
+    ) -> None:
+        for path in (images, annotations):
+            if not path.exists():
+                raise MissingError(f"{printable(str(path))} is not there", "check --data, or run dmpctl download coco")
+        shown = printable(str(images))
+        content = _captions(annotations, split)
+        files = Packed(images) if images.is_file() else Loose(images)
+        super().__init__(Captions(files, content, shown), f"coco-{split}", size, channels, on_bad)
+
+
+class Loose:
+    """Images in a folder, by their base names."""
+
+    def __init__(self, folder: Path) -> None:
+        self._top = os.path.realpath(folder)
+        self._entries: dict[str, Entry] = {os.path.basename(entry.name): entry for entry in scan(folder)}
+
+    def wrong(self, name: str) -> str | None:
+        return self._entries[name].wrong if name in self._entries else "not there"
+
+    def open(self, name: str) -> IO[bytes]:
+        return open(os.path.join(self._top, self._entries[name].name), "rb")
+
+    def version(self, name: str) -> bytes:
+        entry = self._entries[name]
+        return f"{entry.bytes} {entry.mtime_ns}".encode()
+
+
+class Packed:
+    """Images in a zip file, by their base names, read where they lie."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            with zipfile.ZipFile(path) as archive:
+                self._entries = {os.path.basename(info.filename): info for info in archive.infolist() if not info.is_dir()}
+        except (zipfile.BadZipFile, OSError) as error:
+            raise IntegrityError(f"{printable(str(path))} is no whole zip file: {error}", "fetch it again") from None
+
+    def wrong(self, name: str) -> str | None:
+        info = self._entries.get(name)
+        if info is None:
+            return "not there"
+        readable = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) and not info.flag_bits & 1
+        return None if readable else "encrypted, or packed in an unusual way"
+
+    def open(self, name: str) -> IO[bytes]:
+        info = self._entries[name]
+        with Slice(self._path, info.header_offset, LOCAL_HEADER.size) as header:
+            magic, *lengths = LOCAL_HEADER.unpack(header.read())
+        if magic != LOCAL_MAGIC:
+            raise ValueError("its place in the zip file is damaged")
+        packed = Slice(self._path, info.header_offset + LOCAL_HEADER.size + sum(lengths), info.compress_size)
+        if info.compress_type == zipfile.ZIP_STORED:
+            return io.BufferedReader(packed)
+        with packed:
+            try:
+                return io.BytesIO(zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed.read(), MOST_BYTES))
+            except zlib.error as error:
+                raise ValueError(f"its zip data is damaged ({error})") from None
+
+    def version(self, name: str) -> bytes:
+        return f"{self._entries[name].file_size} {self._entries[name].CRC}".encode()
+
+
+@dataclass(frozen=True, slots=True)
+class Captioned:
+    """One image: its file's base name, and its captions."""
+
+    name: str
+    captions: tuple[str, ...]
+
+
+class Captions:
+    """The images of a captions_*.json as a store. Without classes."""
+
+    def __init__(self, files: Loose | Packed, content: bytes, shown: str) -> None:
+        self.shown, self._files = shown, files
+        self._digest = hashlib.sha256(content).digest()
+        self._images = read_captions(content)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def name(self, index: int) -> str:
+        return printable(self._images[index].name)
+
+    def wrong(self, index: int) -> str | None:
+        return self._files.wrong(self._images[index].name)
+
+    def open(self, index: int) -> IO[bytes]:
+        return self._files.open(self._images[index].name)
+
+    def looked_at(self, good: Sequence[int]) -> Sequence[int]:
+        """All of them."""
+        return good
+
+    def labels(self, kept: Sequence[int]) -> Labels:
+        return Labels(torch.zeros(len(kept), dtype=torch.int64), 0)
+
+    def label(self, index: int) -> int:
+        """There are no classes."""
+        return 0
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self._images[index].captions
+
+    def identity(self, kept: Sequence[int], digests: Sequence[bytes] | None) -> Iterator[bytes]:
+        """The captions file, and each image's name and content; its size and version where it was not read."""
+        yield self._digest
+        for row, index in enumerate(kept):
+            name = self._images[index].name
+            yield b"\0" + os.fsencode(name) + b"\0" + (self._files.version(name) if digests is None else digests[row])
+
+
+def read_captions(content: bytes) -> list[Captioned]:
+    """Images by id with their captions by id, of the bytes of a captions_*.json; IntegrityError if they are not one."""
+    try:
+        found: Mapping[str, Any] = json.loads(content)
+        names = {int(image["id"]): os.path.basename(image["file_name"]) for image in found["images"]}
+        captions: dict[int, list[str]] = {number: [] for number in names}
+        for note in sorted(found["annotations"], key=lambda note: int(note["id"])):
+            captions[int(note["image_id"])].append(str(note["caption"]).strip())
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        hint = "it should be a captions_train2014.json or captions_val2014.json"
+        raise IntegrityError(f"the annotations are no captions of COCO ({type(error).__name__}: {error})", hint) from None
+    if not names:
+        raise IntegrityError("the annotations name no image", "check --data")
+    return [Captioned(names[number], tuple(captions[number])) for number in sorted(names)]
+
+
+def _captions(annotations: Path, split: str) -> bytes:
+    """The bytes of the captions of a split."""
+    if annotations.suffix != ".zip":
+        return annotations.read_bytes()
+    try:
+        with zipfile.ZipFile(annotations) as archive:
+            return archive.read(f"annotations/captions_{split}.json")
+    except (zipfile.BadZipFile, zlib.error, OSError, KeyError) as error:
+        shown = printable(str(annotations))
+        raise IntegrityError(f"{shown} holds no captions_{split}.json ({error})", "fetch it again") from None

@@ -1,0 +1,195 @@
+"""Items kept on disk in memory-mapped safetensors shards, with a manifest: how latents and text conditions are cached.
+
+`<root>/<kind>/<sha256 of the key>/` holds manifest.json, shard-00000.safetensors, ... and two empty lock files. A shard counts
+once the manifest names it. Its size is looked at on every opening, its sha256 when its time of change is another than
+recorded (it was copied, or touched), and when one asks to verify. A shard that fails is missing, never read.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dmpctl.errors import IntegrityError, MissingError, UsageError
+from dmpctl.files import make_folder, read_json, sha256_of, write_json, write_tensors, writing
+
+SCHEMA_VERSION = 1
+MOST_ITEMS, MOST_BYTES = 4096, 2**26  # of one shard: what an interruption can cost, and what is held in memory
+
+
+def per_shard_of(item_bytes: int) -> int:
+    """Items in a shard of at most MOST_ITEMS and about MOST_BYTES."""
+    return max(1, min(MOST_ITEMS, MOST_BYTES // item_bytes))
+
+
+def digest_of(key: Mapping[str, Any]) -> str:
+    """sha256 of a key, which is JSON."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+
+
+class Shards:
+    """`count` items of one key, `per_shard` in each file but the last. `about` is for people, and no part of the key.
+
+    Several processes may write disjoint shards at once (see `Claims`). Nothing is made on disk before `make`.
+    """
+
+    def __init__(
+        self, root: Path, kind: str, key: Mapping[str, Any], count: int, per_shard: int, about: Mapping[str, Any]
+    ) -> None:
+        self.key = {"schema_version": SCHEMA_VERSION, "kind": kind, **key, "count": count, "per_shard": per_shard}
+        self.digest = digest_of(self.key)
+        self.folder = root / kind / self.digest
+        self.count, self.per_shard, self.about = count, per_shard, dict(about)
+
+    def __len__(self) -> int:
+        return -(-self.count // self.per_shard)
+
+    def items(self, shard: int) -> range:
+        """The items that a shard holds."""
+        return range(shard * self.per_shard, min(self.count, (shard + 1) * self.per_shard))
+
+    def path(self, shard: int) -> Path:
+        return self.folder / f"shard-{shard:05d}.safetensors"
+
+    def make(self) -> None:
+        """Make the folder; UsageError where it cannot be made."""
+        make_folder(self.folder)
+
+    def finished(self, verify: bool = False) -> set[int]:
+        """The shards that are there and whole; `verify`: hash every one of them. What is damaged is forgotten.
+
+        IntegrityError if the manifest is of another key.
+        """
+        good: set[int] = set()
+        bad: dict[int, dict[str, Any]] = {}
+        moved: dict[int, dict[str, Any]] = {}
+        for shard, entry in self._entries().items():
+            try:
+                status = self.path(shard).stat()
+            except OSError:
+                continue
+            if status.st_size != entry["bytes"]:
+                continue
+            if verify or status.st_mtime_ns != entry["mtime_ns"]:
+                if sha256_of(self.path(shard)) != entry["sha256"]:
+                    bad[shard] = entry
+                    continue
+                moved |= {} if status.st_mtime_ns == entry["mtime_ns"] else {shard: entry | {"mtime_ns": status.st_mtime_ns}}
+            good.add(shard)
+        if bad or moved:
+            with suppress(UsageError):  # a cache that can only be read is hashed again the next time
+                self._record(moved, bad)
+        return good - set(bad)
+
+    def write(self, shard: int, tensors: Mapping[str, Tensor]) -> None:
+        """Put a shard in place and into the manifest; for the process that has claimed it. UsageError on a full disk."""
+        path = self.path(shard)
+        self._sweep(path.name)
+        digest = write_tensors(path, tensors, {"key": self.digest, "shard": str(shard)})
+        status = path.stat()
+        self._record({shard: {"sha256": digest, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}}, {})
+
+    def tensors(self) -> list[dict[str, Tensor]]:
+        """The tensors of every shard, mapped, not read; IntegrityError where one is missing or of another key."""
+        missing = sorted(set(range(len(self))) - self.finished())
+        if missing:
+            raise IntegrityError(f"{self.folder} lacks {self.path(missing[0]).name} ({len(missing)} of {len(self)} shards)")
+        return [self._mapped(shard) for shard in range(len(self))]
+
+    def _mapped(self, shard: int) -> dict[str, Tensor]:
+        path = self.path(shard)
+        try:
+            with safe_open(path, "pt") as file:
+                if file.metadata() != {"key": self.digest, "shard": str(shard)}:
+                    raise IntegrityError(f"{path} is another shard than its name says", f"delete {self.folder}")
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: torch cannot map it
+            raise IntegrityError(f"{path} cannot be read ({error})", f"delete {self.folder}") from None
+
+    def _entries(self) -> dict[int, dict[str, Any]]:
+        """What the manifest says of each shard; a manifest that is not there, or is damaged, says nothing."""
+        try:
+            manifest = read_json(self.folder / "manifest.json")
+            entries = {int(name): dict(entry) for name, entry in manifest["shards"].items()}
+            if not all({"sha256", "bytes", "mtime_ns"} <= set(entry) for entry in entries.values()):
+                return {}
+        except (MissingError, IntegrityError, KeyError, ValueError, TypeError, AttributeError):
+            return {}
+        if manifest.get("key") != self.key:
+            raise IntegrityError(f"{self.folder} holds something else than its name says", "delete that folder")
+        return entries
+
+    def _record(self, new: Mapping[int, Mapping[str, Any]], bad: Mapping[int, Mapping[str, Any]]) -> None:
+        """Add entries to the manifest, and drop those of `bad` that are still what they were."""
+        with self._alone():
+            kept = {shard: entry for shard, entry in self._entries().items() if bad.get(shard) != entry}
+            entries = {str(shard): entry for shard, entry in sorted((kept | dict(new)).items())}
+            self._sweep("manifest.json")
+            value = {"schema_version": SCHEMA_VERSION, "key": self.key, "about": self.about, "shards": entries}
+            write_json(self.folder / "manifest.json", value)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """The only process that writes the manifest."""
+        path = self.folder / ".manifest.lock"
+        with writing(path):
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
+
+    def _sweep(self, name: str) -> None:
+        """Take away what a killed process has left of a file; whoever may write it now holds its lock."""
+        for path in self.folder.glob(f".{name}.*"):
+            path.unlink(missing_ok=True)
+
+
+class Claims:
+    """Which process makes which shard: a lock on one byte each, which the system takes back when a process dies.
+
+    One instance in a process at a time: such locks belong to the process, and closing the file gives them all up.
+    """
+
+    def __init__(self, shards: Shards) -> None:
+        self._path = shards.folder / ".shards.lock"
+
+    def __enter__(self) -> "Claims":
+        with writing(self._path):
+            self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        os.close(self._handle)
+
+    def take(self, shard: int) -> bool:
+        """Whether the shard is ours now; False where another process has it."""
+        try:
+            fcntl.lockf(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, shard)
+        except OSError:
+            return False
+        return True
+
+    def give_back(self, shard: int) -> None:
+        fcntl.lockf(self._handle, fcntl.LOCK_UN, 1, shard)
+
+
+class Rows:
+    """Rows that lie in several tensors [n, ...], `per` in each but the last, read as if they were one."""
+
+    def __init__(self, parts: Sequence[Tensor], per: int) -> None:
+        self._parts, self._per = parts, per
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """[B, ...] of int64 [B] that are not negative: one copy, out of the mapped file."""
+        places = zip((rows // self._per).tolist(), (rows % self._per).tolist(), strict=True)
+        return torch.stack([self._parts[part][row] for part, row in places])

@@ -76,7 +76,7 @@ def data_name(settings: Settings, loaded: Loaded) -> str:
 
 def session_of(settings: Settings, loaded: Loaded, codec: Codec, source: Source) -> Session:
     """The training of a fresh patch on this backbone."""
-    module = build_patch(loaded.model, settings.method)
+    module = build_patch(loaded.model, settings.method, settings.run.seed)
     described = describe_patch(
         loaded, settings.base, settings.method, module, data_name(settings, loaded), source.fingerprint
     )

@@ -77,13 +77,13 @@ class DmpPatch(PromptModule):
 
     w_noise: nn.Parameter
 
-    def __init__(self, shape: DmpShape, settings: Dmp) -> None:
-        super().__init__(shape, settings.prompt_init)
+    def __init__(self, shape: DmpShape, settings: Dmp, seed: int = 0) -> None:
+        super().__init__(shape, settings.prompt_init, seed)
         self.shape, self.settings = shape, settings
         self.scale = settings.gate_scale or 1.0
         self.gate = _gate(shape)
         if settings.gate == "random" and isinstance(self.gate, SharedGate):
-            self.gate.freeze_at_random()
+            self.gate.freeze_at_random(seed)
         if self._trained:
             self.w_noise = nn.Parameter(torch.zeros(shape.width, shape.choices), requires_grad=self._noisy)
 

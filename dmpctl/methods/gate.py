@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmpctl.methods.prompts import fixed_normal
+from dmpctl.methods.prompts import start_normal
 
 EPS = 1e-10
 
@@ -32,10 +32,10 @@ class SharedGate(nn.Module):
         return F.linear(c, self.weight[:, :-1], self.bias) + self.blocks * self.weight[:, -1]
 
     @torch.no_grad()
-    def freeze_at_random(self) -> None:
+    def freeze_at_random(self, seed: int) -> None:
         """Fixed random weights that are not trained: logits of c with entries of unit variance have a variance near 1."""
         width = self.weight.shape[1] - 1
-        self.weight.copy_(fixed_normal("gate", width**-0.5, *self.weight.shape))
+        self.weight.copy_(start_normal(seed, "gate", width**-0.5, *self.weight.shape))
         self.requires_grad_(False)
 
 

@@ -22,13 +22,13 @@ class LoraPatch(nn.Module):
     as peft saves them (`blocks.0.attn.qkv.lora_A.weight`). B is zero at the start: a fresh one is its backbone, bit for bit.
     """
 
-    def __init__(self, backbone: nn.Module, settings: Lora) -> None:
+    def __init__(self, backbone: nn.Module, settings: Lora, seed: int = 0) -> None:
         """UsageError for a rank that no target layer can have."""
         super().__init__()
         self.settings = settings
         ends = target_ends(cast(Backbone, backbone), settings)
         refuse_rank(backbone, ends, settings.rank)
-        changed = injected(over_the_same_tensors(backbone), ends, settings)
+        changed = injected(over_the_same_tensors(backbone), ends, settings, seed)
         self._frozen, self._changed = (backbone,), (changed,)  # in tuples they are no submodules
         for name, layer in adapted(changed):
             for part in ("lora_A", "lora_B"):
@@ -100,15 +100,15 @@ def over_the_same_tensors(backbone: nn.Module) -> nn.Module:
     return copy.deepcopy(backbone, {id(held): held for held in shared})
 
 
-def injected(model: nn.Module, ends: tuple[str, ...], settings: Lora) -> nn.Module:
-    """`model` with peft's adapters in it, always the same ones; the global random state is left as it was."""
+def injected(model: nn.Module, ends: tuple[str, ...], settings: Lora, seed: int) -> nn.Module:
+    """`model` with peft's adapters in it, the same for the same seed; the global random state is left as it was."""
     from peft import LoraConfig, inject_adapter_in_model  # it costs seconds
 
     alpha = settings.rank if settings.alpha is None else settings.alpha
     # peft hands alpha on as it is: only its annotation wants a whole one
     config = LoraConfig(r=settings.rank, lora_alpha=cast(int, alpha), target_modules=list(ends), lora_dropout=0.0)
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed_of("start", "lora"))  # not torch.manual_seed, which seeds GPUs too
+        torch.default_generator.manual_seed(seed_of(seed, "start", "lora"))  # not torch.manual_seed, which seeds GPUs too
         model = inject_adapter_in_model(config, model, ADAPTER)
     for _, layer in adapted(model):
         layer.lora_A.float()

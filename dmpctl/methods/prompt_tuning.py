@@ -16,8 +16,8 @@ class PromptPatch(PromptModule):
     It is DMP with a uniform gate and a gate scale of N, bit for bit.
     """
 
-    def __init__(self, shape: PromptShape, settings: PromptTuning) -> None:
-        super().__init__(shape, settings.prompt_init)
+    def __init__(self, shape: PromptShape, settings: PromptTuning, seed: int = 0) -> None:
+        super().__init__(shape, settings.prompt_init, seed)
         self.shape, self.settings = shape, settings
 
     @property

@@ -86,26 +86,26 @@ def patched_blocks(settings: Prompts, count: int) -> tuple[int, ...]:
     return tuple(sorted(chosen))
 
 
-def fixed_normal(purpose: str, std: float, *shape: int) -> Tensor:
-    """Normal numbers float32 on the CPU that depend on `purpose` and shape alone, whatever --seed: every patch starts alike."""
-    return std * torch.randn(shape, generator=torch.Generator().manual_seed(seed_of("start", purpose)), device="cpu")
+def start_normal(seed: int, purpose: str, std: float, *shape: int) -> Tensor:
+    """Normal numbers float32 on the CPU that depend on seed, `purpose` and shape alone; the global generator is left alone."""
+    return std * torch.randn(shape, generator=torch.Generator().manual_seed(seed_of(seed, "start", purpose)), device="cpu")
 
 
 class PromptModule(nn.Module):
     """The prompts of all patched blocks, in float32 whatever the backbone's dtype.
 
     `prompt_embeddings` [L, (E,) N, D]; with a rank r instead `prompt_rows` [L, (E,) N, r] and `prompt_columns`
-    [L, (E,) r, D], whose product they are. A zero start has zero columns, as rows of zeros too would never move.
+    [L, (E,) r, D], whose product they are. `seed`: of a start that is not zero. A zero start has zero columns, as rows of zeros too would never move.
     """
 
     prompt_embeddings: nn.Parameter
     prompt_rows: nn.Parameter
     prompt_columns: nn.Parameter
 
-    def __init__(self, shape: PromptShape, init: Literal["zero", "random"]) -> None:
+    def __init__(self, shape: PromptShape, init: Literal["zero", "random"], seed: int = 0) -> None:
         super().__init__()
         count, width, rank = shape.prompts, shape.width, shape.rank
-        self._stack, self._full = shape.stack, rank is None
+        self._stack, self._full, self._seed = shape.stack, rank is None, seed
         if rank is None:
             self.prompt_embeddings = self._started("prompts", RANDOM_STD if init == "random" else 0.0, count, width)
         else:  # the product's variance is r times the product of the two variances
@@ -117,7 +117,7 @@ class PromptModule(nn.Module):
         parameter = nn.Parameter(torch.zeros(*self._stack, *matrix))
         if std:
             with torch.no_grad():
-                parameter.copy_(fixed_normal(purpose, std, *parameter.shape))
+                parameter.copy_(start_normal(self._seed, purpose, std, *parameter.shape))
         return parameter
 
     def all_prompts(self) -> Tensor:

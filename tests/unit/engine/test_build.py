@@ -130,3 +130,11 @@ def test_freezing():
     model = build.freeze(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout()))
     assert not model.training
     assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", [Dmp(prompt_init="random"), Dmp(gate="random"), PromptTuning(prompt_init="random"), Lora(rank=2)])
+def test_a_random_start_is_a_function_of_the_seed(method):
+    model = build.freeze(DiT(DiTConfig(8, 1, 2, 16, 2, 2, 0)))
+    first, again, other = (build.build_patch(model, method, seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    assert any(not torch.equal(value, other[name]) for name, value in first.items())

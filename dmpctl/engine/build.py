@@ -120,15 +120,18 @@ def planned_config(base: Base) -> DiTConfig | None:
     return shape_config(base.base) if base.weights is None else None
 
 
-def build_patch(model: DiT, method: Method) -> PatchModule:
-    """A fresh patch for this backbone, which is not changed; UsageError where the settings do not fit it."""
+def build_patch(model: DiT, method: Method, seed: int = 0) -> PatchModule:
+    """A fresh patch for this backbone, which is not changed; `seed`: of a start that is random.
+
+    UsageError where the settings do not fit the backbone.
+    """
     match method:
         case Dmp():
-            return DmpPatch(dmp_shape(model.spec, method), method)
+            return DmpPatch(dmp_shape(model.spec, method), method, seed)
         case PromptTuning():
-            return PromptPatch(prompt_shape(model.spec, method), method)
+            return PromptPatch(prompt_shape(model.spec, method), method, seed)
         case Lora():
-            return LoraPatch(model, method)
+            return LoraPatch(model, method, seed)
         case Full():
             return FullPatch(model, method)
         case _:

@@ -37,7 +37,7 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     """`dmpctl args` in this process: much faster than one of its own."""
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         monkeypatch.setenv(name, "")  # so that what --offline sets is taken back, too
-    for name in ("DMPCTL_CACHE_DIR", "HF_HUB_CACHE"):
+    for name in ("DMPCTL_CACHE_DIR", "HF_HUB_CACHE", "HF_DATASETS_CACHE"):
         monkeypatch.setenv(name, os.environ.get(name, ""))  # so is what --cache-dir sets
         if not os.environ[name]:
             monkeypatch.delenv(name)

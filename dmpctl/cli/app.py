@@ -108,7 +108,9 @@ def _run(args: list[str], state: dict[str, bool]) -> int:
     except SystemExit as stop:  # completion, and what Typer and rich make of a closed pipe
         if isinstance(stop.__context__, BrokenPipeError):
             return SIGPIPE
-        return stop.code if isinstance(stop.code, int) else 0
+        if stop.code is not None and not isinstance(stop.code, int):  # Python means it as a failure's words
+            raise DmpError(str(stop.code)) from None
+        return stop.code or 0
     return code if isinstance(code, int) else 0
 
 

@@ -7,10 +7,15 @@ from dmpctl.types import Report
 def download(call: Call) -> Report:
     """Fetch assets into the cache, each checked against its sha256.
 
-    Without a name, lists what there is, what is in the cache already, and the licences.
+    Without a name, lists what there is, what is in the cache already, and the licences. With --latents the images that
+    are named are encoded, too, as patch and pretrain would do at first.
     """
     from dmpctl.engine import fetch
 
+    if call.settings.download.encode_with is not None:
+        from dmpctl.engine import ahead
+
+        return ahead.encode_ahead(call.settings, call.argument or [], call.progress)
     return fetch.download(call.settings, call.argument or [], call.progress)
 
 
@@ -21,9 +26,12 @@ app = command(
         "dmpctl download --list",
         "dmpctl download inception vae-ema",
         "dmpctl download dit-xl2-256 --accept-license",
+        "dmpctl download ffhq --accept-license --latents vae-ema --size 256",
         "dmpctl download --for experiment.toml",
         "dmpctl download --verify",
         "dmpctl download --prune --dry-run",
     ],
-    Argument("names", list[str], "Assets to fetch; none: list them.", optional=True),
+    Argument(
+        "names", list[str], "Assets to fetch, with --latents also folders and hf://OWNER/NAME; none: list them.", optional=True
+    ),
 )

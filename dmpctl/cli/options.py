@@ -66,9 +66,10 @@ def callback(name: str, body: Body, argument: Argument | None) -> Callable[..., 
         state["debug"] = console.debug
         if console.offline:  # the hub library reads it when it is imported
             os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
-        if resolved.settings.cache.cache_dir is not None:  # for the hub library, and every process that the command starts
+        if resolved.settings.cache.cache_dir is not None:  # for the Hub's libraries, and every process that the command starts
             cache = resolved.settings.cache.cache_dir.expanduser().absolute()
-            os.environ.update(DMPCTL_CACHE_DIR=str(cache), HF_HUB_CACHE=str(cache / "hub"))
+            places = {"HF_HUB_CACHE": str(cache / "hub"), "HF_DATASETS_CACHE": str(cache / "datasets")}
+            os.environ.update(DMPCTL_CACHE_DIR=str(cache), **places)
         output = Output(console.json_output)
         if console.print_config:
             output.result(config_report(name, resolved))

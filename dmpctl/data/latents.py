@@ -4,13 +4,14 @@ Stored as float16 by default. Against float32 that changes a mean by at most 2^-
 deviation exp(v / 2) by at most |v| / 2 * 2^-11 of itself: below 2e-4 for every v < 0. x0 changes by less than 1e-3 of its norm.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dmpctl.data.loader import Ordered, permutation
 from dmpctl.data.shards import Rows, Shards, per_shard_of
 from dmpctl.errors import UsageError
 from dmpctl.types import Codec, Moments, Source
@@ -59,11 +60,13 @@ def latent_shards(
 class LatentCache:
     """The moments of a source's images, memory-mapped: items are [2C, h, w] (mean, then log variance) and a label.
 
+    `source`: whose images they are, read in its order, so that training sees the same with and without the cache; None: in any.
     Raises IntegrityError where a shard is missing; whole shards are trusted (see `data.shards`).
     """
 
-    def __init__(self, shards: Shards) -> None:
+    def __init__(self, shards: Shards, source: Source | None = None) -> None:
         self._shards = shards
+        self._order: Callable[[torch.Generator], Tensor] | None = source.order if isinstance(source, Ordered) else None
         self.name, self.num_classes = str(shards.about["data"]), int(shards.about["num_classes"])
         self.mirror, self.fingerprint = bool(shards.key["flip"]), shards.digest
         self._views = 1 + self.mirror
@@ -93,6 +96,10 @@ class LatentCache:
     def labels(self) -> Tensor:
         """All labels, int64 [N], not copied."""
         return self._labels
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """The order of one epoch, int64 [n]."""
+        return permutation(len(self), generator) if self._order is None else self._order(generator)
 
     def gather(self, indices: Tensor, mirrored: Tensor) -> Tensor:
         """Moments [B, 2C, h, w] of images int64 [B], mirrored where bool [B] says so; UsageError if mirrors are not kept."""

@@ -42,6 +42,18 @@ class Encoded(Protocol):
         ...
 
 
+@runtime_checkable
+class Ordered(Protocol):
+    """A source that is read best in an order of its own, such as one that is fetched part by part."""
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """The order of one epoch, int64 [n]: each index once."""
+        ...
+
+
+Draw = Callable[[int, torch.Generator], Tensor]  # a tensor [n] for n images
+
+
 def permutation(n: int, generator: torch.Generator) -> Tensor:
     """The order of one epoch, int64 [n]."""
     return torch.randperm(n, generator=generator)
@@ -52,10 +64,15 @@ def coins(n: int, generator: torch.Generator) -> Tensor:
     return torch.rand(n, generator=generator) < 0.5
 
 
+def order_of(source: Source) -> Draw:
+    """How the order of an epoch is drawn: the source's own way, else a permutation."""
+    return (lambda n, generator: source.order(generator)) if isinstance(source, Ordered) else permutation
+
+
 class EachEpoch:
     """A tensor [n] for each epoch, drawn from (seed, purpose, epoch) and kept while that epoch lasts."""
 
-    def __init__(self, draw: Callable[[int, torch.Generator], Tensor], n: int, seed: int, purpose: str) -> None:
+    def __init__(self, draw: Draw, n: int, seed: int, purpose: str) -> None:
         self._draw, self._n, self._seed, self._purpose = draw, n, seed, purpose
         self._kept: dict[int, Tensor] = {}
 
@@ -78,11 +95,13 @@ class EachEpoch:
 class StepBatches(Sampler[list[Place]]):
     """A batch sampler without end: step s has the same `size` images on every layout of ranks, each rank taking its stride.
 
-    Epochs are permutations laid end to end, so a batch may lie across two of them; each epoch has every index once.
+    Epochs are laid end to end, so a batch may lie across two of them; each has every index once, in the order that `draw` gives.
     `size` is the global batch, `start` the first step. Raises UsageError if `size` does not divide over `world`, or n is 0.
     """
 
-    def __init__(self, n: int, size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self, n: int, size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1, draw: Draw = permutation
+    ) -> None:
         if n < 1:
             raise UsageError("there is no image to train on", "check --data")
         if size % world:
@@ -90,7 +109,7 @@ class StepBatches(Sampler[list[Place]]):
             raise UsageError(f"a batch of {size} does not divide over {world} processes", hint)
         self.n, self.size, self.start = n, size, start
         self._mine = torch.arange(rank, size, world)
-        self._order = EachEpoch(permutation, n, seed, "order")
+        self._order = EachEpoch(draw, n, seed, "order")
 
     def at(self, step: int) -> tuple[Tensor, Tensor]:
         """Epochs and indices of this rank's images at one step, int64 [size / world] each."""
@@ -180,7 +199,7 @@ def batches(
     `close()` ends the loader processes. Nothing is drawn from torch's global generator.
     Raises UsageError at once if the batch does not divide over the ranks, and in its turn what an item raises.
     """
-    order = StepBatches(len(source), batch_size, seed, start, rank, world)
+    order = StepBatches(len(source), batch_size, seed, start, rank, world, order_of(source))
     return _loaded(TrainingItems(source, hflip, seed), order, num_workers, seed_of(seed, "loader", rank))
 
 

@@ -37,7 +37,7 @@ def require(name: str, settings: Settings | None = None) -> Path:
     row = row_named(name, registry_of(settings))
     path = cached(name, settings)
     if path is None:
-        raise MissingError(f"{name} ({row.what}) is not in the cache", f"run {command_for([row])}")
+        raise MissingError(f"{name}{f' ({row.what})' if row.what else ''} is not in the cache", f"run {command_for([row])}")
     for part in row.parts or (name,):
         verify(row_named(part, registry_of(settings)), deep=row.kind != "data")
     return path
@@ -237,10 +237,21 @@ def resolve_weights(given: str | Path, settings: Settings, progress: Progress) -
             raise MissingError(f"{path} is not there", "name a file, hf://OWNER/NAME@REVISION/FILE or https://...")
         return path
     row = ad_hoc(address)
-    path_or_none = present(row)
-    if path_or_none is None and settings.console.offline:
-        raise MissingError(f"{address} is not in the cache and --offline forbids fetching it", "run the same command online once")
-    path = fetch(row, progress)
+    if present(row) is None:
+        if settings.console.offline:
+            hint = "run the same command online once"
+            raise MissingError(f"{address} is not in the cache and --offline forbids fetching it", hint)
+        fetch(row, progress)
+    return weights_at_hand(address)
+
+
+def weights_at_hand(address: str) -> Path:
+    """The file of weights that was fetched from an address, checked; MissingError with the command that fetches it."""
+    row = ad_hoc(address)
+    path = present(row)
+    if path is None:
+        raise MissingError(f"{address} is not in the cache", f"run {command_for([row])}")
+    verify(row, deep=row.kind != "data")
     entry = entry_of(row)
     if row.file is None and row.repo is not None and entry is not None:
         return hub.only_weights(hub.Snapshot(path, str(entry.revision), entry.files), address)

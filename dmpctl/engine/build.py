@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
+from shlex import quote
 from typing import Any, TypeVar, assert_never
 
 import torch
@@ -13,8 +14,9 @@ from torch import nn
 from dmpctl.backbones.dit import SHAPES, DiT, DiTConfig, shape_config
 from dmpctl.backbones.dit_weights import Weights, digest_of, dit_from, read_weights
 from dmpctl.data.source import open_source
-from dmpctl.engine.assets import require
+from dmpctl.engine.assets import address_in, require, weights_at_hand
 from dmpctl.engine.codec import open_codec
+from dmpctl.engine.registry import SHIPPED
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.files import read_json
 from dmpctl.methods.dmp import DmpPatch, dmp_shape
@@ -22,11 +24,13 @@ from dmpctl.methods.full import FullPatch
 from dmpctl.methods.lora import LoraPatch
 from dmpctl.methods.prompt_tuning import PromptPatch
 from dmpctl.methods.prompts import prompt_shape
+from dmpctl.settings.assets import AssetRow
 from dmpctl.settings.model import Settings
 from dmpctl.settings.sections import Base, Data, Dmp, Full, Launch, Lora, Method, PromptTuning
 from dmpctl.types import BackboneSpec, Codec, ScheduleSpec, Source
 
 BUNDLED = {"digits": "digits-dit.safetensors"}
+PUBLISHED_SHAPES = {"DiT-XL/2": "dit-xl2-256"}  # shapes with public weights, and the row of the registry that has them
 PatchModule = DmpPatch | PromptPatch | LoraPatch | FullPatch
 
 
@@ -56,12 +60,12 @@ def freeze(model: M) -> M:
     return model.eval().requires_grad_(False)
 
 
-def load_backbone(base: Base) -> Loaded:
-    """The backbone that --base (and --weights) name, frozen, on the CPU.
+def load_backbone(base: Base, data: str | None = None) -> Loaded:
+    """The backbone that --base (and --weights) name, frozen, on the CPU. `data`: what it is for, for hints; None: not known.
 
     UsageError for an unknown name, MissingError where weights are needed, IntegrityError where they do not fit.
     """
-    path, heads = backbone_file(base)
+    path, heads = backbone_file(base, data)
     weights = described_beside(path, read_weights(path))
     model = freeze(dit_from(weights, heads))
     return Loaded(model, digest_of(model.state_dict()), f"{path} ({weights.taken})", weights.data, weights.codec)
@@ -80,20 +84,19 @@ def described_beside(path: Path, weights: Weights) -> Weights:
         raise IntegrityError(f"{beside} does not describe the backbone beside it ({error})") from None
 
 
-def backbone_file(base: Base) -> tuple[Path, int | None]:
+def backbone_file(base: Base, data: str | None = None) -> tuple[Path, int | None]:
     """Where the weights of --base lie, and the heads that a shape name fixes (None: the file says)."""
     if base.base in BUNDLED:
         return Path(str(resources.files("dmpctl") / "assets" / BUNDLED[base.base])), None
     shape = shape_config(base.base)
     if shape is not None:
         if base.weights is None:
-            sizes = f"--hidden-size {shape.hidden_size} --depth {shape.depth} --num-heads {shape.num_heads}"
-            raise MissingError(
-                f"no weights for {base.base}: no public checkpoint of this shape is bundled",
-                f"add --weights FILE, or train one: dmpctl pretrain --data DIR {sizes}",
-            )
-        return base.weights, shape.num_heads
+            raise without_weights(base.base, shape, data or "DIR")
+        address = address_in(base.weights)
+        return base.weights if address is None else weights_at_hand(address), shape.num_heads
     path = Path(base.base).expanduser()
+    if base.base in SHIPPED and not path.exists():
+        return published_file(SHIPPED[base.base]), None
     if path.is_dir():
         if not (path / "backbone.safetensors").is_file():
             raise MissingError(
@@ -105,12 +108,39 @@ def backbone_file(base: Base) -> tuple[Path, int | None]:
     raise unknown_base(base.base)
 
 
+def published_file(row: AssetRow, settings: Settings | None = None) -> Path:
+    """The file of a backbone of the registry, checked; MissingError with the command that fetches it.
+
+    UsageError for a row that is no backbone, or one in a layout of others.
+    """
+    if row.kind != "backbone":
+        raise UsageError(f"--base {row.name} is no backbone but {row.what}", f"name one, such as {PUBLISHED_SHAPES['DiT-XL/2']}")
+    if row.allow or row.parts:
+        hint = f"take the original layout, such as --base {PUBLISHED_SHAPES['DiT-XL/2']}"
+        raise UsageError(f"--base {row.name} ({row.what}) is in a layout of its own, which cannot be patched yet", hint)
+    return require(row.name, settings)
+
+
+def without_weights(name: str, shape: DiTConfig, data: str) -> MissingError:
+    """The failure for a shape without weights: where they can come from, as commands to be pasted."""
+    command = f"dmpctl patch --base {name} --data {quote(data)} --weights FILE"
+    if name in PUBLISHED_SHAPES:
+        published = f"dmpctl patch --base {PUBLISHED_SHAPES[name]} --data {quote(data)}"
+        return MissingError(f"no weights for {name}: none were named", f"the published ones: {published}; your own: {command}")
+    sizes = (
+        f"--hidden-size {shape.hidden_size} --depth {shape.depth} --num-heads {shape.num_heads} --patch-size {shape.patch_size}"
+    )
+    pretrain = f"dmpctl pretrain --data {quote(data)} --codec vae-ema --size 256 {sizes}"
+    hint = f"with a checkpoint of your own: {command}; or train one first: {pretrain}"
+    return MissingError(f"no weights for {name}: no public checkpoint of this shape exists", hint)
+
+
 def unknown_base(name: str) -> UsageError:
     """The failure for a --base that is nothing we know, with the nearest name."""
     from difflib import get_close_matches
 
     shapes = [f"{shape}/{patch}" for shape in SHAPES for patch in (2, 4, 8)]
-    near = get_close_matches(name, [*BUNDLED, *shapes], 1, 0.5)
+    near = get_close_matches(name, [*BUNDLED, *shapes, *PUBLISHED_SHAPES.values(), *SHIPPED], 1, 0.5)
     hint = f"did you mean {near[0]}?" if near else f"name one of {', '.join(BUNDLED)}, a shape such as DiT-L/2, a file or a run"
     return UsageError(f"--base {name} is no known backbone, no file and no run", hint)
 
@@ -138,14 +168,28 @@ def build_patch(model: DiT, method: Method, seed: int = 0) -> PatchModule:
             assert_never(method)
 
 
-def build_codec(loaded: Loaded, settings: Settings) -> Codec:
-    """The codec of a backbone: the one it was trained with unless --codec says otherwise. Raises as `open_codec` does."""
+def build_codec(loaded: Loaded, settings: Settings, recorded: Mapping[str, Any] | None = None) -> Codec:
+    """The codec of a backbone: the one it was trained with unless --codec says otherwise. Raises as `open_codec` does.
+
+    `recorded`: of the codec its patch was trained with, None: the backbone's own record.
+    """
     channels = loaded.spec.latent_shape[0]
-    return open_codec(settings.codec, partial(require, settings=settings), channels, loaded.codec)
+    return open_codec(settings.codec, partial(require, settings=settings), channels, recorded or loaded.codec)
 
 
-def open_data(data: Data, spec: BackboneSpec, codec: Codec, trained_on: str | None) -> Source:
-    """The images to train on, in the size and channels the backbone takes; `trained_on`: the default for --data."""
+def open_images(data: Data, size: int | None, channels: int | None, settings: Settings | None = None) -> Source:
+    """The images that `data` names; what is published is looked for in the cache of downloads. Raises as `open_source` does.
+
+    `size` and `channels` None: the data's own. `settings`: with the user's own rows of the registry, None: the shipped ones.
+    """
+    return open_source(data, size, channels, partial(require, settings=settings))
+
+
+def open_data(data: Data, spec: BackboneSpec, codec: Codec, trained_on: str | None, settings: Settings | None = None) -> Source:
+    """The images to train on, in the size and channels the backbone takes; `trained_on`: the default for --data.
+
+    `settings` as for `open_images`.
+    """
     name = data.data or trained_on
     if name is None:
         raise UsageError("nothing says which images to patch on", "add --data digits or --data DIR")
@@ -156,7 +200,7 @@ def open_data(data: Data, spec: BackboneSpec, codec: Codec, trained_on: str | No
         raise UsageError(
             f"this backbone takes images of {channels} channels, --channels says {data.channels}", "leave --channels out"
         )
-    return open_source(data.model_copy(update={"data": name}), height, channels)
+    return open_images(data.model_copy(update={"data": name}), height, channels, settings)
 
 
 def resolve_device(launch: Launch) -> torch.device:

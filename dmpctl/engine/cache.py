@@ -1,7 +1,8 @@
 """The cache of what was downloaded: where it lies, who may write it, and what is known of each file.
 
 <cache>/files/<row>/<file>, <cache>/index.json, <cache>/locks. Hub repositories lie in the Hub's own cache, shared with all
-other programs, unless a cache was named (--cache-dir, DMPCTL_CACHE_DIR): then in <cache>/hub.
+other programs, unless a cache was named (--cache-dir, DMPCTL_CACHE_DIR): then in <cache>/hub, and what the `datasets` library
+prepares in <cache>/datasets.
 """
 
 import fcntl

@@ -21,6 +21,11 @@ def codec_record(codec: Codec) -> dict[str, Any]:
     return {"name": codec.name, "fingerprint": codec.fingerprint, "scale": codec.scale}
 
 
+def latent_record(codec: Codec) -> dict[str, Any] | None:
+    """The same; None for pixels as they are, of which nothing is stored."""
+    return None if isinstance(codec, Identity) else codec_record(codec)
+
+
 def open_codec(
     section: CodecSection, locate: Callable[[str], Path], channels: int | None = None, recorded: Mapping[str, Any] | None = None
 ) -> Codec:

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from dmpctl.data.folder import ImageFolder
-from dmpctl.data.source import open_source
 from dmpctl.engine.assets import cached
-from dmpctl.engine.build import resolve_device
+from dmpctl.engine.build import open_images, resolve_device
 from dmpctl.engine.codec import codec_record
 from dmpctl.engine.generate import in_batches
 from dmpctl.engine.patched import Patched, load_result, outputs_of
@@ -67,7 +66,7 @@ def fid(settings: Settings, what: str, progress: Progress) -> Report:
     reference_name = options.reference or (reference_of(model) if model else None)
     if reference_name is None:
         raise UsageError(f"nothing says what to compare {what} with", "add --reference digits or --reference DIR")
-    source = open_source(Data(data=reference_name), shape[1], shape[0])
+    source = open_images(Data(data=reference_name), shape[1], shape[0], settings)
     extractor = build_extractor(options, shape, device)
     _refuse_small(count, extractor, options)
     if settings.console.dry_run:

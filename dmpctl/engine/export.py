@@ -100,7 +100,9 @@ def _patch_files(model: Patched, patch: PatchModule, folder: Path) -> dict[Path,
 def _merged(model: Patched, patch: PatchModule) -> bytes:
     """One safetensors file: a backbone with the change folded in; or, with prompts, the backbone's tensors and patch.*."""
     backbone = model.backbone
-    metadata = dit_metadata(backbone.model.config, backbone.spec.schedule, backbone.data)
+    metadata = dit_metadata(
+        backbone.model.config, backbone.spec.schedule, backbone.data, model.about.get("codec") or backbone.codec
+    )
     folded = patch.merged()
     if folded is not None:
         return tensors_to_bytes(folded, metadata)

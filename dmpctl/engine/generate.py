@@ -12,6 +12,7 @@ from dmpctl.diffusion.guidance import guide
 from dmpctl.diffusion.samplers import sample as run_sampler
 from dmpctl.diffusion.schedule import NoiseSchedule
 from dmpctl.engine.build import resolve_device
+from dmpctl.engine.codec import latent_record
 from dmpctl.engine.patched import Patched, load_result, outputs_of
 from dmpctl.engine.pictures import is_png, read_png, write_contact_sheet, write_npz, write_pngs
 from dmpctl.engine.stop import Stop, interrupted
@@ -93,6 +94,7 @@ def sample(settings: Settings, run: Path, progress: Progress) -> Report:
         "backbone_sha256": model.backbone.digest,
         "patch_sha256": model.about.get("sha256"),
         "step": model.step,
+        "codec": latent_record(model.codec),
     }
     device = resolve_device(settings.launch)
     denoiser_of(model, [0], sampling, device, wanted.image_label)  # what does not fit fails before anything is written

@@ -181,16 +181,17 @@ def _files(found: Opened, target: Path, source: Mapping[str, Any]) -> dict[str, 
     """The files of the run by name, in the order in which they are written: what names a file comes after it."""
     model, about = found.model, found.model.about
     config, backbone = model.backbone.model.config, model.backbone
-    metadata = dit_metadata(config, backbone.spec.schedule, backbone.data)
+    metadata = dit_metadata(config, backbone.spec.schedule, backbone.data, backbone.codec)
     files = {"backbone.safetensors": tensors_to_bytes(backbone.model.state_dict(), metadata)}
     common = {"step": about["step"], "weights": about.get("weights", "raw"), "imported": source}
     if model.patch is None or found.method is None:
         facts = {"config": asdict(config), "schedule": asdict(backbone.spec.schedule), "data": backbone.data}
+        facts |= {} if backbone.codec is None else {"codec": dict(backbone.codec)}
         described = {"schema_version": SCHEMA_VERSION, **facts, **common, "sha256": _sha256(files["backbone.safetensors"])}
         return files | {"backbone.json": json_to_bytes(described)}
     base = Base(base=str(target / "backbone.safetensors"))
     files["patch.safetensors"] = tensors_to_bytes(model.patch.state_dict())
-    described = describe_patch(backbone, base, found.method, model.patch, "", "") | common
+    described = describe_patch(backbone, base, found.method, model.patch, "", "", about.get("codec")) | common
     described |= {"data": about["data"], "sha256": _sha256(files["patch.safetensors"])}
     return files | {"patch.json": json_to_bytes(described)}
 

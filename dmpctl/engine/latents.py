@@ -82,7 +82,7 @@ def build_latents(
                 first += len(labels)
 
     fill(shards, make, progress, f"encoding {source.name}", again, verify)
-    return LatentCache(shards)
+    return LatentCache(shards, source)
 
 
 def build_conditions(

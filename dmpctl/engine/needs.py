@@ -14,8 +14,10 @@ from dmpctl.settings.commands import COMMANDS
 from dmpctl.settings.layers import read_toml, resolve
 
 WITH_ASSETS = ("pretrain", "patch", "sample", "fid")
+LATENTS = "vae-ema"  # what their latents are, where nothing says otherwise
 PLACES = ("run", "out", "cache_dir", "needed_for")  # a folder may be called like an asset
 DATA_SET = re.compile(r"hf://(?:datasets/)?([^:]+)(?::.*)?")  # then its configuration and split
+SHAPE = re.compile(r"DiT-(S|B|L|XL)/[248]")  # a backbone of the published shapes works on latents of 4 channels
 SMALL_SIDE = 32  # pixels: below it, distances are measured without Inception
 
 
@@ -63,12 +65,14 @@ def needed(found: list[dict[str, dict[str, Any]]], rows: Registry) -> list[Asset
 
 def _named(values: Mapping[str, Any], rows: Registry) -> Iterator[AssetRow]:
     for key, value in values.items():
-        if key in PLACES or not isinstance(value, str):
+        if key in PLACES or not isinstance(value, str) or (key == "data" and values.get("streaming")):
             continue
         if value in rows:
             yield rows[value]
         elif key in ("base", "weights") and (address := address_in(value)):
             yield ad_hoc(address)
+        elif key == "base" and SHAPE.fullmatch(value) and values.get("codec", "auto") == "auto" and LATENTS in rows:
+            yield rows[LATENTS]
         elif key in ("data", "reference") and (found := DATA_SET.fullmatch(value)):
             yield ad_hoc("hf://datasets/" + found[1])
 

@@ -19,8 +19,10 @@ from dmpctl.engine.build import (
     load_backbone,
     open_data,
     planned_config,
+    published_file,
     resolve_device,
 )
+from dmpctl.engine.codec import latent_record
 from dmpctl.engine.generate import denoiser_of
 from dmpctl.engine.launch import accelerator_for
 from dmpctl.engine.patched import Patched, backbone_digest, describe_patch, lasting_name, load_patch, predict_patched
@@ -44,9 +46,9 @@ def patch(settings: Settings, progress: Progress) -> Report:
             shape = DiT(planned)
             return _parameters_only(settings, shape.spec.parameters, build_patch(shape, settings.method).added)
     settings = with_weights_here(settings, progress)
-    loaded = load_backbone(settings.base)
+    loaded = load_backbone(settings.base, settings.data.data)
     codec = build_codec(loaded, settings)
-    source = open_data(settings.data, loaded.spec, codec, loaded.data)
+    source = open_data(settings.data, loaded.spec, codec, loaded.data, settings)
     session = session_of(settings, loaded, codec, source)
     if settings.evaluate.evaluate:
         denoiser_of(Patched(loaded, None, {}), [0], settings.sampling, torch.device("cpu"))  # fails now, not after training
@@ -62,10 +64,15 @@ def patch(settings: Settings, progress: Progress) -> Report:
 
 
 def with_weights_here(settings: Settings, progress: Progress) -> Settings:
-    """The same settings with --weights as a file on this disk, fetched first if it is an address."""
-    if settings.base.weights is None:
-        return settings
-    base = settings.base.model_copy(update={"weights": resolve_weights(settings.base.weights, settings, progress)})
+    """The same settings with --weights as a file on this disk, fetched first if it is an address.
+
+    So with a --base that is a row of the settings file: the patch can be used without that file.
+    """
+    base, own = settings.base, {row.name: row for row in settings.assets.rows}
+    if base.weights is not None:
+        base = base.model_copy(update={"weights": resolve_weights(base.weights, settings, progress)})
+    if base.base in own and not Path(base.base).expanduser().exists():
+        base = base.model_copy(update={"base": str(published_file(own[base.base], settings))})
     return settings.model_copy(update={"base": base})
 
 
@@ -78,7 +85,13 @@ def session_of(settings: Settings, loaded: Loaded, codec: Codec, source: Source)
     """The training of a fresh patch on this backbone."""
     module = build_patch(loaded.model, settings.method, settings.run.seed)
     described = describe_patch(
-        loaded, settings.base, settings.method, module, data_name(settings, loaded), source.fingerprint
+        loaded,
+        settings.base,
+        settings.method,
+        module,
+        data_name(settings, loaded),
+        source.fingerprint,
+        latent_record(codec),
     )
     predict = partial(predict_patched, loaded.model, module.time_only)
     subject = Subject("patch", module, module.param_groups(), predict, module.penalty, module.noise_shape(), described)

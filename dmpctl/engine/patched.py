@@ -85,7 +85,7 @@ class Patched:
 
     def with_codec(self, settings: Settings) -> "Patched":
         """The same with the codec that --codec names; what was loaded has that of pixel space until then."""
-        return replace(self, codec=build_codec(self.backbone, settings))
+        return replace(self, codec=build_codec(self.backbone, settings, self.about.get("codec")))
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -94,11 +94,20 @@ class Patched:
 
 
 def describe_patch(
-    loaded: Loaded, base: Base, method: Method, patch: PatchModule, data: str, fingerprint: str
+    loaded: Loaded,
+    base: Base,
+    method: Method,
+    patch: PatchModule,
+    data: str,
+    fingerprint: str,
+    codec: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What patch.json says: the method, and the one backbone, schedule and shape that it fits (R40)."""
+    """What patch.json says: the method, and the one backbone, schedule and shape that it fits (R40).
+
+    `codec`: the record of the codec whose latents it was trained on, None: of pixels.
+    """
     spec = loaded.spec
-    return {
+    about = {
         "schema_version": SCHEMA_VERSION,
         "dmpctl": version_of("dmpctl"),
         "method": method.model_dump(mode="json"),
@@ -116,6 +125,7 @@ def describe_patch(
         },
         "data": {"name": data, "fingerprint": fingerprint},
     }
+    return about if codec is None else about | {"codec": dict(codec)}
 
 
 def lasting_name(name: str) -> str:
@@ -174,7 +184,7 @@ def load_merged(path: Path, which: Which | None = None) -> Patched:
     rest = {name: value for name, value in tensors.items() if not name.startswith(PATCH_PREFIX)}
     weights = described_weights(path, rest, metadata)
     model = freeze(dit_from(weights))
-    loaded = Loaded(model, digest_of(model.state_dict()), f"{path} (its backbone)", weights.data)
+    loaded = Loaded(model, digest_of(model.state_dict()), f"{path} (its backbone)", weights.data, weights.codec)
     sha256 = hashlib.sha256(tensors_to_bytes(own)).hexdigest()
     for found, expected in ((loaded.digest, about["backbone"]["sha256"]), (sha256, about["sha256"])):
         if found != expected:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from dmpctl.backbones.dit import DiT, DiTConfig
 from dmpctl.backbones.dit_weights import digest_of, dit_metadata
 from dmpctl.codecs.identity import Identity
-from dmpctl.data.source import open_source
 from dmpctl.engine.assets import require
-from dmpctl.engine.codec import codec_record, open_codec
+from dmpctl.engine.build import open_images
+from dmpctl.engine.codec import latent_record, open_codec
 from dmpctl.engine.launch import accelerator_for
 from dmpctl.engine.patched import lasting_name
 from dmpctl.engine.rundir import RunDir
@@ -68,7 +68,7 @@ def pretrain(settings: Settings, progress: Progress) -> Report:
     if settings.data.data is None:
         raise UsageError("nothing says which images to train on", "add --data digits or --data DIR")
     codec = open_codec(settings.codec, partial(require, settings=settings))
-    source = open_source(settings.data, settings.data.size, settings.data.channels)
+    source = open_images(settings.data, settings.data.size, settings.data.channels, settings)
     config = config_for(settings, codec, source)
     path = default_run(settings, source).expanduser().absolute()
     session = session_of(settings, config, ScheduleSpec(settings.shape.schedule), codec, source)
@@ -82,7 +82,7 @@ def session_of(settings: Settings, config: DiTConfig, schedule: ScheduleSpec, co
     """The training of a fresh backbone on latents of these images."""
     model = DiT(config, schedule)
     model.initialise(torch.Generator().manual_seed(seed_of(settings.run.seed, "initialise")))
-    record = None if isinstance(codec, Identity) else codec_record(codec)
+    record = latent_record(codec)
     facts = {"config": asdict(config), "schedule": asdict(schedule), "data": source.name, "images": len(source)}
     facts |= {} if record is None else {"codec": record}
     groups = [{"name": "backbone", "params": list(model.parameters()), "lr": settings.pretrain.lr}]

@@ -8,6 +8,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from dmpctl.codecs.identity import Identity
+from dmpctl.data.stored import NAMED, StoredImages
 from dmpctl.engine import checkpoint
 from dmpctl.engine.latents import training_source
 from dmpctl.engine.launch import again_command, science_of
@@ -34,6 +35,11 @@ class Session:
     facts: Mapping[str, Any]
     metadata: Mapping[str, str] | None = None
 
+    def science(self, settings: Settings) -> dict[str, Any]:
+        """What makes a run this experiment and no other: settings, and sha256 of what they name."""
+        codec = {} if isinstance(self.codec, Identity) else {"codec_fingerprint": self.codec.fingerprint}
+        return science_of(settings) | dict(self.digests) | codec
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -48,23 +54,51 @@ class Trained:
         return self.start >= self.step
 
 
+def left_out_of(source: Source) -> dict[str, Any]:
+    """What of a source is not used (--on-bad skip), JSON-able: {} where nothing is.
+
+    `bad`: [name, what is wrong with it] of images left out; `replaced`: names of those that another stands in for.
+    """
+    if not isinstance(source, StoredImages):
+        return {}
+    found = {"bad": [list(pair) for pair in source.bad], "replaced": source.replaced}
+    return {"left_out": found} if any(found.values()) else {}
+
+
+def left_out_words(source: Source) -> tuple[str, ...]:
+    """The same for people: how many, and the first by name; one line for each kind there is."""
+    if not isinstance(source, StoredImages):
+        return ()
+    bad = [f"{name} ({why})" for name, why in source.bad]
+    kinds = (("left out", bad), ("broken, others stand in for them", source.replaced))
+    return tuple(
+        f"{source.name}: {len(names)} of {len(source) + len(bad)} images {what}: {', '.join(names[:NAMED])}"
+        + (", ..." if len(names) > NAMED else "")
+        for what, names in kinds
+        if names
+    )
+
+
 def train_in(run: RunDir, session: Session, settings: Settings, accelerator: Accelerator, progress: Progress) -> Trained:
     """Train to --iters inside an open run, and put the finished weights into its root.
 
     UsageError if the run holds another experiment; Interrupted after saving on a signal.
     """
-    digests = dict(session.digests)
-    if not isinstance(session.codec, Identity):
-        digests["codec_fingerprint"] = session.codec.fingerprint
-    science = science_of(settings) | digests
+    science = session.science(settings)
     run.refuse_other(session.command, science)
     source = training_source(settings, session.source, session.codec, accelerator.device, progress, again_command())
     trainer = Trainer(session.subject, session.spec, session.codec, source, settings, run, accelerator)
     began, start = time.perf_counter(), trainer.resume()
     if start < settings.train.iters:
-        for line in run.differences(settings.to_dict()):
+        for line in (*left_out_words(session.source), *run.differences(settings.to_dict())):
             progress.say(line)
-        facts = {"device": str(accelerator.device), "start_step": start, **session.facts, **digests}
+        facts = {
+            "device": str(accelerator.device),
+            "start_step": start,
+            **session.facts,
+            **session.digests,
+            **left_out_of(session.source),
+        }
         run.begin(session.command, science, settings.to_dict(), facts)
         trainer.train(progress, again_command())
     checkpoint.publish(checkpoint.complete(run.checkpoints)[-1], session.subject.kind, run.path, session.metadata)

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 
 from dmpctl.backbones.dit_weights import digest_of
-from dmpctl.data.source import open_source
 from dmpctl.engine import checkpoint, patch, pretrain
-from dmpctl.engine.build import load_backbone
-from dmpctl.engine.launch import accelerator_for, science_of
+from dmpctl.engine.build import load_backbone, open_images
+from dmpctl.engine.launch import accelerator_for
 from dmpctl.engine.paired_loss import epsilon_errors, loss_difference
 from dmpctl.engine.patched import Patched, load_patch
 from dmpctl.engine.rundir import RunDir
@@ -112,7 +111,7 @@ def find_going_on(stage: Stage, variant: str, budget: Settings) -> GoingOn:
     published = (run / "backbone.safetensors").is_file()
     data = load_backbone(Base(base=str(run))).data if published else None  # by a name that lasts
     before = before.model_copy(update={"data": before.data.model_copy(update={"data": data or before.data.data})})
-    source = open_source(before.data, before.data.size, before.data.channels)
+    source = open_images(before.data, before.data.size, before.data.channels)
     if source.fingerprint != recorded["science"].get("data_fingerprint"):
         raise UsageError(f"{variant} cannot go on from {stage.name}: {before.data.data} is not what it was pretrained on")
     step = int(checkpoint.NAME.fullmatch(path.name)[1])  # type: ignore[index]  # `complete` gives no other name
@@ -224,8 +223,7 @@ def _session(cell: Cell) -> Session:
 def _begin_from(goes_on: GoingOn, cell: Cell, run: RunDir, session: Session) -> None:
     """Put the backbone's checkpoint into a run that has none yet, by one rename."""
     if not (run.path / "config.json").is_file():
-        science = science_of(cell.settings) | dict(session.digests)
-        run.begin("pretrain", science, cell.settings.to_dict(), {"goes_on_from": str(goes_on.checkpoint)})
+        run.begin("pretrain", session.science(cell.settings), cell.settings.to_dict(), {"goes_on_from": str(goes_on.checkpoint)})
     if not checkpoint.complete(run.checkpoints):
         target = make_folder(run.checkpoints) / goes_on.checkpoint.name
         half = target.with_name(f"{target.name}.tmp")

@@ -87,11 +87,14 @@ def _parts(*sections: type[Section]) -> tuple[Part, ...]:
     return tuple(Part(section) for section in sections)
 
 
+COLUMNS = ("image_column", "label_column", "caption_column")
+IMAGES = Part(Data, ("size", "hflip", "on_bad", "num_workers", *COLUMNS), "Latents")
+DEVICE = Part(Launch, ("device", "cpu"))
 DECODER = Part(Codec, ("codec", "codec_batch"))
 
 # In the order of `dmpctl --help`; the parts in the order of each command's own help.
 COMMANDS: dict[str, tuple[Part, ...]] = {
-    "download": _parts(Download, Cache, Console),
+    "download": (Part(Download), IMAGES, Part(Codec, ("codec_batch",)), DEVICE, *_parts(Cache, Console)),
     "pretrain": _parts(Shape, Data, Codec, Objective, Train, Pretrain, Run, Save, Launch, Cache, Console),
     "patch": (
         *_parts(Base, Data, Codec, *METHODS.values(), Objective, Train, Run, Save),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 @dataclass(frozen=True)
@@ -158,9 +158,9 @@ class Dmp(Prompts):
         int | None,
         Field(ge=2, description="Mix this many whole sets of prompts per block, not single prompts (extension); default: none."),
     ] = None
-    prompt_rank: Annotated[
-        int | None, Field(ge=1, description="Rank of the prompts as a matrix (extension); default: full.")
-    ] = None
+    prompt_rank: Annotated[int | None, Field(ge=1, description="Rank of the prompts as a matrix (extension); default: full.")] = (
+        None
+    )
     gate: Annotated[
         Literal["soft", "topk", "hard", "uniform", "random"],
         Field(description="Mix all prompts, the k best, the best alone, all alike, or by a random gate that is not trained."),
@@ -411,13 +411,30 @@ class Download(Section):
         Field(description="Fetch what an experiment needs: a settings file or a run; default: the assets named."),
         Flag("for"),
     ] = None
+    encode_with: Annotated[
+        str | None,
+        Field(description="Encode the images that are named with this codec: vae-ema, vae-mse or a folder; default: fetch only."),
+        Flag("latents"),
+    ] = None
     accept_license: Annotated[bool, Field(description="Accept licences that forbid commercial use.")] = False
     verify: Annotated[bool, Field(description="Hash again what is here, or the assets named.")] = False
     prune: Annotated[bool, Field(description="Remove from the cache what no asset names, and what downloads left over.")] = False
 
+    @field_validator("encode_with", mode="before")
+    @classmethod
+    def _names_a_codec(cls, value: Any) -> Any:
+        """`latents` is a switch for patch and pretrain, and a name here: one settings file may hold either at its top."""
+        if isinstance(value, bool) or str(value).lower() in ("true", "false", "0", "1", "yes", "no", "on", "off"):
+            raise ValueError(
+                f"latents of download names a codec (vae-ema, vae-mse or a folder), found {value}; "
+                "the switch of patch and pretrain goes into their own tables"
+            )
+        return value
+
     @model_validator(mode="after")
     def _one_thing(self) -> Self:
-        given = [name for name, on in (("list", self.list_assets), ("verify", self.verify), ("prune", self.prune)) if on]
+        kinds = (("list", self.list_assets), ("verify", self.verify), ("prune", self.prune), ("latents", self.encode_with))
+        given = [name for name, on in kinds if on]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are two different things, give one of the two")
         return self

@@ -8,7 +8,7 @@ import dmpctl.engine
 from dmpctl.cli.app import main
 
 OUTSIDE = (
-    *("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_CACHE", "DMPCTL_CACHE_DIR"),
+    *("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "DMPCTL_CACHE_DIR"),
     *("CI", "RANK", "NO_COLOR", "FORCE_COLOR", "COLUMNS"),
 )
 

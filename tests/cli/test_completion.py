@@ -21,7 +21,14 @@ def test_commands(completed):
 
 
 def test_option_names(completed):
-    assert completed("dmpctl patch --ga") == ["--gate", "--gate-input", "--gate-per-site", "--gate-scale", "--gate-noise", "--gate-lr"]
+    assert completed("dmpctl patch --ga") == [
+        "--gate",
+        "--gate-input",
+        "--gate-per-site",
+        "--gate-scale",
+        "--gate-noise",
+        "--gate-lr",
+    ]
     assert "--no-gate-noise" in completed("dmpctl patch --no-")
 
 

@@ -68,6 +68,20 @@ def test_debug_shows_the_traceback_without_locals(dmpctl_, engine, monkeypatch, 
     assert err.endswith("error: s\n")
 
 
+@pytest.mark.parametrize(
+    ("stop", "code", "err"),
+    [
+        (SystemExit("what a library says"), 1, "error: what a library says\n"),
+        (SystemExit(), 0, ""),
+        (SystemExit(0), 0, ""),
+        (SystemExit(7), 7, ""),
+    ],
+)
+def test_a_library_that_stops_the_program(dmpctl_, engine, stop, code, err):
+    engine("patch", "patch", failing(stop))
+    assert dmpctl_("patch") == (code, "", err)
+
+
 def test_tokens_are_never_shown(dmpctl_, engine, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "sesame-open")
     engine("patch", "patch", failing(ValueError("hf_abcdefgh12345 and sesame-open")))

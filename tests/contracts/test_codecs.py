@@ -10,6 +10,9 @@ from tests.latent_helpers import TINY_SIDE, tiny_vae
 
 CODECS = {  # how to make it in an empty folder, and the channels and side of the images to try it on
     "identity": (lambda folder: Identity(), 3, 16),
+    "identity-grey": (lambda folder: Identity(), 1, 8),
+    "vae-shifted": (lambda folder: Vae(tiny_vae(folder, shift_factor=0.5, scaling_factor=0.3), "vae-shifted", 2), 3, TINY_SIDE),
+    "vae-wide": (lambda folder: Vae(tiny_vae(folder, latent_channels=8), "vae-wide", 1), 3, TINY_SIDE),
     "vae": (lambda folder: Vae(tiny_vae(folder), "vae", 2), 3, TINY_SIDE),
 }
 
@@ -18,7 +21,7 @@ CODECS = {  # how to make it in an empty folder, and the channels and side of th
 def case(request, tmp_path_factory) -> tuple[Codec, torch.Tensor]:
     make, channels, size = CODECS[request.param]
     codec = make(tmp_path_factory.mktemp("codec"))
-    assert codec.name == request.param
+    assert codec.name == request.param.removesuffix("-grey")
     images = torch.randint(0, 256, (3, channels, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     return codec, images
 
@@ -61,6 +64,12 @@ def test_nothing_is_written_into_the_arguments(case):
     codec.decode(latents)
     assert torch.equal(images, kept)
     assert torch.equal(latents, before)
+
+
+def test_the_images_behind_latents_have_the_shape_that_went_in(case):
+    codec, images = case
+    shape = tuple(images.shape[1:])
+    assert codec.image_shape(codec.latent_shape(*shape[:2])) == shape
 
 
 def test_it_says_what_it_is(case):

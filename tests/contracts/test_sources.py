@@ -1,6 +1,7 @@
 """What every Source promises."""
 
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from dmpctl.data.bundled import Digits
 from dmpctl.data.coco import CocoImages
 from dmpctl.data.columns import Columns
 from dmpctl.data.folder import ImageFolder
-from dmpctl.data.loader import TrainingItems
+from dmpctl.data.hub import HubImages, parse
+from dmpctl.data.loader import TrainingItems, order_of
 from dmpctl.data.parquet import ParquetImages
 from dmpctl.data.stream import RowGroups, StreamedImages
 from dmpctl.data.tar import TarImages
@@ -62,6 +64,31 @@ def coco_in(root: Path) -> Path:
     return root
 
 
+def packed_in(root: Path) -> Path:
+    """The images of COCO as they are published, in one zip file."""
+    path, folder = root / "val2014.zip", coco_in(root) / "val2014"
+    if not path.exists():
+        with zipfile.ZipFile(path, "w") as archive:
+            for image in sorted(folder.iterdir()):
+                archive.write(image, f"val2014/{image.name}")
+    return path
+
+
+def hub_in(root: Path) -> Path:
+    """A commit of a repository, as the Hub's cache holds it."""
+    target = root / ("c" * 40) / "data" / "train-00000-of-00001.parquet"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.exists():
+        parquet_in(root).rename(target)
+    return target.parent.parent
+
+
+def made_streamed_latents(root: Path) -> Source:
+    """The latents of images that are read in an order of their own."""
+    images = StreamedImages(RowGroups([parquet_in(root)], Columns(), "rows", "a@b"), "rows", 8)
+    return build_latents(images, Ramp(), root / "cache", Silent())
+
+
 SOURCES: dict[str, Callable[[Path], Source]] = {
     "digits": lambda root: Digits(),
     "digits-rgb": lambda root: Digits(channels=3),
@@ -74,6 +101,9 @@ SOURCES: dict[str, Callable[[Path], Source]] = {
     "streamed": lambda root: StreamedImages(RowGroups([parquet_in(root)], Columns(), "rows", "a@b"), "rows"),
     "tar": lambda root: TarImages(tar_in(root)),
     "tar-lazy": lambda root: TarImages(tar_in(root), on_bad="skip"),
+    "hub": lambda root: HubImages(parse("hf://owner/name"), folder=hub_in(root)),
+    "streamed-latents": made_streamed_latents,
+    "coco-packed": lambda root: CocoImages(packed_in(root), root / "annotations/captions_val2014.json", "val2014"),
     "coco": lambda root: CocoImages(coco_in(root) / "val2014", root / "annotations/captions_val2014.json", "val2014"),
 }
 
@@ -153,7 +183,9 @@ def test_the_fingerprint_is_a_stable_sha256(opened):
 
 
 def test_fingerprints_tell_sources_apart(tmp_path, monkeypatch):
-    sources = [make(tmp_path / name) for name, make in SOURCES.items() if not name.endswith("-lazy")]
+    named = {name: make(tmp_path / name) for name, make in SOURCES.items() if not name.endswith("-lazy")}
+    assert named.pop("coco-packed").fingerprint == named["coco"].fingerprint  # the same images, read from elsewhere
+    sources = list(named.values())
     monkeypatch.setattr(stored, "HELD_ITEMS", 0)
     sources += [SOURCES[name](tmp_path / name) for name in SOURCES if name.endswith("-lazy")]
     sources.append(ImageFolder(made_folder(tmp_path / "other", seed=1)))
@@ -172,6 +204,14 @@ def test_loader_processes_get_the_same_source(opened):
     copy = pickle.loads(pickle.dumps(source))  # noqa: S301
     for index in some(source):
         assert torch.equal(copy.item(index)[0], source.item(index)[0])
+
+
+def test_an_epoch_has_each_item_once_in_an_order_of_its_own(opened):
+    source, order = opened(), order_of(opened())
+    one, again, other = (order(len(source), torch.Generator().manual_seed(seed)).tolist() for seed in (0, 0, 5))
+    assert sorted(one) == sorted(other) == list(range(len(source)))
+    assert one == again
+    assert one != other
 
 
 def test_training_sees_the_items(opened):

@@ -5,6 +5,7 @@ from dmpctl import errors
 CODES = {  # the table that the command line documents
     "DmpError": 1,
     "UsageError": 2,
+    "InUse": 2,
     "MissingError": 3,
     "IntegrityError": 4,
     "NumericalError": 5,

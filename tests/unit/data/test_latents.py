@@ -188,3 +188,19 @@ def test_a_cache_with_a_hole_is_not_opened(tmp_path):
     shards.path(2).unlink()
     with pytest.raises(IntegrityError, match=r"lacks shard-00002"):
         LatentCache(shards)
+
+
+class Turned(Few):
+    """Read from its end, whatever the seed."""
+
+    def order(self, generator):
+        return torch.arange(len(self)).flip(0)
+
+
+def test_latents_are_read_in_the_order_of_their_images(root):
+    """So that a run may go on with the cache, or without it."""
+    cache = build_latents(Turned(fingerprint="e" * 64), Ramp(), root, Silent(), dtype=EXACT, per_shard=8)
+    for source in (cache, pickle.loads(pickle.dumps(cache))):  # noqa: S301
+        labels = [label for _, part in islice(batches(source, 10, 0), 3) for label in part.tolist()]
+        assert labels == [Few().item(index)[1] for index in reversed(range(30))]
+    assert labels != [label for _, part in islice(batches(LatentCache(cache._shards), 10, 0), 3) for label in part.tolist()]

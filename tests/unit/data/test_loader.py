@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dmpctl.data.bundled import Digits
-from dmpctl.data.loader import StepBatches, TrainingItems, batches
+from dmpctl.data.loader import StepBatches, TrainingItems, batches, order_of, permutation
 from dmpctl.errors import IntegrityError, UsageError
 
 
@@ -155,3 +155,42 @@ def test_an_expected_failure_keeps_its_words(workers):
         first(160, source=Unheld(broken=5), num_workers=workers)
     assert caught.value.message == "image 5 cannot be decoded"
     assert caught.value.hint == "repair it"
+
+
+class Blocks(Unheld):
+    """Thirty digits that are read in blocks of ten: like what is fetched part by part."""
+
+    def __len__(self) -> int:
+        return 30
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        blocks = torch.arange(30).view(3, 10)[torch.randperm(3, generator=generator)]
+        return torch.cat([block[torch.randperm(10, generator=generator)] for block in blocks])
+
+
+def indices_of(labelled):
+    """Which digit each image is: of the first thirty no two are alike."""
+    first = Digits().images()[:30].flatten(1)
+    return [int((first == image.flatten()).all(1).nonzero()) for images, _ in labelled for image in images]
+
+
+def test_a_source_is_read_in_its_own_order():
+    assert order_of(Unheld()) is permutation
+    seen = indices_of(first(10, source=Blocks(), batch_size=6))
+    epochs = [seen[start : start + 30] for start in (0, 30)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(30))
+        assert all(len({index // 10 for index in epoch[start : start + 10]}) == 1 for start in (0, 10, 20))
+    assert epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_its_order_does_not_depend_on_ranks_resuming_or_workers(world):
+    whole = first(12, source=Blocks(), batch_size=8, hflip=True)
+    for start, workers in ((0, 0), (5, 0), (2, 2)):
+        given = {"source": Blocks(), "batch_size": 8, "hflip": True, "start": start, "num_workers": workers, "world": world}
+        ranks = [first(4, rank=rank, **given) for rank in range(world)]
+        for step, (images, labels) in enumerate(whole[start : start + 4]):
+            for rank in range(world):
+                assert torch.equal(images[rank::world], ranks[rank][step][0])
+                assert torch.equal(labels[rank::world], ranks[rank][step][1])

@@ -1,5 +1,6 @@
 import pickle
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,11 @@ from datasets import ClassLabel, Value
 
 from dmpctl.data import stream
 from dmpctl.data.columns import Columns
+from dmpctl.data.loader import batches
 from dmpctl.data.parquet import ParquetImages
 from dmpctl.data.stream import RowGroups, StreamedImages
 from dmpctl.errors import IntegrityError, MissingError, UsageError
+from dmpctl.rng import seed_of
 from tests.unit.data.made import encoded, write_parquet
 
 ROWS, PER_GROUP = 60, 7
@@ -166,3 +169,25 @@ def test_the_shuffle_reaches_everywhere(files):
     first = [order(source, seed)[0] for seed in range(200)]
     assert len(set(first)) > 40
     assert abs(float(np.mean(first)) - (ROWS - 1) / 2) < 5
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_training_sees_each_row_once_in_an_epoch_on_any_layout(files, monkeypatch, world):
+    """Two epochs and more in batches of 8 out of 60 rows; then the same from the middle, with two loader processes."""
+    monkeypatch.setattr(stream, "WINDOW", 3_000)
+    known = {opened(files).item(row)[0].numpy().tobytes(): row for row in range(ROWS)}
+
+    def steps(count: int, start: int = 0, workers: int = 0) -> list[int]:
+        ranks = [batches(opened(files), 8, 3, start, rank, world, num_workers=workers) for rank in range(world)]
+        taken = [[images for images, _ in islice(rank, count)] for rank in ranks]
+        for rank in ranks:
+            rank.close()
+        together = [torch.stack(step, 1).flatten(0, 1) for step in zip(*taken, strict=True)]
+        return [known[image.numpy().tobytes()] for step in together for image in step]
+
+    seen = steps(16)
+    generators = [torch.Generator().manual_seed(seed_of(3, "order", epoch)) for epoch in range(3)]
+    assert seen == [row for generator in generators for row in opened(files).order(generator).tolist()][: 16 * 8]
+    assert all(Counter(seen[epoch * ROWS : (epoch + 1) * ROWS]) == Counter(range(ROWS)) for epoch in range(2))
+    assert steps(4, start=6) == seen[48:80]
+    assert steps(4, start=6, workers=2) == seen[48:80]

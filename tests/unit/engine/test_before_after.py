@@ -59,7 +59,9 @@ def test_verdicts():
 
 
 def test_too_few_images_for_a_verdict(finished):
-    figures, _ = before_after.measure(load_patch(finished), Digits(), settings_for("patch", eval_images=30, steps=3), CPU, Silent())
+    figures, _ = before_after.measure(
+        load_patch(finished), Digits(), settings_for("patch", eval_images=30, steps=3), CPU, Silent()
+    )
     assert figures["difference"]["standard_error"] is None
     assert figures["verdict"].startswith("no verdict")
     before_after.table(figures)

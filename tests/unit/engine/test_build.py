@@ -1,3 +1,4 @@
+import zipfile
 from dataclasses import replace
 
 import pytest
@@ -13,9 +14,13 @@ from dmpctl.methods.dmp import DmpPatch
 from dmpctl.methods.full import FullPatch
 from dmpctl.methods.lora import LoraPatch
 from dmpctl.methods.prompt_tuning import PromptPatch
+from dmpctl.settings.assets import AssetRow, Assets
 from dmpctl.settings.sections import Base, Data, Dmp, Full, Lora, PromptTuning
 from dmpctl.types import BackboneSpec, ScheduleSpec, Site
 from tests.helpers import settings_for
+from tests.unit.data.made import encoded, write_coco
+
+COCO = {"coco-train2014": "train2014", "coco-annotations": "annotations"}
 
 
 def spec_of(channels: int = 1, size: int = 8, tokens: int = 16, width: int = 32, depth: int = 4) -> BackboneSpec:
@@ -35,6 +40,7 @@ def test_the_bundled_backbone_is_frozen_and_describes_itself():
 def test_a_shape_needs_weights():
     with pytest.raises(MissingError, match="no weights for DiT-L/2") as failure:
         build.load_backbone(Base(base="DiT-L/2"))
+    assert "dmpctl patch --base DiT-L/2 --data DIR --weights FILE" in failure.value.hint
     assert "--hidden-size 1024 --depth 24 --num-heads 16" in failure.value.hint
     assert build.planned_config(Base(base="DiT-L/2")) == DiTConfig(32, 4, 2, 1024, 24, 16, 0)
     assert build.planned_config(Base()) is None
@@ -115,6 +121,25 @@ def test_data_that_does_not_fit_the_backbone(data, spec, sentence):
         build.open_data(data, spec, Identity(), "digits")
 
 
+def test_published_data_is_found_in_the_one_cache(tmp_path, monkeypatch):
+    """COCO as it is published, two zip files; the rows are those of the settings."""
+    monkeypatch.setenv("DMPCTL_CACHE_DIR", str(tmp_path / "cache"))
+    with pytest.raises(MissingError, match="coco-train2014") as failure:
+        build.open_images(Data(data="coco"), 8, 3)
+    assert failure.value.hint == "run dmpctl download coco-train2014"
+    write_coco(tmp_path, "train2014", {f"{n}.png": encoded(n) for n in range(4)})
+    for name, inside in (("coco-train2014", "train2014"), ("coco-annotations", "annotations")):
+        place = tmp_path / "cache" / "files" / name / f"{inside}.zip"
+        place.parent.mkdir(parents=True)
+        with zipfile.ZipFile(place, "w") as archive:
+            for path in sorted((tmp_path / inside).iterdir()):
+                archive.write(path, f"{inside}/{path.name}")
+    rows = tuple(AssetRow(name=name, kind="data", file=f"{inside}.zip") for name, inside in COCO.items())
+    settings = settings_for("patch").model_copy(update={"assets": Assets(rows=rows)})
+    source = build.open_data(Data(data="coco"), spec_of(channels=3), Identity(), None, settings)
+    assert (source.name, len(source), source.item(0)[0].shape) == ("coco-train2014", 4, (3, 8, 8))
+
+
 def test_the_codec_is_the_one_the_backbone_was_trained_with(tmp_path):
     settings, loaded = settings_for("patch"), build.load_backbone(Base())
     assert build.build_codec(loaded, settings).name == "identity"
@@ -132,7 +157,9 @@ def test_freezing():
     assert not any(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("method", [Dmp(prompt_init="random"), Dmp(gate="random"), PromptTuning(prompt_init="random"), Lora(rank=2)])
+@pytest.mark.parametrize(
+    "method", [Dmp(prompt_init="random"), Dmp(gate="random"), PromptTuning(prompt_init="random"), Lora(rank=2)]
+)
 def test_a_random_start_is_a_function_of_the_seed(method):
     model = build.freeze(DiT(DiTConfig(8, 1, 2, 16, 2, 2, 0)))
     first, again, other = (build.build_patch(model, method, seed).state_dict() for seed in (1, 1, 2))

@@ -140,7 +140,10 @@ def test_a_wrong_value_in_a_file(toml):
     path = toml("lr = -1\n")
     assert sentence("pretrain", {}, path).startswith(f"{path}: lr: Input should be greater than 0")
     path = toml('[patch]\ngate = "sofd"\n')
-    assert sentence("patch", {}, path) == f"{path} [patch]: gate: 'sofd' is not one of soft, topk, hard, uniform, random, did you mean soft?"
+    assert (
+        sentence("patch", {}, path)
+        == f"{path} [patch]: gate: 'sofd' is not one of soft, topk, hard, uniform, random, did you mean soft?"
+    )
 
 
 def test_all_wrong_values_are_named_at_once():

@@ -94,7 +94,12 @@ def test_values_that_do_not_go_together(section, values, sentence):
 
 @pytest.mark.parametrize(
     "values",
-    [{"gate": "topk", "topk": 3, "prompts": 2, "prompt_sets": 4}, {"gate": "topk", "topk": 8, "prompts": 8}, {"gate": "topk", "topk": 4, "position": "prepend"}, {"position": "prepend"}],
+    [
+        {"gate": "topk", "topk": 3, "prompts": 2, "prompt_sets": 4},
+        {"gate": "topk", "topk": 8, "prompts": 8},
+        {"gate": "topk", "topk": 4, "position": "prepend"},
+        {"position": "prepend"},
+    ],
 )
 def test_values_that_do_go_together(values):
     assert Dmp(**values)

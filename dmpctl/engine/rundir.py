@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from dmpctl.errors import InUse, IntegrityError, MissingError, UsageError
+from dmpctl.errors import IntegrityError, InUse, MissingError, UsageError
 from dmpctl.files import read_json, write_atomic, write_json, writing
 from dmpctl.settings.commands import defaults_of
 

@@ -95,7 +95,8 @@ class PromptModule(nn.Module):
     """The prompts of all patched blocks, in float32 whatever the backbone's dtype.
 
     `prompt_embeddings` [L, (E,) N, D]; with a rank r instead `prompt_rows` [L, (E,) N, r] and `prompt_columns`
-    [L, (E,) r, D], whose product they are. `seed`: of a start that is not zero. A zero start has zero columns, as rows of zeros too would never move.
+    [L, (E,) r, D], whose product they are. A zero start has zero columns, as rows of zeros too would never move;
+    `seed`: of any other start.
     """
 
     prompt_embeddings: nn.Parameter

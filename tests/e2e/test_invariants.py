@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from dmpctl.cli.console import Silent
+from dmpctl.codecs.identity import Identity
 from dmpctl.data.bundled import Digits
 from dmpctl.engine import checkpoint, generate, patch, pretrain
-from dmpctl.codecs.identity import Identity
 from dmpctl.engine.build import build_patch, load_backbone
 from dmpctl.engine.launch import accelerator_for
 from dmpctl.engine.patched import load_patch, load_result, predict_patched

@@ -35,10 +35,15 @@ class Session:
     facts: Mapping[str, Any]
     metadata: Mapping[str, str] | None = None
 
-    def science(self, settings: Settings) -> dict[str, Any]:
-        """What makes a run this experiment and no other: settings, and sha256 of what they name."""
+    @property
+    def identities(self) -> dict[str, str]:
+        """sha256 of all that the settings name: backbone, data, and a codec that is not pixels as they are."""
         codec = {} if isinstance(self.codec, Identity) else {"codec_fingerprint": self.codec.fingerprint}
-        return science_of(settings) | dict(self.digests) | codec
+        return dict(self.digests) | codec
+
+    def science(self, settings: Settings) -> dict[str, Any]:
+        """What makes a run this experiment and no other."""
+        return science_of(settings) | self.identities
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ def train_in(run: RunDir, session: Session, settings: Settings, accelerator: Acc
             "device": str(accelerator.device),
             "start_step": start,
             **session.facts,
-            **session.digests,
+            **session.identities,
             **left_out_of(session.source),
         }
         run.begin(session.command, science, settings.to_dict(), facts)

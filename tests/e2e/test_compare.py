@@ -168,7 +168,7 @@ def test_the_paired_loss_alone_on_held_out_images(place, tmp_path, monkeypatch, 
 
 
 def test_interrupted_it_keeps_what_is_done(place, tmp_path, monkeypatch, cli):
-    """A signal between two cells, and one in a training: 130, and the same command goes on."""
+    """A signal between two cells: 130, and the same command goes on."""
     monkeypatch.chdir(tmp_path)
     text = STUDY.replace('"backbone', f'"{place}/backbone').replace("eval_images = 80", "eval_images = 0")
     (tmp_path / "study.toml").write_text(text.replace("iters = 4", "iters = 6\nsave_every = 2"))
@@ -182,10 +182,11 @@ def test_interrupted_it_keeps_what_is_done(place, tmp_path, monkeypatch, cli):
         return record
 
     monkeypatch.setattr(engine, "do_cell", once)
+    monkeypatch.setattr(sys, "argv", ["dmpctl", "compare", "study.toml", "--cpu"])
     stopped = cli("compare", "study.toml", "--cpu")
     assert stopped.code == 130
     assert "error: stopped by SIGINT, 2 cells are done" in stopped.err
-    assert "hint: go on with: dmpctl " in stopped.err
+    assert "hint: go on with: dmpctl compare study.toml --cpu" in stopped.err
     done = {path: path.stat().st_mtime_ns for path in (tmp_path / "study").rglob("cell.json")}
     assert len(done) == 2
     assert not (tmp_path / "study" / "table.md").exists()

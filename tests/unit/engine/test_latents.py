@@ -185,8 +185,13 @@ class Slow(Ramp):
         return super().encode(images)
 
 
+def build_alone(root, codec):
+    torch.set_num_threads(1)  # torch's thread pool does not survive a fork
+    build(root, codec)
+
+
 def in_process(root, codec):
-    process = multiprocessing.get_context("fork").Process(target=build, args=(root, codec))
+    process = multiprocessing.get_context("fork").Process(target=build_alone, args=(root, codec))
     process.start()
     return process
 

@@ -263,3 +263,22 @@ class ProgressTask(Protocol):
     def __enter__(self) -> ProgressTask: ...
 
     def __exit__(self, *exc: object) -> None: ...
+
+
+class Silent:
+    """No progress, no talk; also the task that shows nothing."""
+
+    def track(self, what: str, total: int, start: int = 0, unit: Unit = "it") -> ProgressTask:
+        return self
+
+    def say(self, message: str) -> None:
+        return None
+
+    def advance(self, by: int = 1, **figures: float) -> None:
+        return None
+
+    def __enter__(self) -> ProgressTask:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        return None

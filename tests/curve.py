@@ -13,17 +13,16 @@ from typing import Any
 
 from dmpctl.backbones.dit import DiTConfig
 from dmpctl.backbones.dit_weights import Weights, digest_of, dit_from
-from dmpctl.cli.console import Silent
 from dmpctl.data.bundled import Digits
 from dmpctl.engine.build import Loaded, freeze
-from dmpctl.engine.checkpoint import complete
+from dmpctl.engine.checkpoint import complete, step_of
 from dmpctl.engine.evaluate import extract, images_of, in_parts
 from dmpctl.engine.paired_loss import epsilon_errors
 from dmpctl.engine.patched import Patched
 from dmpctl.files import read_json, read_tensors, write_json
 from dmpctl.metrics.frechet import Factor, features_to_fid
 from dmpctl.metrics.moments import features_to_moments
-from dmpctl.types import ScheduleSpec
+from dmpctl.types import ScheduleSpec, Silent
 from tests.miniature import CPU, EXTRACTORS, sampled
 
 
@@ -74,9 +73,9 @@ def main() -> None:
     reference = {e.name: Factor.of(features_to_moments([extract(e, images_of(source))])) for e in EXTRACTORS}
     before = read_json(args.out)["points"] if args.out.is_file() else []
     points: dict[int, dict[str, Any]] = {p["step"]: p for p in before}
-    found = [c for c in complete(args.run / "checkpoints") if int(c.name[5:]) % args.every == 0]
+    found = [c for c in complete(args.run / "checkpoints") if step_of(c) % args.every == 0]
     for checkpoint in found:
-        step = int(checkpoint.name[5:])
+        step = step_of(checkpoint)
         if step in points:
             continue
         model = backbone_at(checkpoint)

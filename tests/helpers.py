@@ -13,7 +13,6 @@ from PIL import Image
 
 import dmpctl
 from dmpctl.backbones.dit import DiT
-from dmpctl.cli.console import Silent
 from dmpctl.data.bundled import Digits
 from dmpctl.engine.build import load_backbone
 from dmpctl.engine.patch import patch
@@ -24,7 +23,7 @@ from dmpctl.methods.dmp import dmp_shape
 from dmpctl.settings.layers import resolve
 from dmpctl.settings.model import Settings
 from dmpctl.settings.sections import Base, Dmp
-from dmpctl.types import Report
+from dmpctl.types import Report, Silent
 
 SOURCE = Path(dmpctl.__file__).parents[1]
 SMALL = {"iters": 6, "batch_size": 8, "log_every": 1, "save_every": 3, "keep_last": 5, "cpu": True}

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from scipy.stats import ttest_1samp
 
-from dmpctl.cli.console import Silent
 from dmpctl.data.bundled import Digits
 from dmpctl.engine.evaluate import extract, images_of, in_parts
 from dmpctl.engine.generate import generate
@@ -28,6 +27,7 @@ from dmpctl.metrics.frechet import Factor, features_to_fid, paired_difference
 from dmpctl.metrics.moments import features_to_moments
 from dmpctl.settings.layers import resolve
 from dmpctl.settings.sections import Sampling
+from dmpctl.types import Silent
 from tests.digit_features import DigitFeatures
 
 CPU = torch.device("cpu")

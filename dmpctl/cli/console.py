@@ -21,7 +21,7 @@ from dmpctl.files import amount
 from dmpctl.settings import sections
 from dmpctl.settings.commands import field_of, options_of
 from dmpctl.settings.layers import Resolved
-from dmpctl.types import Progress, ProgressTask, Report, Unit
+from dmpctl.types import Progress, ProgressTask, Report, Silent, Unit
 
 SECONDS_PER_LINE = 2.0
 LINES_PER_TASK = 50
@@ -43,25 +43,6 @@ def progress_for(console: sections.Console) -> Progress:
     if console.quiet or not is_main():
         return Silent()
     return Bars() if is_terminal(sys.stderr) else Lines(sys.stderr)
-
-
-class Silent:
-    """No progress, no talk; also the task that shows nothing."""
-
-    def track(self, what: str, total: int, start: int = 0, unit: Unit = "it") -> ProgressTask:
-        return self
-
-    def say(self, message: str) -> None:
-        return None
-
-    def advance(self, by: int = 1, **figures: float) -> None:
-        return None
-
-    def __enter__(self) -> ProgressTask:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        return None
 
 
 def counted(number: float, unit: Unit) -> str:

@@ -116,10 +116,15 @@ def name_of(step: int) -> str:
     return f"step-{step:07d}"
 
 
+def step_of(path: Path) -> int:
+    """The step of a finished checkpoint, by its folder's name."""
+    return int(path.name.removeprefix("step-"))
+
+
 def complete(folder: Path) -> list[Path]:
     """Finished checkpoints, oldest first; leftovers of an interrupted save are no checkpoints."""
     found = [p for p in folder.iterdir() if NAME.fullmatch(p.name) and (p / "trainer.json").is_file()] if folder.is_dir() else []
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=step_of)
 
 
 def load(path: Path) -> TrainerState:

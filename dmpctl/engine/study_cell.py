@@ -20,13 +20,13 @@ from dmpctl.engine.paired_loss import epsilon_errors, loss_difference
 from dmpctl.engine.patched import Patched, load_patch
 from dmpctl.engine.rundir import RunDir
 from dmpctl.engine.session import Session, train_in
-from dmpctl.engine.study_stage import Quiet, Side, Stage, identity_of, refuse_other, sampled_features
+from dmpctl.engine.study_stage import Side, Stage, identity_of, refuse_other, sampled_features
 from dmpctl.errors import InUse, NumericalError, UsageError
 from dmpctl.files import make_folder, read_json, read_tensors, sha256_of, write_json, writing
 from dmpctl.metrics.frechet import paired_difference
 from dmpctl.settings.model import Settings
 from dmpctl.settings.sections import Base
-from dmpctl.types import Source
+from dmpctl.types import Silent, Source
 
 SCHEMA_VERSION = 1
 BANDS = 5  # of timesteps
@@ -114,7 +114,7 @@ def find_going_on(stage: Stage, variant: str, budget: Settings) -> GoingOn:
     source = open_images(before.data, before.data.size, before.data.channels)
     if source.fingerprint != recorded["science"].get("data_fingerprint"):
         raise UsageError(f"{variant} cannot go on from {stage.name}: {before.data.data} is not what it was pretrained on")
-    step = int(checkpoint.NAME.fullmatch(path.name)[1])  # type: ignore[index]  # `complete` gives no other name
+    step = checkpoint.step_of(path)
     settings = before.model_copy(
         update={
             "train": before.train.model_copy(update={"iters": step + budget.train.iters}),
@@ -206,7 +206,7 @@ def _train(cell: Cell, run: RunDir) -> dict[str, Any]:
     if cell.goes_on is not None:
         _begin_from(cell.goes_on, cell, run, session)
     cell.stage.loaded.model.to(accelerator.device)
-    train_in(run, session, cell.settings, accelerator, Quiet())
+    train_in(run, session, cell.settings, accelerator, Silent())
     patch.refuse_changed_backbone(cell.stage.loaded)
     whole = {"added_parameters": cell.stage.loaded.spec.parameters, "added_percent": 100.0}
     return {key: session.subject.described.get(key, value) for key, value in whole.items()}
@@ -246,7 +246,7 @@ def measured(model: Patched, stage: Stage, side: Side, tuning: bool, device: tor
     Differences are model minus backbone, negative is better. NumericalError where they are not finite.
     """
     before = side.tuning_errors if tuning else side.errors
-    errors, steps = epsilon_errors(model, stage.source, device, stage.noise_seed(tuning), Quiet())
+    errors, steps = epsilon_errors(model, stage.source, device, stage.noise_seed(tuning), Silent())
     loss = loss_difference(before, errors, steps)
     if not math.isfinite(loss.patched):
         raise NumericalError(f"the trained model gives a loss of {loss.patched}")
@@ -268,7 +268,7 @@ def measured(model: Patched, stage: Stage, side: Side, tuning: bool, device: tor
     }
     if not tuning and stage.extractor is not None and side.features is not None and side.reference is not None:
         seed = stage.sampling.sample_seed
-        features = sampled_features(model, stage, seed, device, Quiet(), stage.extractor)
+        features = sampled_features(model, stage, seed, device, Silent(), stage.extractor)
         gap = paired_difference(features, side.features, side.reference)
         found["frechet"] = {
             "backbone": gap.b.value,

@@ -29,31 +29,12 @@ from dmpctl.settings.commands import defaults_of
 from dmpctl.settings.model import Settings
 from dmpctl.settings.sections import Fid, Sampling
 from dmpctl.settings.study import Study, settings_of
-from dmpctl.types import Codec, Extractor, Progress, ProgressTask, Source
+from dmpctl.types import Codec, Extractor, Progress, Silent, Source
 
 SCHEMA_VERSION = 1
 TRAINING = ("patch", "pretrain")  # commands whose settings shape a cell
 OTHER_SEEDS = 3  # of sampling: how much the backbone's distance moves without any change
 CPU = torch.device("cpu")
-
-
-class Quiet:
-    """No progress: a study shows one bar for all its cells. Also the task that shows nothing."""
-
-    def track(self, what: str, total: int, start: int = 0, unit: str = "it") -> ProgressTask:
-        return self
-
-    def say(self, message: str) -> None:
-        return None
-
-    def advance(self, by: int = 1, **figures: float) -> None:
-        return None
-
-    def __enter__(self) -> ProgressTask:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        return None
 
 
 @dataclass(frozen=True)
@@ -206,7 +187,7 @@ def sampled_features(
 
 def _measured(stage: Stage, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors to keep, and figures: the loss, the distance, its sampling noise and the noise floor."""
-    quiet = Quiet()
+    quiet = Silent()
     errors, steps = epsilon_errors(stage.plain, stage.source, device, stage.noise_seed(False), quiet)
     other = epsilon_errors(stage.plain, stage.source, device, stage.noise_seed(True), quiet)[0]
     tensors = {"errors": errors, "tuning_errors": other, "steps": torch.tensor(steps)}

@@ -2,52 +2,40 @@
 
 import copy
 from collections.abc import Iterator
-from typing import Any, Self, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from dmpctl.errors import UsageError
+from dmpctl.methods.changed import ChangedBackbone
 from dmpctl.rng import seed_of
 from dmpctl.settings.sections import Lora
-from dmpctl.types import Backbone, Plan, Routing
+from dmpctl.types import Backbone
 
 ADAPTER = "default"  # peft's name for an adapter that was given none; it is not part of the saved names
 
 
-class LoraPatch(nn.Module):
+class LoraPatch(ChangedBackbone):
     """Adapters A [rank, in] and B [out, rank] in float32, for a backbone (an nn.Module that is a `types.Backbone`).
 
     peft puts them into a second structure over the very tensors of the backbone, which stays as it is. They are named
     as peft saves them (`blocks.0.attn.qkv.lora_A.weight`). B is zero at the start: a fresh one is its backbone, bit for bit.
+    rank·(in + out) numbers for every target layer.
     """
+
+    group: ClassVar[str] = "lora"
 
     def __init__(self, backbone: nn.Module, settings: Lora, seed: int = 0) -> None:
         """UsageError for a rank that no target layer can have."""
-        super().__init__()
-        self.settings = settings
         ends = target_ends(cast(Backbone, backbone), settings)
         refuse_rank(backbone, ends, settings.rank)
         changed = injected(over_the_same_tensors(backbone), ends, settings, seed)
-        self._frozen, self._changed = (backbone,), (changed,)  # in tuples they are no submodules
+        super().__init__(changed, settings.lr)
+        self._frozen = (backbone,)  # in a tuple it is no submodule
         for name, layer in adapted(changed):
             for part in ("lora_A", "lora_B"):
                 register(self, f"{name}.{part}", getattr(layer, part)[ADAPTER])
-
-    def train(self, mode: bool = True) -> Self:
-        """The patch alone changes its mode: a backbone is always in eval mode, adapters and all."""
-        self.training = mode
-        return self
-
-    @property
-    def time_only(self) -> bool:
-        """False: no conditioning is looked at."""
-        return False
-
-    @property
-    def added(self) -> int:
-        """rank·(in + out) for every target layer."""
-        return sum(tensor.numel() for tensor in self.parameters())
 
     @torch.no_grad()
     def merged(self) -> dict[str, Tensor]:
@@ -57,25 +45,6 @@ class LoraPatch(nn.Module):
             weight = tensors[f"{name}.weight"]
             tensors[f"{name}.weight"] = (weight.float() + layer.get_delta_weight(ADAPTER)).to(weight.dtype)
         return tensors
-
-    def noise_shape(self) -> None:
-        """None: there is no gate."""
-
-    def forward(self, c: Tensor, noise: Tensor | None = None) -> Plan:
-        """`plan`, so that the module can be wrapped for many processes."""
-        return self.plan(c, noise)
-
-    def plan(self, c: Tensor, noise: Tensor | None = None) -> Plan:
-        """The backbone with adapters in place of the bare one; neither c nor noise has a part in it."""
-        return Plan(backbone=cast(Backbone, self._changed[0]))
-
-    def param_groups(self) -> list[dict[str, Any]]:
-        """All adapters at one rate."""
-        return [{"name": "lora", "params": list(self.parameters()), "lr": self.settings.lr}]
-
-    def penalty(self, routing: Routing | None) -> dict[str, Tensor]:
-        """Empty: there is nothing to balance."""
-        return {}
 
 
 def target_ends(backbone: Backbone, settings: Lora) -> tuple[str, ...]:

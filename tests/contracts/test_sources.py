@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-from dmpctl.cli.console import Silent
 from dmpctl.data import stored
 from dmpctl.data.bundled import Digits
 from dmpctl.data.coco import CocoImages
@@ -23,7 +22,7 @@ from dmpctl.data.parquet import ParquetImages
 from dmpctl.data.stream import RowGroups, StreamedImages
 from dmpctl.data.tar import TarImages
 from dmpctl.engine.latents import build_latents
-from dmpctl.types import Source
+from dmpctl.types import Silent, Source
 from tests.latent_helpers import Ramp
 from tests.unit.data.made import write_coco, write_parquet, write_tar
 

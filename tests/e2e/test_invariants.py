@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from dmpctl.cli.console import Silent
 from dmpctl.codecs.identity import Identity
 from dmpctl.data.bundled import Digits
 from dmpctl.engine import checkpoint, generate, patch, pretrain
@@ -20,6 +19,7 @@ from dmpctl.engine.train import Trainer
 from dmpctl.errors import IntegrityError, Interrupted
 from dmpctl.files import sha256_of
 from dmpctl.settings.sections import Base, Dmp
+from dmpctl.types import Silent
 from tests.helpers import BUNDLED, SHAPE, SMALL, files, patch_run, pretrain_run, same_but_time, settings_for, tensors_of, tree
 
 CPU = torch.device("cpu")

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from dmpctl.backbones.dit import DiT, DiTConfig
-from dmpctl.cli.console import Silent
 from dmpctl.codecs.vae import Vae
 from dmpctl.data.folder import ImageFolder
 from dmpctl.engine.latents import build_latents
@@ -15,6 +14,7 @@ from dmpctl.engine.pretrain import no_penalty, predict
 from dmpctl.engine.rundir import RunDir
 from dmpctl.engine.session import Session, train_in
 from dmpctl.engine.train import Subject, Trainer
+from dmpctl.types import Silent
 from tests.helpers import colour_folder, same_but_time, settings_for, tensors_of
 from tests.latent_helpers import TINY_SIDE, tiny_vae
 

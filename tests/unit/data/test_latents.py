@@ -6,13 +6,12 @@ from itertools import islice
 import pytest
 import torch
 
-from dmpctl.cli.console import Silent
 from dmpctl.data.bundled import Digits
 from dmpctl.data.latents import LatentCache, latent_shards, pack, unpack
 from dmpctl.data.loader import TrainingItems, batches
 from dmpctl.engine.latents import build_latents
 from dmpctl.errors import IntegrityError, UsageError
-from dmpctl.types import Moments
+from dmpctl.types import Moments, Silent
 from tests.latent_helpers import Ramp
 
 EXACT = torch.float32

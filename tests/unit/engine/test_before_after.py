@@ -7,11 +7,11 @@ import signal
 import pytest
 import torch
 
-from dmpctl.cli.console import Silent
 from dmpctl.data.bundled import Digits
 from dmpctl.engine import before_after, paired_loss, patch
 from dmpctl.engine.patched import load_patch
 from dmpctl.errors import Interrupted
+from dmpctl.types import Silent
 from tests.helpers import SMALL, copied, files, patch_run, settings_for
 
 CPU = torch.device("cpu")

@@ -10,7 +10,6 @@ import pytest
 import torch
 from scipy import stats
 
-from dmpctl.cli.console import Silent
 from dmpctl.engine import compare as engine
 from dmpctl.engine import paired_loss, study_cell, study_stage
 from dmpctl.engine.compare import best, compare, mean_or_none
@@ -20,6 +19,7 @@ from dmpctl.engine.study_stage import refuse_other
 from dmpctl.engine.study_table import Results, bands_of, holm, markdown, rows_of, sentences, t_test, tidy, word
 from dmpctl.errors import NumericalError, UsageError
 from dmpctl.files import read_json
+from dmpctl.types import Silent
 from tests.helpers import pretrain_run, settings_for, tensors_of
 
 GAINS = {"a": (-3.1, -2.9, -3.3, -3.0, -2.7), "b": (0.5, -0.4, 0.1, 0.2, -0.3), "c": (4.0, 5.0, 4.5, 3.0, 5.5)}

@@ -5,13 +5,13 @@ import pytest
 import torch
 from torchmetrics.image.fid import _compute_fid
 
-from dmpctl.cli.console import Silent
 from dmpctl.data.bundled import Digits
 from dmpctl.engine import evaluate
 from dmpctl.engine.generate import generate
 from dmpctl.engine.patched import load_patch
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.metrics.features.pixels import Pixels
+from dmpctl.types import Silent
 from tests.helpers import copied, digit_folder, files, settings_for
 
 FAST = {"sampler": "ddim", "steps": 3, "sample_batch": 64, "cpu": True}

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from dmpctl.backbones.dit_weights import digest_of, read_weights
-from dmpctl.cli.console import Silent
 from dmpctl.engine.build import load_backbone
 from dmpctl.engine.export import export
 from dmpctl.engine.importer import import_file
@@ -16,7 +15,7 @@ from dmpctl.engine.patched import Patched, load_merged, load_patch, load_result,
 from dmpctl.errors import IntegrityError, UsageError
 from dmpctl.files import read_json, read_tensors, write_json, write_tensors
 from dmpctl.settings.sections import Base
-from dmpctl.types import Report
+from dmpctl.types import Report, Silent
 from tests.helpers import copied, files, flip, patch_run, settings_for, tree
 
 T = torch.tensor([3, 400, 990])

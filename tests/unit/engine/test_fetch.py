@@ -7,12 +7,12 @@ import socket
 
 import pytest
 
-from dmpctl.cli.console import Silent
 from dmpctl.engine import assets, fetch, https
 from dmpctl.engine.cache import locked, read_index
 from dmpctl.engine.registry import SHIPPED
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.settings.assets import AssetRow, Assets
+from dmpctl.types import Silent
 from tests.helpers import files, flip, settings_for
 from tests.standin import Answer, running
 from tests.unit.engine.test_https import Talk

@@ -6,10 +6,10 @@ import torch
 from PIL import Image
 from scipy import stats
 
-from dmpctl.cli.console import Silent
 from dmpctl.engine import gates
 from dmpctl.engine.patched import load_patch
 from dmpctl.errors import UsageError
+from dmpctl.types import Silent
 from tests.helpers import BUNDLED, copied, files, patch_run, settings_for
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from dmpctl.cli.console import Silent
 from dmpctl.engine import generate
 from dmpctl.engine.patched import load_patch, load_result
 from dmpctl.errors import Interrupted, UsageError
 from dmpctl.rng import seed_of
+from dmpctl.types import Silent
 from tests.helpers import copied, files, settings_for
 
 CPU = torch.device("cpu")

@@ -5,11 +5,11 @@ import socket
 
 import pytest
 
-from dmpctl.cli.console import Silent
 from dmpctl.engine import assets, cache, fetch, https, hub
 from dmpctl.engine.cache import Fact
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.settings.assets import AssetRow, Assets
+from dmpctl.types import Silent
 from tests.helpers import files, flip, settings_for
 from tests.standin import COMMIT, Answer, Repository, running
 from tests.unit.engine.test_https import Talk

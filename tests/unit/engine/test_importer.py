@@ -17,7 +17,6 @@ from torch import Tensor
 
 from dmpctl.backbones.dit import DiT, DiTConfig
 from dmpctl.backbones.dit_weights import digest_of, save_dit
-from dmpctl.cli.console import Silent
 from dmpctl.engine.build import load_backbone
 from dmpctl.engine.importer import PATCH_KEYS, import_file
 from dmpctl.engine.patched import Patched, load_patch, load_result
@@ -26,7 +25,7 @@ from dmpctl.files import read_json, read_tensors
 from dmpctl.methods.dmp import DmpPatch
 from dmpctl.methods.prompt_tuning import PromptPatch
 from dmpctl.settings.sections import Base
-from dmpctl.types import Report, ScheduleSpec
+from dmpctl.types import Report, ScheduleSpec, Silent
 from tests.helpers import files, flip, settings_for, tree
 
 GOLDEN = Path(__file__).parents[2] / "golden"

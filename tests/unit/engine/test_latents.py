@@ -10,7 +10,6 @@ from collections import namedtuple
 import pytest
 import torch
 
-from dmpctl.cli.console import Silent
 from dmpctl.codecs.identity import Identity
 from dmpctl.data.bundled import Digits
 from dmpctl.data.latents import LatentCache
@@ -19,6 +18,7 @@ from dmpctl.engine.cache import MARGIN
 from dmpctl.engine.latents import build_conditions, build_latents, training_source
 from dmpctl.errors import Interrupted, NumericalError, UsageError
 from dmpctl.files import sha256_of
+from dmpctl.types import Silent
 from tests.helpers import flip, settings_for
 from tests.latent_helpers import Ramp
 

@@ -2,7 +2,6 @@ import pytest
 import torch
 from scipy import stats
 
-from dmpctl.cli.console import Silent
 from dmpctl.codecs.identity import Identity
 from dmpctl.data.bundled import Digits
 from dmpctl.diffusion.schedule import NoiseSchedule
@@ -10,6 +9,7 @@ from dmpctl.engine import paired_loss
 from dmpctl.engine.paired_loss import epsilon_errors, loss_difference
 from dmpctl.engine.patched import Patched, load_patch, load_result
 from dmpctl.rng import seed_of
+from dmpctl.types import Silent
 
 CPU = torch.device("cpu")
 

@@ -107,7 +107,7 @@ def _backbone(path: Path, weights: Weights, options: Importing, data: str | None
         raise UsageError(f"{path} says that its schedule is {weights.schedule.kind}", "leave --schedule out")
     model = freeze(dit_from(replace(weights, config=config), schedule=ScheduleSpec(kind)))
     origin = lasting_name(data) if data else weights.data
-    loaded = Loaded(model, digest_of(model.state_dict()), f"{path} ({weights.taken})", origin)
+    loaded = Loaded(model, digest_of(model.state_dict()), f"{path} ({weights.taken})", origin, weights.codec)
     return loaded, () if known else ("a linear schedule was assumed: the file names none (--schedule)",)
 
 

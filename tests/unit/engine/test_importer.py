@@ -16,12 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dmpctl.backbones.dit import DiT, DiTConfig
-from dmpctl.backbones.dit_weights import digest_of, save_dit
+from dmpctl.backbones.dit_weights import digest_of, dit_metadata
 from dmpctl.engine.build import load_backbone
 from dmpctl.engine.importer import PATCH_KEYS, import_file
 from dmpctl.engine.patched import Patched, load_patch, load_result
 from dmpctl.errors import DmpError, IntegrityError, MissingError, UsageError
-from dmpctl.files import read_json, read_tensors
+from dmpctl.files import read_json, read_tensors, write_tensors
 from dmpctl.methods.dmp import DmpPatch
 from dmpctl.methods.prompt_tuning import PromptPatch
 from dmpctl.settings.sections import Base
@@ -358,10 +358,12 @@ def test_weights_that_the_file_does_not_hold(tmp_path):
 def test_our_own_backbone_keeps_what_it_says(tmp_path):
     config = DiTConfig(4, 1, 2, 8, 2, 2, 3, null_class=False)
     state = small(0, config)
-    save_dit(tmp_path / "a.safetensors", state, config, ScheduleSpec("cosine", 400), "digits")
+    codec = {"name": "vae-ema", "fingerprint": "0" * 64, "scale": 0.18215}
+    write_tensors(tmp_path / "a.safetensors", state, dit_metadata(config, ScheduleSpec("cosine", 400), "digits", codec))
     imported(tmp_path / "a.safetensors", tmp_path / "run")
     model = load_result(tmp_path / "run").backbone
     assert (model.model.config, model.spec.schedule, model.data) == (config, ScheduleSpec("cosine", 400), "digits")
+    assert model.codec == codec
     with pytest.raises(UsageError, match="its schedule is cosine"):
         imported(tmp_path / "a.safetensors", tmp_path / "b", import_schedule="linear")
 

@@ -50,6 +50,16 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_of_bytes(data: bytes) -> str:
+    """The same for bytes that are at hand."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_of_json(value: Mapping[str, Any]) -> str:
+    """sha256 of what is JSON-able, whatever the order of its keys."""
+    return sha256_of_bytes(json.dumps(value, sort_keys=True).encode())
+
+
 def fsync(path: Path) -> None:
     """Force a file or folder to disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -124,7 +134,7 @@ def write_tensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping
     """Atomically write a safetensors file; returns its sha256."""
     data = tensors_to_bytes(tensors, metadata)
     write_atomic(path, data)
-    return hashlib.sha256(data).hexdigest()
+    return sha256_of_bytes(data)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, str]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from dmpctl.backbones.dit import SHAPES, DiT, DiTConfig
 from dmpctl.backbones.foreign import INERT_GLOBALS, Scalar, said_by
 from dmpctl.errors import IntegrityError, MissingError, UsageError
-from dmpctl.files import read_tensors, write_tensors
+from dmpctl.files import read_tensors
 from dmpctl.types import ScheduleSpec
 
 AVERAGE, LAST = ("ema",), ("model", "state_dict")  # entries of a checkpoint; an average is what one samples from
@@ -51,11 +51,6 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def save_dit(path: Path, tensors: Mapping[str, Tensor], config: DiTConfig, schedule: ScheduleSpec, data: str | None) -> str:
-    """Write a backbone that describes itself; returns the file's sha256."""
-    return write_tensors(path, tensors, dit_metadata(config, schedule, data))
 
 
 def dit_metadata(

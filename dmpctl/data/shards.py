@@ -6,8 +6,6 @@ recorded (it was copied, or touched), and when one asks to verify. A shard that 
 """
 
 import fcntl
-import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -19,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dmpctl.errors import IntegrityError, MissingError, UsageError
-from dmpctl.files import make_folder, read_json, sha256_of, write_json, write_tensors, writing
+from dmpctl.files import make_folder, read_json, sha256_of, sha256_of_json, write_json, write_tensors, writing
 
 SCHEMA_VERSION = 1
 MOST_ITEMS, MOST_BYTES = 4096, 2**26  # of one shard: what an interruption can cost, and what is held in memory
@@ -28,11 +26,6 @@ MOST_ITEMS, MOST_BYTES = 4096, 2**26  # of one shard: what an interruption can c
 def per_shard_of(item_bytes: int) -> int:
     """Items in a shard of at most MOST_ITEMS and about MOST_BYTES."""
     return max(1, min(MOST_ITEMS, MOST_BYTES // item_bytes))
-
-
-def digest_of(key: Mapping[str, Any]) -> str:
-    """sha256 of a key, which is JSON."""
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
 
 class Shards:
@@ -45,7 +38,7 @@ class Shards:
         self, root: Path, kind: str, key: Mapping[str, Any], count: int, per_shard: int, about: Mapping[str, Any]
     ) -> None:
         self.key = {"schema_version": SCHEMA_VERSION, "kind": kind, **key, "count": count, "per_shard": per_shard}
-        self.digest = digest_of(self.key)
+        self.digest = sha256_of_json(self.key)
         self.folder = root / kind / self.digest
         self.count, self.per_shard, self.about = count, per_shard, dict(about)
 

@@ -1,6 +1,5 @@
 """Checkpoints: a folder that appears by one rename, complete and verified, or not at all. Nothing is pickled."""
 
-import hashlib
 import re
 import shutil
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from dmpctl.files import (
     read_json,
     read_tensors,
     sha256_of,
+    sha256_of_bytes,
     tensors_to_bytes,
     write_atomic,
     write_json,
@@ -155,7 +155,7 @@ def publish(checkpoint: Path, kind: str, run: Path, metadata: Mapping[str, str] 
     """
     tensors, _ = read_tensors(checkpoint / f"{kind}.safetensors")
     data = tensors_to_bytes(tensors, metadata)
-    about = {**read_json(checkpoint / f"{kind}.json"), "sha256": hashlib.sha256(data).hexdigest()}
+    about = {**read_json(checkpoint / f"{kind}.json"), "sha256": sha256_of_bytes(data)}
     for path, content in ((run / f"{kind}.safetensors", data), (run / f"{kind}.json", json_to_bytes(about))):
         if not path.is_file() or path.read_bytes() != content:
             write_atomic(path, content)

@@ -1,6 +1,5 @@
 """`dmpctl export`: a run's result in a form for others: the patch alone, one file with its backbone, or the published layout."""
 
-import hashlib
 import io
 import json
 import math
@@ -15,7 +14,7 @@ from dmpctl.backbones.dit_weights import PATCH, dit_metadata, infer_config
 from dmpctl.engine.build import Loaded, PatchModule
 from dmpctl.engine.patched import PATCH_PREFIX, Patched, load_result, method_of, outputs_of
 from dmpctl.errors import UsageError
-from dmpctl.files import json_to_bytes, make_folder, tensors_to_bytes, write_atomic
+from dmpctl.files import json_to_bytes, make_folder, sha256_of_bytes, tensors_to_bytes, write_atomic
 from dmpctl.settings.model import Settings
 from dmpctl.settings.sections import Dmp, Full, Lora, Method, PromptTuning
 from dmpctl.types import Progress, Report
@@ -47,7 +46,7 @@ def export(settings: Settings, run: Path, progress: Progress) -> Report:
         case _:
             assert_never(form)
     out = str(target.expanduser().absolute())
-    made = {path.name: {"bytes": len(content), "sha256": _sha256(content)} for path, content in files.items()}
+    made = {path.name: {"bytes": len(content), "sha256": sha256_of_bytes(content)} for path, content in files.items()}
     data = {"out": out, "form": form, "method": method.method, "step": model.step, "files": made}
     row = {"form": form, "method": method.method, "size": f"{sum(map(len, files.values())) / 1e6:.3g} MB", "out": out}
     if settings.console.dry_run:
@@ -82,14 +81,10 @@ def _with_suffix(target: Path, suffix: str) -> Path:
     return target.expanduser().absolute()
 
 
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
 def _about(model: Patched, patch: PatchModule) -> tuple[bytes, dict[str, Any]]:
     """Bytes of patch.safetensors, and patch.json with their sha256."""
     tensors = tensors_to_bytes(patch.state_dict())
-    return tensors, {**model.about, "sha256": _sha256(tensors)}
+    return tensors, {**model.about, "sha256": sha256_of_bytes(tensors)}
 
 
 def _patch_files(model: Patched, patch: PatchModule, folder: Path) -> dict[Path, bytes]:

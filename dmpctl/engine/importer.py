@@ -4,7 +4,6 @@ The published DMP checkpoint holds the whole model; backbone and patch come apar
 `models.vp.*`, `general.*`) is used where it can be read; nothing of the pickle is ever run.
 """
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from dmpctl.engine.export import put_all
 from dmpctl.engine.patched import Patched, describe_patch, lasting_name, load_merged, method_of, patch_from
 from dmpctl.engine.rundir import RunDir
 from dmpctl.errors import IntegrityError, UsageError
-from dmpctl.files import json_to_bytes, sha256_of, tensors_to_bytes
+from dmpctl.files import json_to_bytes, sha256_of, sha256_of_bytes, tensors_to_bytes
 from dmpctl.settings.model import Settings
 from dmpctl.settings.presets import PRESETS
 from dmpctl.settings.sections import Base, Dmp, Importing, Method, PromptTuning
@@ -187,17 +186,18 @@ def _files(found: Opened, target: Path, source: Mapping[str, Any]) -> dict[str, 
     if model.patch is None or found.method is None:
         facts = {"config": asdict(config), "schedule": asdict(backbone.spec.schedule), "data": backbone.data}
         facts |= {} if backbone.codec is None else {"codec": dict(backbone.codec)}
-        described = {"schema_version": SCHEMA_VERSION, **facts, **common, "sha256": _sha256(files["backbone.safetensors"])}
+        described = {
+            "schema_version": SCHEMA_VERSION,
+            **facts,
+            **common,
+            "sha256": sha256_of_bytes(files["backbone.safetensors"]),
+        }
         return files | {"backbone.json": json_to_bytes(described)}
     base = Base(base=str(target / "backbone.safetensors"))
     files["patch.safetensors"] = tensors_to_bytes(model.patch.state_dict())
     described = describe_patch(backbone, base, found.method, model.patch, "", "", about.get("codec")) | common
-    described |= {"data": about["data"], "sha256": _sha256(files["patch.safetensors"])}
+    described |= {"data": about["data"], "sha256": sha256_of_bytes(files["patch.safetensors"])}
     return files | {"patch.json": json_to_bytes(described)}
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 def _report(found: Opened, target: Path, more: tuple[str, ...]) -> Report:

@@ -1,6 +1,5 @@
 """A backbone with its patch: putting them together, on disk and in memory."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -20,7 +19,7 @@ from dmpctl.engine.build import BUNDLED, Loaded, PatchModule, build_codec, build
 from dmpctl.engine.checkpoint import refuse_other_keys
 from dmpctl.engine.rundir import version_of
 from dmpctl.errors import IntegrityError, MissingError, UsageError
-from dmpctl.files import read_json, read_tensors, sha256_of, tensors_to_bytes
+from dmpctl.files import read_json, read_tensors, sha256_of, sha256_of_bytes, tensors_to_bytes
 from dmpctl.settings.model import Settings
 from dmpctl.settings.sections import Base, Method
 from dmpctl.types import Backbone, Codec, Routing
@@ -185,7 +184,7 @@ def load_merged(path: Path, which: Which | None = None) -> Patched:
     weights = described_weights(path, rest, metadata)
     model = freeze(dit_from(weights))
     loaded = Loaded(model, digest_of(model.state_dict()), f"{path} (its backbone)", weights.data, weights.codec)
-    sha256 = hashlib.sha256(tensors_to_bytes(own)).hexdigest()
+    sha256 = sha256_of_bytes(tensors_to_bytes(own))
     for found, expected in ((loaded.digest, about["backbone"]["sha256"]), (sha256, about["sha256"])):
         if found != expected:
             raise IntegrityError(f"{path} is damaged: sha256 {found}, expected {expected}", "copy the file again")

@@ -20,9 +20,9 @@ from dmpctl.engine.paired_loss import epsilon_errors, loss_difference
 from dmpctl.engine.patched import Patched, load_patch
 from dmpctl.engine.rundir import RunDir
 from dmpctl.engine.session import Session, train_in
-from dmpctl.engine.study_stage import Side, Stage, identity_of, refuse_other, sampled_features
+from dmpctl.engine.study_stage import Side, Stage, refuse_other, sampled_features
 from dmpctl.errors import InUse, NumericalError, UsageError
-from dmpctl.files import make_folder, read_json, read_tensors, sha256_of, write_json, writing
+from dmpctl.files import make_folder, read_json, read_tensors, sha256_of, sha256_of_json, write_json, writing
 from dmpctl.metrics.frechet import paired_difference
 from dmpctl.settings.model import Settings
 from dmpctl.settings.sections import Base
@@ -76,7 +76,7 @@ class Cell:
             return None
         found = read_json(path, SCHEMA_VERSION)
         shaped_by = self.shaped_by()
-        if found.get("identity") != identity_of(shaped_by):
+        if found.get("identity") != sha256_of_json(shaped_by):
             refuse_other(self.path, found.get("shaped_by", {}), shaped_by)
         return found
 
@@ -147,7 +147,7 @@ def cell_of(
 ) -> Cell:
     """The cell of one variant; `settings` are those it is trained with, on `source`."""
     seed = settings.run.seed
-    folder = f"tune-{identity_of(choice)[:8]}-seed-{seed}" if tuning else f"seed-{seed}"
+    folder = f"tune-{sha256_of_json(choice)[:8]}-seed-{seed}" if tuning else f"seed-{seed}"
     path = stage.folder / variant / folder
     settings = settings.model_copy(update={"run": settings.run.model_copy(update={"run": path})})
     return Cell(f"{stage.name}/{variant}/{folder}", stage, path, settings, source, seed, choice, tuning, goes_on)
@@ -185,7 +185,7 @@ def _finished(cell: Cell, run: RunDir, side: Side, device: torch.device) -> dict
     shaped_by = cell.shaped_by()
     record = {
         "schema_version": SCHEMA_VERSION,
-        "identity": identity_of(shaped_by),
+        "identity": sha256_of_json(shaped_by),
         "shaped_by": shaped_by,
         "seed": cell.seed,
         "choice": dict(cell.choice),

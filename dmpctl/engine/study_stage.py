@@ -1,7 +1,6 @@
 """One stage of a study: its backbone, how variants are measured against it, and the backbone's own side, made once."""
 
 import fcntl
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -21,7 +20,7 @@ from dmpctl.engine.generate import denoiser_of, in_batches
 from dmpctl.engine.paired_loss import epsilon_errors
 from dmpctl.engine.patched import Patched
 from dmpctl.errors import UsageError
-from dmpctl.files import make_folder, read_json, read_tensors, write_json, write_tensors, writing
+from dmpctl.files import make_folder, read_json, read_tensors, sha256_of_json, write_json, write_tensors, writing
 from dmpctl.metrics.frechet import Factor, features_to_fid, noise_floor
 from dmpctl.metrics.moments import FeatureMoments, features_to_moments
 from dmpctl.rng import seed_of
@@ -137,11 +136,6 @@ def refuse_other(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) 
         )
 
 
-def identity_of(shaped_by: Mapping[str, Any]) -> str:
-    """sha256 of the values that shape a result."""
-    return hashlib.sha256(json.dumps(shaped_by, sort_keys=True).encode()).hexdigest()
-
-
 def side_of(stage: Stage, device: torch.device, progress: Progress) -> Side | None:
     """The backbone's side: read, or made now and kept on disk. None while another process is making it.
 
@@ -216,7 +210,7 @@ def _write(stage: Stage, path: Path, measured: tuple[dict[str, Tensor], dict[str
     tensors, figures = measured
     digest = write_tensors(path.with_suffix(".safetensors"), tensors)
     shaped_by = stage.protocol()
-    about = {"schema_version": SCHEMA_VERSION, "identity": identity_of(shaped_by), "shaped_by": shaped_by}
+    about = {"schema_version": SCHEMA_VERSION, "identity": sha256_of_json(shaped_by), "shaped_by": shaped_by}
     write_json(path, {**about, "backbone": stage.loaded.origin, "sha256": digest, **figures})
 
 

@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dmpctl.backbones.dit import PATCH_SIZES, SHAPES, DiT, DiTConfig, shape_config
-from dmpctl.backbones.dit_weights import Weights, digest_of, dit_from, dit_metadata, infer_config, read_weights, save_dit
+from dmpctl.backbones.dit_weights import Weights, digest_of, dit_from, dit_metadata, infer_config, read_weights
 from dmpctl.errors import DmpError, IntegrityError, MissingError, UsageError
+from dmpctl.files import write_tensors
 from dmpctl.types import ScheduleSpec
 
 CONFIG = DiTConfig(4, 1, 2, 8, 2, 2, 3)
@@ -33,6 +34,11 @@ def random_state(config: DiTConfig = CONFIG, seed: int = 0) -> Tensors:
     for tensor in model.parameters():
         torch.nn.init.normal_(tensor, generator=draw)
     return model.state_dict()
+
+
+def save_dit(path: Path, tensors: Tensors, config: DiTConfig, schedule: ScheduleSpec, data: str | None) -> str:
+    """Write a backbone that describes itself; returns the file's sha256."""
+    return write_tensors(path, tensors, dit_metadata(config, schedule, data))
 
 
 @pytest.fixture(scope="module")

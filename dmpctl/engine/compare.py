@@ -47,6 +47,7 @@ class Plan:
         self.stages = {name: open_stage(study, name, settings, self.device) for name in study.stages}
         self.going_on: dict[tuple[str, str], GoingOn] = {}
         self._sources: dict[tuple[str, str], Source] = {}
+        self._candidates: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for stage, variant, choice in self._trained():
             self._check(stage, variant, choice)
 
@@ -109,7 +110,9 @@ class Plan:
         return len(variant.choices()) > 1 and self.study.tunes_at(stage) == stage
 
     def candidates(self, stage: str, name: str) -> list[dict[str, Any]] | None:
-        """Every choice of a variant's grid with its tuning figures; None while some are not there."""
+        """Every choice of a variant's grid with its tuning figures; None while some are not there. Read until all are."""
+        if (stage, name) in self._candidates:
+            return self._candidates[stage, name]
         found = []
         for index, choice in enumerate(self.study.variants[name].choices()):
             cells = [self.cell(Job(stage, name, seed, index)) for seed in self.study.compare.tuning_seeds]
@@ -118,6 +121,7 @@ class Plan:
                 return None
             gains = [record.get("paired_loss", {}).get("difference") for record in records if record is not None]
             found.append({"choice": choice, "differences": gains, "mean": mean_or_none(gains)})
+        self._candidates[stage, name] = found
         return found
 
     def chosen(self, stage: str, name: str) -> dict[str, Any] | None:

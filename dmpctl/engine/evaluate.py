@@ -25,11 +25,10 @@ from dmpctl.metrics.features.pixels import Pixels
 from dmpctl.metrics.frechet import GROUPS, FidEstimate, features_to_fid
 from dmpctl.metrics.moments import features_to_moments
 from dmpctl.settings.model import Settings
-from dmpctl.settings.sections import Data, Fid
+from dmpctl.settings.sections import SMALL_SIDE, Data, Fid
 from dmpctl.types import Extractor, Progress, Report, Source
 
 SCHEMA_VERSION = 1
-SMALL_SIDE = 32  # below it, Inception has nothing to say
 PUBLISHED_N = 50_000
 MODELS = (".safetensors", ".pt")  # files that are models, not images
 

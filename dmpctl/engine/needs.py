@@ -12,13 +12,12 @@ from dmpctl.errors import IntegrityError, MissingError
 from dmpctl.settings.assets import AssetRow, Assets
 from dmpctl.settings.commands import COMMANDS
 from dmpctl.settings.layers import read_toml, resolve
+from dmpctl.settings.sections import SMALL_SIDE
 
 WITH_ASSETS = ("pretrain", "patch", "sample", "fid")
 LATENTS = "vae-ema"  # what their latents are, where nothing says otherwise
 PLACES = ("run", "out", "cache_dir", "needed_for")  # a folder may be called like an asset
 DATA_SET = re.compile(r"hf://(?:datasets/)?([^:]+)(?::.*)?")  # then its configuration and split
-SHAPE = re.compile(r"DiT-(S|B|L|XL)/[248]")  # a backbone of the published shapes works on latents of 4 channels
-SMALL_SIDE = 32  # pixels: below it, distances are measured without Inception
 
 
 def settings_in(experiment: Path) -> list[dict[str, dict[str, Any]]]:
@@ -71,10 +70,17 @@ def _named(values: Mapping[str, Any], rows: Registry) -> Iterator[AssetRow]:
             yield rows[value]
         elif key in ("base", "weights") and (address := address_in(value)):
             yield ad_hoc(address)
-        elif key == "base" and SHAPE.fullmatch(value) and values.get("codec", "auto") == "auto" and LATENTS in rows:
+        elif key == "base" and _is_shape(value) and values.get("codec", "auto") == "auto" and LATENTS in rows:
             yield rows[LATENTS]
         elif key in ("data", "reference") and (found := DATA_SET.fullmatch(value)):
             yield ad_hoc("hf://datasets/" + found[1])
+
+
+def _is_shape(base: str) -> bool:
+    """Whether it is a published shape, whose backbones work on latents of 4 channels."""
+    from dmpctl.backbones.dit import shape_config  # torch: only where an experiment is looked at
+
+    return shape_config(base) is not None
 
 
 def _is_small(values: Mapping[str, Any]) -> bool:

@@ -310,6 +310,9 @@ class Evaluate(Section):
     eval_images: Annotated[int, Field(ge=2, description="Images sampled for each side of the comparison.")] = 5_000
 
 
+SMALL_SIDE = 32  # pixels: below it, Inception has nothing to say
+
+
 class Fid(Section):
     panel: ClassVar[str] = "Distance"
     science: ClassVar[bool] = False

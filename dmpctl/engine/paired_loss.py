@@ -15,6 +15,7 @@ from dmpctl.types import Progress, Source
 
 TIMESTEPS = 25
 MOST_IMAGES = 2_000
+PROFILE_IMAGES = 500
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,19 @@ class LossDifference:
 
 @torch.inference_mode()
 def epsilon_errors(
-    model: Patched, source: Source, device: torch.device, seed: int, progress: Progress, batch: int = 512
+    model: Patched,
+    source: Source,
+    device: torch.device,
+    seed: int,
+    progress: Progress,
+    batch: int = 512,
+    most: int = MOST_IMAGES,
 ) -> tuple[Tensor, list[int]]:
-    """Squared epsilon error [T, N] float64 at T evenly spaced timesteps for N images, and those timesteps."""
+    """Squared epsilon error [T, N] float64 at T evenly spaced timesteps for N images, at most `most`, and those timesteps."""
     spec = model.backbone.spec
     schedule = NoiseSchedule.from_spec(spec.schedule).to(device)
     steps = [int(t) for t in torch.linspace(0, spec.schedule.steps - 1, 2 * TIMESTEPS + 1)[1::2]]
-    count = min(len(source), MOST_IMAGES)
+    count = min(len(source), most)
     items = [source.item(i * len(source) // count) for i in range(count)]  # spread evenly: class folders are sorted
     images = torch.stack([image for image, _ in items])
     x0 = torch.cat([model.codec.encode(part.to(device)).mean.cpu() for part in torch.split(images, batch)])
@@ -61,6 +68,12 @@ def epsilon_errors(
                 errors[row, part] = (eps - target).square().flatten(1).mean(1).double().cpu()
             task.advance()
     return errors, steps
+
+
+def error_profile(model: Patched, source: Source, seed: int, device: torch.device, progress: Progress) -> dict[int, float]:
+    """Mean squared epsilon error at evenly spaced timesteps, under a noise that no report is made with."""
+    errors, steps = epsilon_errors(model, source, device, seed_of(seed, "profile"), progress, most=PROFILE_IMAGES)
+    return dict(zip(steps, errors.mean(1).tolist(), strict=True))
 
 
 def loss_difference(backbone: Tensor, patched: Tensor, steps: list[int]) -> LossDifference:

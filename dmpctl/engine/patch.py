@@ -25,6 +25,7 @@ from dmpctl.engine.build import (
 from dmpctl.engine.codec import latent_record
 from dmpctl.engine.generate import denoiser_of
 from dmpctl.engine.launch import accelerator_for
+from dmpctl.engine.paired_loss import error_profile
 from dmpctl.engine.patched import Patched, backbone_digest, describe_patch, lasting_name, load_patch, predict_patched
 from dmpctl.engine.pictures import write_picture
 from dmpctl.engine.rundir import RunDir
@@ -96,7 +97,8 @@ def session_of(settings: Settings, loaded: Loaded, codec: Codec, source: Source)
     predict = partial(predict_patched, loaded.model, module.time_only)
     subject = Subject("patch", module, module.param_groups(), predict, module.penalty, module.noise_shape(), described)
     digests = {"backbone_sha256": loaded.digest, "data_fingerprint": source.fingerprint}
-    return Session("patch", subject, loaded.spec, codec, source, digests, {"backbone": loaded.origin})
+    profile = partial(error_profile, Patched(loaded, None, {}, codec), source, settings.run.seed)
+    return Session("patch", subject, loaded.spec, codec, source, digests, {"backbone": loaded.origin}, profile=profile)
 
 
 def refuse_changed_backbone(loaded: Loaded) -> None:

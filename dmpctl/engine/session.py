@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from dmpctl.codecs.identity import Identity
 from dmpctl.data.stored import NAMED, StoredImages
 from dmpctl.engine import checkpoint
+from dmpctl.engine.importance import Profile, timestep_density
 from dmpctl.engine.latents import training_source
 from dmpctl.engine.launch import again_command, science_of
 from dmpctl.engine.rundir import RunDir
@@ -23,7 +24,8 @@ class Session:
     """What `dmpctl command` trains.
 
     `digests` (sha256 of what the settings name) are part of the experiment; `facts` are only recorded. `metadata` goes
-    into the finished safetensors file, so that it describes itself; None: nothing.
+    into the finished safetensors file, so that it describes itself; None: nothing. `profile` measures the mean squared
+    epsilon error of the frozen backbone at some timesteps; None: there is none.
     """
 
     command: str
@@ -34,6 +36,7 @@ class Session:
     digests: Mapping[str, str]
     facts: Mapping[str, Any]
     metadata: Mapping[str, str] | None = None
+    profile: Profile | None = None
 
     @property
     def identities(self) -> dict[str, str]:
@@ -92,7 +95,8 @@ def train_in(run: RunDir, session: Session, settings: Settings, accelerator: Acc
     science = session.science(settings)
     run.refuse_other(session.command, science)
     source = training_source(settings, session.source, session.codec, accelerator.device, progress, again_command())
-    trainer = Trainer(session.subject, session.spec, session.codec, source, settings, run, accelerator)
+    density = timestep_density(run, session.profile, session.spec.schedule.steps, settings, accelerator, progress)
+    trainer = Trainer(session.subject, session.spec, session.codec, source, settings, run, accelerator, density)
     began, start = time.perf_counter(), trainer.resume()
     if start < settings.train.iters:
         for line in (*left_out_words(session.source), *run.differences(settings.to_dict())):

@@ -18,6 +18,7 @@ from dmpctl.data.latents import unpack
 from dmpctl.data.loader import batches
 from dmpctl.diffusion.objective import HybridObjective
 from dmpctl.diffusion.schedule import NoiseSchedule
+from dmpctl.diffusion.timesteps import TimestepDensity
 from dmpctl.engine import checkpoint
 from dmpctl.engine.rundir import RunDir
 from dmpctl.engine.stop import Stop, interrupted
@@ -90,7 +91,9 @@ class Trainer:
         settings: Settings,
         run: RunDir,
         accelerator: Accelerator,
+        density: TimestepDensity | None = None,
     ) -> None:
+        """`density`: of timesteps, None: uniform."""
         self.subject, self.spec, self.codec, self.source = subject, spec, codec, source
         self.settings, self.run, self.accelerator = settings, run, accelerator
         train = settings.train
@@ -102,6 +105,7 @@ class Trainer:
         self.ema = {n: p.detach().clone() for n, p in self.parameters.items()} if train.ema else {}
         self.schedule = NoiseSchedule.from_spec(spec.schedule).to(self.device)
         self.objective = HybridObjective(self.schedule, spec.learned_sigma, settings.objective)
+        self.density = None if density is None else density.to(self.device)
         rank, world = accelerator.process_index, accelerator.num_processes
         self.draws = StepDraws(settings.run.seed, train.batch_size, rank, world)
         self.step, self.bad_steps = 0, 0
@@ -165,7 +169,7 @@ class Trainer:
         x0 = moments.mean
         if moments.logvar is not None:
             x0 = x0 + (0.5 * moments.logvar).exp() * self.draws.at(step, "latent").normal(*shape).to(device)
-        t = self.draws.at(step, "timestep").integers(self.spec.schedule.steps).to(device)
+        t = self._timesteps().to(device)
         noise = self.draws.at(step, "noise").normal(*shape).to(device)
         cond = None
         if self.spec.num_classes:
@@ -175,6 +179,11 @@ class Trainer:
         gate_shape = self.subject.gate_noise_shape
         gate_noise = None if gate_shape is None else self.draws.at(step, "gate").normal(*gate_shape).to(device)
         return Noised(x0, self.schedule.add_noise(x0, t, noise), t, noise, cond, gate_noise)
+
+    def _timesteps(self) -> Tensor:
+        """int64 [B] on the CPU, uniform or of the density."""
+        draws = self.draws.at(self.step, "timestep")
+        return draws.integers(self.spec.schedule.steps) if self.density is None else self.density.draw(draws.uniform())
 
     def _moments(self, images: Tensor) -> Moments:
         """Posterior of a batch of images, or of what they were encoded into before (`data.latents`)."""
@@ -187,7 +196,8 @@ class Trainer:
             prediction, routing = self.subject.predict(self.module, batch.x_t, batch.t, batch.cond, batch.gate_noise)
         losses = self.objective(prediction, batch.x0, batch.x_t, batch.t, batch.noise)
         balance = self.subject.penalty(routing)
-        loss = losses.loss.mean() + sum(balance.values(), torch.zeros((), device=self.device))
+        each = losses.loss if self.density is None else losses.loss * self.density.weights[batch.t]
+        loss = each.mean() + sum(balance.values(), torch.zeros((), device=self.device))
         if not math.isfinite(self.accelerator.reduce(loss.detach(), "mean").item()):
             return self._skip(batch)
         factor = self._rate_factor()

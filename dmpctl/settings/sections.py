@@ -234,6 +234,10 @@ class Objective(Section):
     p2_gamma: Annotated[float, Field(ge=0, description="Gamma of P2.")] = 1.0
     class_dropout: Annotated[float, Field(ge=0, le=1, description="Share of labels dropped in training, for guidance.")] = 0.1
     p2_k: Annotated[float, Field(gt=0, description="k of P2.")] = 1.0
+    timestep_sampling: Annotated[
+        Literal["uniform", "importance"],
+        Field(description="Timesteps of training: uniform, or in proportion to the frozen backbone's error, without bias."),
+    ] = "uniform"
 
 
 class Train(Section):

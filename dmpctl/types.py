@@ -203,6 +203,18 @@ class Source(Protocol):
     def item(self, index: int) -> tuple[Tensor, int]: ...
 
 
+@dataclass(frozen=True)
+class Outputs:
+    """What an extractor says of a batch: `features` float32 [B, width], which distances are taken in.
+
+    `logits` [B, K] of a network with classes (Inception Score), `spatial` [B, W] of its feature maps (sFID); else None.
+    """
+
+    features: Tensor
+    logits: Tensor | None = None
+    spatial: Tensor | None = None
+
+
 class Extractor(Protocol):
     """Images to features: uint8 [B, C, H, W] -> float32 [B, width]."""
 
@@ -218,6 +230,10 @@ class Extractor(Protocol):
         ...
 
     def __call__(self, images: Tensor) -> Tensor: ...
+
+    def outputs(self, images: Tensor) -> Outputs:
+        """All that one pass over the images gives; its features are those of a plain call."""
+        ...
 
 
 class Denoiser(Protocol):

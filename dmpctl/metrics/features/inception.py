@@ -1,40 +1,56 @@
-"""Inception-v3 (TF 2015-12-05), layer pool_3: the network and preprocessing of ADM's evaluator, by torch-fidelity."""
+"""Inception-v3 (TF 2015-12-05) by torch-fidelity, behind the preprocessing of the tool whose numbers are wanted."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from textwrap import shorten
-from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.files import sha256_of
-from dmpctl.metrics.features.checks import require_uint8_images
-
-if TYPE_CHECKING:
-    from torch import nn
+from dmpctl.metrics.features.checks import require_uint8_images, tf32_off
+from dmpctl.metrics.features.resize import clean, half_pixel, tf1
+from dmpctl.metrics.features.weights import one_line, read_state_dict
+from dmpctl.metrics.protocols import Preprocessing
+from dmpctl.types import Outputs
 
 PUBLISHED_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-PREPROCESSING = "tf1-bilinear-299 (v-128)/128 pool_3"
 FETCH = "`dmpctl download inception` fetches it"
+# The layers up to pool_3, each a module whose output is the next one's input.
+LAYERS = (
+    *("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "MaxPool_1", "Conv2d_3b_1x1", "Conv2d_4a_3x3", "MaxPool_2"),
+    *("Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a", "Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"),
+    *("Mixed_7a", "Mixed_7b", "Mixed_7c", "AvgPool"),
+)
+SPATIAL_CHANNELS = 7  # of Mixed_6d.branch1x1, as ADM's evaluator takes them: 17 x 17 x 7 = 2023 numbers
+# What is done to pixels before the network, in words that go into the fingerprint, and by what.
+PREPROCESSINGS: dict[Preprocessing, tuple[str, Callable[[Tensor], Tensor]]] = {
+    "adm": ("tf1-bilinear-299 (v-128)/128 pool_3", tf1),
+    "pytorch-fid": ("half-pixel-bilinear-299 2v/255-1 pool_3", half_pixel),
+    "clean": ("pil-bicubic-antialias-299 (v-128)/128 pool_3", clean),
+}
 
 
 class Inception:
     """uint8 images [B, 1 or 3, H, W] of any size -> float32 pool_3 features [B, 2048], on `device`.
 
-    Resized to 299x299 as TensorFlow 1 does (bilinear, corner origin, no antialias), then (v - 128) / 128.
     `pinned` refuses any weights file but the published one; otherwise `known` says whether it is that one.
+    `preprocessing`: resize to 299x299 and range as ADM's evaluator, pytorch-fid or clean-fid have them.
     """
 
     name = "inception"
     width = 2048
 
-    def __init__(self, weights: Path, pinned: bool = True, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        weights: Path,
+        pinned: bool = True,
+        device: torch.device | str = "cpu",
+        preprocessing: Preprocessing = "adm",
+    ) -> None:
         """Load `weights`, checked before it is opened.
 
         Raises MissingError if it is not there, IntegrityError for another hash (when pinned) or not these weights.
@@ -46,37 +62,41 @@ class Inception:
         if pinned and not self.known:
             raise IntegrityError(f"{weights} has sha256 {self.sha256}, expected {PUBLISHED_SHA256}", FETCH)
         self._device = torch.device(device)
-        self._trunk = _build(_read_state(weights), weights).to(self._device)
+        self._words, self._prepare = PREPROCESSINGS[preprocessing]
+        network = _build(read_state_dict(weights, FETCH), weights).to(self._device)
+        self._layers = [network.get_submodule(name) for name in LAYERS]
+        self._maps = network.get_submodule("Mixed_6d.branch1x1")
+        self._classes: Tensor = network.get_parameter("fc.weight")
 
     @property
     def fingerprint(self) -> str:
         """Weights and preprocessing; says "unpinned" unless the weights are the published ones."""
         pin = "" if self.known else " unpinned"
-        return f"inception-2015-12-05{pin} sha256:{self.sha256} {PREPROCESSING}"
+        return f"inception-2015-12-05{pin} sha256:{self.sha256} {self._words}"
 
     def __call__(self, images: Tensor) -> Tensor:
         """Features in full float32: no TF32, no autocast. Raises UsageError for anything but uint8 [B, 1 or 3, H, W]."""
+        return self.outputs(images).features
+
+    def outputs(self, images: Tensor) -> Outputs:
+        """Features; logits [B, 1008] without the bias, as the Inception Score takes them; spatial [B, 2023].
+
+        Spatial: 7 channels of a 17x17 map after its ReLU, flattened rows first and channels last, as TensorFlow has them.
+        """
         require_uint8_images(images)
         if images.shape[1] not in (1, 3):
             raise UsageError(f"Inception takes grey or RGB images, found {images.shape[1]} channels")
-        rgb = images.to(self._device).expand(-1, 3, -1, -1)
-        with torch.inference_mode(), tf32_off(), torch.autocast(self._device.type, enabled=False):
-            features: Tensor = self._trunk(rgb)[0]
-        return features
-
-
-def _read_state(path: Path) -> dict[str, Tensor]:
-    """State dict of a file that may be hostile: only tensors are unpickled, no code is run.
-
-    Raises IntegrityError for anything but a mapping of names to tensors.
-    """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken or hostile pickle can raise anything
-        raise IntegrityError(f"{path} is not a readable weights file ({_one_line(error)})", FETCH) from None
-    if not isinstance(state, Mapping) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        raise IntegrityError(f"{path} does not hold a state dict of tensors", FETCH)
-    return dict(state)
+        maps: list[Tensor] = []
+        keep = self._maps.register_forward_hook(lambda _module, _inputs, output: maps.append(output[:, :SPATIAL_CHANNELS]))
+        try:
+            with torch.inference_mode(), tf32_off(), torch.autocast(self._device.type, enabled=False):
+                x = self._prepare(images.to(self._device)).expand(-1, 3, -1, -1)
+                for layer in self._layers:
+                    x = layer(x)
+                features = x.flatten(1)
+                return Outputs(features, features @ self._classes.T, maps[0].permute(0, 2, 3, 1).flatten(1))
+        finally:
+            keep.remove()
 
 
 def _build(state: Mapping[str, Tensor], path: Path) -> nn.Module:
@@ -93,21 +113,5 @@ def _build(state: Mapping[str, Tensor], path: Path) -> nn.Module:
         with torch.random.fork_rng(devices=[]):  # its initialisation must not shift anyone's random numbers
             trunk: nn.Module = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=checked)
     except RuntimeError as error:
-        raise IntegrityError(f"{path} does not fit Inception-v3 ({_one_line(error)})", FETCH) from None
+        raise IntegrityError(f"{path} does not fit Inception-v3 ({one_line(error)})", FETCH) from None
     return trunk
-
-
-@contextmanager
-def tf32_off() -> Iterator[None]:
-    """True float32 convolutions inside the block (pool_3 has no other product): cuDNN's TF32 is on by default."""
-    cudnn: Any = torch.backends.cudnn  # its annotations do not know `conv` yet
-    before = cudnn.conv.fp32_precision
-    cudnn.conv.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        cudnn.conv.fp32_precision = before
-
-
-def _one_line(error: Exception) -> str:
-    return shorten(str(error), 160, placeholder=" ...") or type(error).__name__

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dmpctl.errors import UsageError
 from dmpctl.metrics.features.checks import require_uint8_images
+from dmpctl.types import Outputs
 
 
 class Pixels:
@@ -34,3 +35,7 @@ class Pixels:
         if images.shape[1:] != wanted:
             raise UsageError(f"pixel features are set up for images {list(wanted)}, found {list(images.shape[1:])}")
         return images.flatten(1).to(torch.float32) / 127.5 - 1
+
+    def outputs(self, images: Tensor) -> Outputs:
+        """The features; pixels have no classes, and no maps beside themselves."""
+        return Outputs(self(images))

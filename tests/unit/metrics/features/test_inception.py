@@ -1,7 +1,6 @@
 """Inception without its weights: random ones in torch-fidelity's own file format, and torch-fidelity as the oracle."""
 
 import hashlib
-import io
 from pathlib import Path
 from unittest.mock import patch
 
@@ -12,36 +11,8 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.metrics.features import inception
-from dmpctl.metrics.features.inception import PUBLISHED_SHA256, Inception
-
-
-def images(count: int, height: int, width: int, channels: int = 3) -> Tensor:
-    generator = torch.Generator().manual_seed(height)
-    return torch.randint(0, 256, (count, channels, height, width), generator=generator, dtype=torch.uint8)
-
-
-def random_trunk() -> nn.Module:
-    """torch-fidelity's network with random weights and batch norms that fit them, so that features tell images apart."""
-    nothing = io.BytesIO()
-    torch.save({}, nothing)
-    nothing.seek(0)
-    with patch.object(FeatureExtractorInceptionV3, "load_state_dict"), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        trunk = FeatureExtractorInceptionV3("random", ["2048"], feature_extractor_weights_path=nothing)
-    norms = [module for module in trunk.modules() if isinstance(module, nn.BatchNorm2d)]
-    for module in norms:
-        module.train()
-        module.momentum = None
-    with torch.no_grad():
-        trunk(images(4, 48, 48))
-    return trunk.eval()
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("inception") / "random.pth"
-    torch.save(random_trunk().state_dict(), path)
-    return path
+from dmpctl.metrics.features.inception import PREPROCESSINGS, PUBLISHED_SHA256, Inception
+from tests.unit.metrics.features.conftest import images
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +39,51 @@ def test_features_are_torchmetrics_without_antialiasing(weights, extractor):
     torch.testing.assert_close(extractor(x), theirs.inception(x), atol=1e-4, rtol=0)
     aliased = FrechetInceptionDistance(feature_extractor_weights_path=str(weights), antialias=True)
     assert (extractor(x) - aliased.inception(x)).abs().max() > 1e-2  # half a pixel of resize shows
+
+
+def test_logits_are_those_that_torch_fidelity_scores(weights, extractor):
+    x = images(3, 40, 40)
+    oracle = FeatureExtractorInceptionV3("oracle", ["logits_unbiased"], feature_extractor_weights_path=str(weights))
+    torch.testing.assert_close(extractor.outputs(x).logits, oracle(x)[0], atol=1e-4, rtol=0)
+
+
+def test_spatial_features_are_tensorflows(weights, extractor):
+    """ADM's `mixed_6/conv:0`: after its ReLU, seven channels, channels last: computed from the trunk layer by layer."""
+    x = images(2, 40, 40)
+    oracle = FeatureExtractorInceptionV3("oracle", ["2048"], feature_extractor_weights_path=str(weights))
+    found = []
+    oracle.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: found.append(output))
+    oracle(x)
+    expected = torch.stack([found[0][:, c, i, j] for i in range(17) for j in range(17) for c in range(7)], dim=1)
+    spatial = extractor.outputs(x).spatial
+    assert spatial.shape == (2, 2023)
+    assert (spatial >= 0).all()
+    torch.testing.assert_close(spatial, expected, atol=1e-5, rtol=0)
+
+
+def test_one_pass_gives_the_features_of_a_plain_call(extractor):
+    x = images(2, 24, 24)
+    assert torch.equal(extractor.outputs(x).features, extractor(x))
+
+
+def test_features_are_pytorch_fids(weights, monkeypatch):
+    from pytorch_fid import inception as theirs
+
+    monkeypatch.setattr(theirs, "load_state_dict_from_url", lambda *_, **__: torch.load(weights, weights_only=True))
+    oracle = theirs.InceptionV3([theirs.InceptionV3.BLOCK_INDEX_BY_DIM[2048]]).eval()
+    x = images(4, 64, 48)
+    with torch.no_grad():
+        expected = oracle(x.float() / 255)[0].flatten(1)
+    own = Inception(weights, pinned=False, preprocessing="pytorch-fid")
+    torch.testing.assert_close(own(x), expected, atol=1e-4, rtol=0)
+
+
+def test_every_preprocessing_has_features_and_a_name_of_its_own(weights):
+    x = images(2, 64, 64)
+    extractors = [Inception(weights, pinned=False, preprocessing=kind) for kind in PREPROCESSINGS]
+    assert len({extractor.fingerprint for extractor in extractors}) == 3
+    first, second, third = (extractor(x) for extractor in extractors)
+    assert min((first - second).abs().max(), (first - third).abs().max(), (second - third).abs().max()) > 1e-2
 
 
 def test_grey_is_three_equal_channels(extractor):
@@ -181,7 +197,7 @@ def test_extraction_is_true_float32_and_leaves_no_trace(weights):
     def look(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         seen.append((convolution.fp32_precision, torch.is_autocast_enabled("cpu"), torch.is_grad_enabled(), output.dtype))
 
-    own._trunk.Conv2d_1a_3x3.conv.register_forward_hook(look)
+    own._layers[0].conv.register_forward_hook(look)
     before = convolution.fp32_precision
     try:
         convolution.fp32_precision = "tf32"
@@ -189,13 +205,13 @@ def test_extraction_is_true_float32_and_leaves_no_trace(weights):
             features = own(images(1, 8, 8))
         assert seen == [("ieee", False, False, torch.float32)]
         assert convolution.fp32_precision == "tf32"
-        with pytest.raises(RuntimeError), patch.object(own._trunk, "forward", side_effect=RuntimeError):
+        with pytest.raises(RuntimeError), patch.object(own, "_prepare", side_effect=RuntimeError):
             own(images(1, 8, 8))
         assert convolution.fp32_precision == "tf32"
     finally:
         convolution.fp32_precision = before
     assert not features.requires_grad
-    assert not any(module.training for module in own._trunk.modules())
+    assert not any(module.training for layer in own._layers for module in layer.modules())
 
 
 @pytest.mark.parametrize("channels", [2, 4])

@@ -27,9 +27,10 @@ class Factor:
 
     `mean` [D], `vectors` [D, r] orthonormal, `deviations` [r] (square roots of the eigenvalues), float64. Eigenvalues up
     to D eps max are rounding: a constant feature, or fewer images than features, leave r < D and an exact distance.
+    `count` None: the file that it comes from does not say.
     """
 
-    count: int
+    count: int | None
     mean: Tensor
     vectors: Tensor
     deviations: Tensor
@@ -43,16 +44,22 @@ class Factor:
         """
         if isinstance(moments, Factor):
             return moments
-        covariance = moments.covariance()
+        return cls.of_covariance(moments.mean, moments.covariance(), moments.count)
+
+    @classmethod
+    def of_covariance(cls, mean: Tensor, covariance: Tensor, count: int | None = None) -> Factor:
+        """Factor of a mean [D] and a symmetric covariance [D, D], float64.
+
+        Raises NumericalError where it is not finite or no covariance: an eigenvalue below zero by more than rounding.
+        """
         if not torch.isfinite(covariance).all():
             raise NumericalError("the covariance of the features is not finite", "look for features that are far too large")
         values, vectors = torch.linalg.eigh(covariance)
         largest = float(values[-1])
         if float(values[0]) < -1e-6 * abs(largest):
             raise NumericalError(f"the covariance of the features has a negative eigenvalue ({float(values[0]):.3g})")
-        keep = values > moments.width * torch.finfo(torch.float64).eps * largest
-        trace = float(covariance.trace())
-        return cls(moments.count, moments.mean.clone(), vectors[:, keep], values[keep].sqrt(), trace)
+        keep = values > len(mean) * torch.finfo(torch.float64).eps * largest
+        return cls(count, mean.clone(), vectors[:, keep], values[keep].sqrt(), float(covariance.trace()))
 
     @property
     def width(self) -> int:
@@ -79,7 +86,7 @@ class FidEstimate:
     value: float
     standard_error: float | None
     n: int
-    n_reference: int
+    n_reference: int | None
     debiased: float | None = None
 
 
@@ -95,7 +102,7 @@ class PairedDifference:
     z: float | None
     p_value: float | None
     n: int
-    n_reference: int
+    n_reference: int | None
     a: FidEstimate
     b: FidEstimate
 
@@ -178,15 +185,16 @@ def _distance(a: Factor, b: Factor, singular_values: Tensor) -> float:
 
 def _estimate(features: Tensor, parts: list[FeatureMoments], reference: Factor) -> tuple[FidEstimate, Tensor | None]:
     """Estimate and influence of each image [N] (None where N <= D); more than one of `parts`: debiased too."""
-    sample = Factor.of(reduce(FeatureMoments.merge, parts))
+    whole = reduce(FeatureMoments.merge, parts)
+    sample = Factor.of(whole)
     same_width(sample.width, reference.width)
-    if sample.count <= sample.width:
-        return FidEstimate(moments_to_fid(sample, reference), None, sample.count, reference.count), None
+    if whole.count <= sample.width:
+        return FidEstimate(moments_to_fid(sample, reference), None, whole.count, reference.count), None
     rotation, singular_values, _ = torch.linalg.svd(sample.root.T @ reference.root, full_matrices=False)
     value = _distance(sample, reference, singular_values)
     influence = torch.cat(list(_influence(features, sample, reference, rotation, singular_values)))
     debiased = _debiased(parts, reference, value) if len(parts) > 1 else None
-    return FidEstimate(value, _error_of_mean(influence), sample.count, reference.count, debiased), influence
+    return FidEstimate(value, _error_of_mean(influence), whole.count, reference.count, debiased), influence
 
 
 def _influence(

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dmpctl.errors import IntegrityError, NumericalError, UsageError
-from dmpctl.files import read_tensors, write_tensors
+from dmpctl.errors import NumericalError, UsageError
 
-SCHEMA_VERSION = 1
 BLOCK = 4096  # rows cast to float64 at a time: 64 MiB at width 2048
 
 
@@ -80,32 +77,6 @@ class FeatureMoments:
             raise UsageError(f"a covariance needs at least 2 feature vectors, found {self.count}", "use more images")
         return (self.scatter + self.scatter.T) / (2 * (self.count - 1))
 
-    def save(self, path: Path, metadata: Mapping[str, str] | None = None) -> str:
-        """Atomically write safetensors with `metadata` (None: none) beside the schema version; returns the sha256."""
-        tensors = {"count": torch.tensor(self.count), "mean": self.mean, "scatter": self.scatter}
-        return write_tensors(path, tensors, {**(metadata or {}), "schema_version": str(SCHEMA_VERSION)})
-
-    @classmethod
-    def load(cls, path: Path) -> tuple[FeatureMoments, dict[str, str]]:
-        """Moments and metadata written by `save`. Raises MissingError, or IntegrityError if they cannot be moments."""
-        tensors, metadata = read_tensors(path)
-        version = metadata.get("schema_version", "")
-        if not version.isdecimal() or set(tensors) != {"count", "mean", "scatter"}:
-            raise IntegrityError(f"{path} does not hold feature moments", "write it anew from the images")
-        if int(version) > SCHEMA_VERSION:
-            found = f"{path} has schema_version {version}, this dmpctl reads up to {SCHEMA_VERSION}"
-            raise IntegrityError(found, "upgrade dmpctl")
-        count, mean, scatter = tensors["count"], tensors["mean"], tensors["scatter"]
-        shapes = count.shape == () and mean.ndim == 1 and scatter.shape == (len(mean), len(mean))
-        if not shapes or count.dtype != torch.int64 or {mean.dtype, scatter.dtype} != {torch.float64}:
-            raise IntegrityError(f"{path} holds moments of the wrong shape or dtype", "write it anew from the images")
-        finite = bool(torch.isfinite(mean).all() and torch.isfinite(scatter).all())
-        if int(count) < 0 or not finite or not torch.allclose(scatter, scatter.T, rtol=0, atol=1e-9 * _largest(scatter)):
-            raise IntegrityError(f"{path} holds moments that are not finite and symmetric", "write it anew from the images")
-        if (scatter.diagonal() < 0).any():
-            raise IntegrityError(f"{path} holds a negative variance", "write it anew from the images")
-        return cls(int(count), mean, scatter), metadata
-
 
 def features_to_moments(batches: Iterable[Tensor]) -> FeatureMoments:
     """Moments of batches [B, D] in one pass. Raises as `FeatureMoments.add`, and UsageError if there is no batch."""
@@ -123,7 +94,3 @@ def same_width(a: int, b: int) -> None:
     """Raises UsageError if two widths of features differ."""
     if a != b:
         raise UsageError(f"features of width {a} cannot be compared with width {b}", "use the same extractor for both")
-
-
-def _largest(scatter: Tensor) -> float:
-    return float(scatter.abs().max()) if scatter.numel() else 0.0

@@ -250,11 +250,15 @@ class Draw(Protocol):
 
 @dataclass(frozen=True)
 class Report:
-    """What a command found: `data` is JSON (all that --json prints); people see `table` (rows), then `lines` (sentences)."""
+    """What a command found: `data` is JSON (all that --json prints); people see `table` (rows), then `lines` (sentences).
+
+    `exit_code` is not 0 where the command did its work and the answer is no: a threshold that was not met.
+    """
 
     data: dict[str, Any]
     table: tuple[dict[str, str], ...] = ()
     lines: tuple[str, ...] = ()
+    exit_code: int = 0
 
 
 class Progress(Protocol):

@@ -74,7 +74,10 @@ def callback(name: str, body: Body, argument: Argument | None) -> Callable[..., 
         if console.print_config:
             output.result(config_report(name, resolved))
             return
-        output.result(body(Call(resolved.settings, positional, progress_for(console))))
+        report = body(Call(resolved.settings, positional, progress_for(console)))
+        output.result(report)
+        if report.exit_code:
+            raise typer.Exit(report.exit_code)
 
     context = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
     positional = [_argument(argument)] if argument else []

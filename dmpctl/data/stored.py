@@ -142,6 +142,10 @@ class StoredImages:
         place, image = self._standing_in(range(len(self))[index])
         return image, self._label(place)
 
+    def names(self) -> list[str]:
+        """The names of the images, as messages show them."""
+        return [self._store.name(index) for index in self._kept]
+
     def images(self) -> Tensor | None:
         """All images, uint8 [N, C, S, S], not copied; None if they are too large to be held in memory."""
         return self._held

@@ -10,7 +10,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from dmpctl.engine.assets import cached
-from dmpctl.engine.evaluate import build_extractor, extract, images_of, in_parts
+from dmpctl.engine.extraction import build_extractor, extract, in_parts
+from dmpctl.engine.fid_images import images_of
 from dmpctl.engine.generate import in_batches
 from dmpctl.engine.paired_loss import epsilon_errors, loss_difference
 from dmpctl.engine.patched import Patched

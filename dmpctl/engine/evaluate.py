@@ -1,126 +1,100 @@
-"""`dmpctl fid`: the Fréchet distance of a run, a folder or an npz to real images."""
+"""`dmpctl fid`: how far images are from real ones, by a stated protocol, how sure that is, and what a pipeline makes of it."""
 
-import zipfile
-import zlib
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, assert_never
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from dmpctl.data.folder import ImageFolder
-from dmpctl.engine.assets import cached
-from dmpctl.engine.build import open_images, resolve_device
-from dmpctl.engine.codec import codec_record
-from dmpctl.engine.generate import in_batches
+from dmpctl.engine.build import resolve_device
+from dmpctl.engine.cache import cache_dir
+from dmpctl.engine.extraction import build_extractor, fill, protocol_for
+from dmpctl.engine.feature_store import FeatureStore
+from dmpctl.engine.fid_images import ImageSet, open_images_of
+from dmpctl.engine.fid_record import failures_of, history, metric_name, metrics_file, record_of, refuse_unpaired, write_record
+from dmpctl.engine.fid_statistics import statistics_report
 from dmpctl.engine.patched import Patched, load_result, outputs_of
-from dmpctl.engine.rundir import version_of
-from dmpctl.errors import IntegrityError, MissingError, UsageError
-from dmpctl.files import make_folder, write_json
-from dmpctl.metrics.features.inception import Inception
-from dmpctl.metrics.features.pixels import Pixels
-from dmpctl.metrics.frechet import GROUPS, FidEstimate, features_to_fid
-from dmpctl.metrics.moments import features_to_moments
+from dmpctl.engine.reference import Reference, open_reference
+from dmpctl.errors import ThresholdError, UsageError
+from dmpctl.metrics.frechet import (
+    CONFIDENCE,
+    GROUPS,
+    FidEstimate,
+    PairedDifference,
+    features_to_fid,
+    moments_to_fid,
+    paired_difference,
+    verdict,
+)
+from dmpctl.metrics.inception_score import logits_to_score
+from dmpctl.metrics.infinity import fid_infinity
+from dmpctl.metrics.kid import features_to_kid
+from dmpctl.metrics.moments import BLOCK, features_to_moments
+from dmpctl.metrics.prdc import density_coverage, precision_recall
+from dmpctl.metrics.protocols import MetricProtocol
+from dmpctl.metrics.statistics import SUFFIXES, is_statistics
 from dmpctl.settings.model import Settings
-from dmpctl.settings.sections import SMALL_SIDE, Data, Fid
-from dmpctl.types import Extractor, Progress, Report, Source
+from dmpctl.types import Extractor, Progress, Report
 
-SCHEMA_VERSION = 1
-PUBLISHED_N = 50_000
-MODELS = (".safetensors", ".pt")  # files that are models, not images
-
-
-def images_of(source: Source, limit: int | None = None, batch: int = 256) -> Iterable[Tensor]:
-    """The images of a source in order, uint8 batches; `limit` None: all."""
-    count = len(source) if limit is None else min(limit, len(source))
-    for first in range(0, count, batch):
-        yield torch.stack([source.item(i)[0] for i in range(first, min(first + batch, count))])
-
-
-def in_parts(images: Tensor, batch: int = 512) -> Iterable[Tensor]:
-    """Images [N, C, H, W] as batches."""
-    return (images[first : first + batch] for first in range(0, len(images), batch))
-
-
-def extract(extractor: Extractor, batches: Iterable[Tensor]) -> Tensor:
-    """Features [N, width] float32 on the CPU."""
-    found = [extractor(images).cpu() for images in batches]
-    if not found:
-        raise UsageError("there are no images to measure")
-    return torch.cat(found)
+BACKBONE = "backbone"  # as --versus: a run's own backbone without its patch
+FEW = 10_000  # images, below which a distance is mostly a statement about N
+MODELS = (".safetensors", ".pt")  # files that are models, where they are no statistics
 
 
 def fid(settings: Settings, what: str, progress: Progress) -> Report:
-    """Fréchet distance of a run, a folder or an npz to real images; for a run, recorded in its metrics/."""
-    device, options = resolve_device(settings.launch), settings.fid
-    path = Path(what).expanduser()
-    which = settings.result.result_weights
-    made = path.suffix in MODELS or any((path / name).is_file() for name in ("config.json", "patch.json"))
-    model = load_result(path, which).with_codec(settings) if made else None
-    images = measured(path, model, settings, device, progress)
-    shape, count = images.shape, images.count
-    reference_name = options.reference or (reference_of(model) if model else None)
-    if reference_name is None:
+    """Measure WHAT; for a run, recorded in its metrics/. The report fails (exit 6) where a threshold was not met."""
+    path, options, device = Path(what).expanduser(), settings.fid, resolve_device(settings.launch)
+    if options.show:
+        return history(path)
+    if path.suffix in SUFFIXES and path.is_file() and is_statistics(path):
+        return statistics_report(path, settings)
+    images = open_images_of(path, _model(path, settings), settings, device, progress)
+    name = options.reference or (reference_of(images.model) if images.model else None)
+    if name is None:
         raise UsageError(f"nothing says what to compare {what} with", "add --reference digits or --reference DIR")
-    source = open_images(Data(data=reference_name), shape[1], shape[0], settings)
-    extractor = build_extractor(options, shape, device)
-    _refuse_small(count, extractor, options)
+    protocol, extractor = protocol_for(options, images.shape), build_extractor(options, images.shape, device)
+    _refuse_small(images.count, extractor, settings)
+    other = _versus(images, path, settings, device, progress)
+    unsure = None if other is None else refuse_unpaired(images, other)
     if settings.console.dry_run:
-        return Report(
-            {"dry_run": True, "n": count, "extractor": extractor.fingerprint},
-            (),
-            (f"would compare {count} images", "dry run: nothing was written"),
-        )
-    reference = features_to_moments([extract(extractor, images_of(source))])
-    debias = count > max(extractor.width, 2 * GROUPS - 1)
-    estimate = features_to_fid(extract(extractor, images.batches), reference, debias=debias)
-    name = metric_name(extractor, estimate.n)
-    data = {
-        "schema_version": SCHEMA_VERSION,
-        "metric": name,
-        **asdict(estimate),
-        "extractor": extractor.fingerprint,
-        "reference": {"name": reference_name, "fingerprint": source.fingerprint, "n": len(source)},
-        "images": {"what": str(path.absolute()), "shape": list(shape)},
-        "sampling": settings.sampling.model_dump(mode="json", exclude={"sample_batch"}) if model else None,
-        "codec": codec_record(model.codec) if model else None,
-        "patch": None
-        if model is None
-        else {"step": model.step, "patch_sha256": model.about.get("sha256"), "backbone_sha256": model.backbone.digest},
-        "versions": {name: version_of(name) for name in ("dmpctl", "torch", "torch-fidelity")},
-    }
-    lines = _warnings(estimate, extractor)
-    if model is not None:
-        target = _metrics_file(path, name, model, settings)
-        write_json(target, data)
-        lines = (*lines, f"recorded in {target}")
-    error = "" if estimate.standard_error is None else f" ± {estimate.standard_error:.4g}"
-    row = {
-        "metric": name,
-        "value": f"{estimate.value:.4f}{error}",
-        "debiased": "" if estimate.debiased is None else f"{estimate.debiased:.4f}",
-        "images": str(estimate.n),
-        "reference": f"{reference_name} ({len(source)})",
-    }
-    return Report(data, (row,), lines)
+        data = {"dry_run": True, "n": images.count, "extractor": extractor.fingerprint, "protocol": protocol.name}
+        return Report(data, (), (f"would compare {images.count} images", "dry run: nothing was written"))
+    reference = open_reference(name, images.shape, extractor, protocol.name, settings, progress)
+    store = _features(path, images, extractor, settings, progress)
+    record = record_of(images, reference, extractor, protocol, settings, str(device))
+    found, rows = _measured(store, reference, extractor, protocol, settings)
+    warnings = [*images.warnings, *reference.warnings, *_warnings(found["fid"], store, extractor, protocol)]
+    metric = metric_name(extractor, images.count)
+    data = {"metric": metric, **asdict(found["fid"]), "metrics": _named(found, extractor, images), **record}
+    if options.noise_floor:
+        data["noise_floor"], row = _noise_floor(reference, settings)
+        rows.append(row)
+    gap = None
+    if other is not None:
+        gap = _difference(path, store, other, reference, extractor, settings, progress)
+        data["versus"] = {"what": other.name, **_json(gap)}
+        rows.append(_gap_row(other, gap))
+        warnings += [unsure] if unsure else []
+    data["warnings"] = warnings
+    failures = failures_of(found["fid"], gap, settings.fid)
+    data["failed"] = failures
+    lines = [*warnings]
+    if gap is not None:
+        lines.append(f"{_verdict(gap)}: {images.name} against {other.name if other else ''}")
+    if images.model is not None:
+        target = metrics_file(path, metric, record, images.model, settings)
+        write_record(target, data)
+        lines.append(f"recorded in {target}")
+    else:
+        store.remove()  # what was measured is no run, whose features would be looked for again
+    return Report(data, tuple(rows), (*lines, *failures), ThresholdError.exit_code if failures else 0)
 
 
-def metric_name(extractor: Extractor, n: int) -> str:
-    """A name that carries N: fid50k, fd-pixels-5k."""
-    number = f"{n // 1000}k" if n % 1000 == 0 else str(n)
-    return f"fid{number}" if extractor.name == "inception" else f"fd-{extractor.name}-{number}"
-
-
-def _metrics_file(run: Path, name: str, model: Patched, settings: Settings) -> Path:
-    sampling = settings.sampling
-    folder = make_folder(outputs_of(run) / "metrics")
-    return (
-        folder
-        / f"{name}-{model.step:07d}-{sampling.sampler}-{sampling.steps}-cfg{sampling.cfg:g}-seed{sampling.sample_seed}.json"
-    )
+def _model(path: Path, settings: Settings) -> Patched | None:
+    """The model that a path stands for, None for images."""
+    made = path.suffix in MODELS or any((path / name).is_file() for name in ("config.json", "patch.json"))
+    return load_result(path, settings.result.result_weights).with_codec(settings) if made else None
 
 
 def reference_of(model: Patched) -> str | None:
@@ -131,80 +105,155 @@ def reference_of(model: Patched) -> str | None:
     return model.backbone.data
 
 
-def build_extractor(options: Fid, shape: tuple[int, int, int], device: torch.device) -> Extractor:
-    """The extractor that --extractor names; MissingError where Inception has no weights."""
-    kind = options.extractor or ("pixels" if shape[1] < SMALL_SIDE else "inception")
-    match kind:
-        case "pixels":
-            return Pixels(shape[0], shape[1])
-        case "inception":
-            weights = options.extractor_weights or cached("inception")
-            if weights is None:
-                raise MissingError(
-                    "the Inception extractor needs its weights, weights-inception-2015-12-05-6726825d.pth",
-                    "fetch them with dmpctl download inception, add --extractor-weights FILE, or measure with --extractor pixels",
-                )
-            return Inception(weights, pinned=options.extractor_weights is None, device=device)
-        case _:
-            assert_never(kind)
+def _features(path: Path, images: ImageSet, extractor: Extractor, settings: Settings, progress: Progress) -> FeatureStore:
+    """Features of WHAT: kept in a run, else in the cache until they are measured."""
+    wanted = settings.fid.wanted
+    if ("is" in wanted and extractor.name != "inception") or ("sfid" in wanted and extractor.name != "inception"):
+        raise UsageError(f"is and sfid are Inception's, the extractor is {extractor.name}", "leave them out of --metrics")
+    root = cache_dir() / "features" if images.model is None else outputs_of(path) / "metrics" / "features"
+    key = {"images": dict(images.identity), "extractor": extractor.fingerprint}
+    store = FeatureStore(root, key, images.count, logits="is" in wanted, spatial="sfid" in wanted)
+    fill(store, images, extractor, progress)
+    return store
 
 
-def _refuse_small(count: int, extractor: Extractor, options: Fid) -> None:
-    if count <= extractor.width and not options.allow_small:
+def _measured(
+    store: FeatureStore, reference: Reference, extractor: Extractor, protocol: MetricProtocol, settings: Settings
+) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    """Every metric that was asked for, by its name, and the rows that people see."""
+    features, seed = store.features, settings.sampling.sample_seed
+    debias = store.count > max(extractor.width, 2 * GROUPS - 1)
+    estimate = features_to_fid(features, reference.features, debias=debias)
+    found: dict[str, Any] = {"fid": estimate}
+    rows = [_row("fid", extractor, estimate, reference)]
+    for metric in settings.fid.wanted[1:]:
+        match metric:
+            case "sfid":
+                if reference.spatial is None:
+                    raise UsageError("sfid needs spatial statistics of the reference", "leave sfid out of --metrics")
+                value = moments_to_fid(features_to_moments(torch.split(store.spatial, BLOCK)), reference.spatial)
+                found[metric] = {"value": value}
+                shown = f"{value:.4f}"
+            case "is":
+                score = logits_to_score(store.logits, protocol.split_size, seed)
+                found[metric], shown = asdict(score), f"{score.value:.4f} ± {score.deviation:.4g} (sd over {score.splits} splits)"
+            case "pr":
+                pr = precision_recall(reference.vectors(), features)
+                found[metric], shown = asdict(pr), f"precision {pr.precision:.4f}, recall {pr.recall:.4f} (k = {pr.neighbours})"
+            case "dc":
+                dc = density_coverage(reference.vectors(), features)
+                found[metric], shown = asdict(dc), f"density {dc.density:.4f}, coverage {dc.coverage:.4f} (k = {dc.neighbours})"
+            case "kid":
+                kid = features_to_kid(features, reference.vectors(), seed=seed)
+                found[metric], shown = asdict(kid), f"{kid.value:.6f} ± {kid.deviation:.2g} (sd over {kid.subsets} subsets)"
+            case _:
+                line = fid_infinity(features, reference.features, seed)
+                found[metric], shown = asdict(line), f"{line.value:.4f} ± {line.standard_error:.4g} (R² {line.r_squared:.3f})"
+        rows.append({"metric": metric_name(extractor, store.count, metric), "value": shown})
+    return found, rows
+
+
+def _named(found: Mapping[str, Any], extractor: Extractor, images: ImageSet) -> dict[str, Any]:
+    """The metrics under names that carry N."""
+    plain = {key: asdict(value) if isinstance(value, FidEstimate) else value for key, value in found.items()}
+    return {metric_name(extractor, images.count, key): value for key, value in plain.items()}
+
+
+def _row(metric: str, extractor: Extractor, estimate: FidEstimate, reference: Reference) -> dict[str, str]:
+    error = "" if estimate.standard_error is None else f" ± {estimate.standard_error:.4g}"
+    return {
+        "metric": metric_name(extractor, estimate.n, metric),
+        "value": f"{estimate.value:.4f}{error}",
+        "debiased": "" if estimate.debiased is None else f"{estimate.debiased:.4f}",
+        "images": str(estimate.n),
+        "reference": f"{reference.record['name']} ({'n unknown' if reference.count is None else reference.count})",
+    }
+
+
+def _noise_floor(reference: Reference, settings: Settings) -> tuple[dict[str, Any], dict[str, str]]:
+    """One random half of the real images against the other: what a perfect generator would score with so few."""
+    vectors = reference.vectors()
+    generator = torch.Generator().manual_seed(settings.sampling.sample_seed)
+    order = torch.randperm(len(vectors), generator=generator)
+    halves = [half.sort().values for half in order.tensor_split(2)]
+    one, two = (features_to_moments(vectors[part] for part in torch.split(half, BLOCK)) for half in halves)
+    found = {"value": moments_to_fid(one, two), "n": len(halves[0]), "n_reference": len(halves[1])}
+    return found, {
+        "metric": "noise floor",
+        "value": f"{found['value']:.4f}",
+        "images": f"{found['n']} real against {found['n_reference']}",
+    }
+
+
+def _versus(images: ImageSet, path: Path, settings: Settings, device: torch.device, progress: Progress) -> ImageSet | None:
+    """The other side of a paired difference, None where none was asked for."""
+    name = settings.fid.versus or settings.fid.fail_unless_better_than
+    if name is None:
+        return None
+    if name == BACKBONE:
+        if images.model is None or images.model.patch is None:
+            raise UsageError(f"--versus {BACKBONE} needs a run with a patch, {images.name} has none")
+        return open_images_of(path, images.model.unpatched(), settings, device, progress)
+    other = Path(name).expanduser()
+    return open_images_of(other, _model(other, settings), settings, device, progress)
+
+
+def _difference(
+    path: Path,
+    store: FeatureStore,
+    other: ImageSet,
+    reference: Reference,
+    extractor: Extractor,
+    settings: Settings,
+    progress: Progress,
+) -> PairedDifference:
+    plain = settings.model_copy(update={"fid": settings.fid.model_copy(update={"metrics": "fid"})})
+    theirs = _features(path, other, extractor, plain, progress)
+    return paired_difference(store.features, theirs.features, reference.features)
+
+
+def _json(gap: PairedDifference) -> dict[str, Any]:
+    found = asdict(gap)
+    return {"distance": found.pop("b"), **{key: value for key, value in found.items() if key != "a"}, "verdict": _verdict(gap)}
+
+
+def _verdict(gap: PairedDifference) -> str:
+    """In plain words, at a stated confidence."""
+    if gap.standard_error is None:
+        return "no verdict: a standard error takes more images than features"
+    return f"{verdict(gap.value, gap.standard_error)} ({100 * CONFIDENCE:.0f} % confidence over the sampling of images)"
+
+
+def _gap_row(other: ImageSet, gap: PairedDifference) -> dict[str, str]:
+    error = "" if gap.standard_error is None else f" ± {gap.standard_error:.4g}"
+    p = "" if gap.p_value is None else f"p = {gap.p_value:.2g}"
+    return {
+        "metric": "difference (paired)",
+        "value": f"{gap.value:+.4f}{error}",
+        "debiased": p,
+        "reference": f"from {other.name}",
+    }
+
+
+def _refuse_small(count: int, extractor: Extractor, settings: Settings) -> None:
+    if count <= extractor.width and not settings.fid.allow_small:
         raise UsageError(
             f"{count} images are too few for {extractor.width} features: the distance would be mostly bias",
             f"compare more than {extractor.width} images, or add --allow-small",
         )
 
 
-def _warnings(estimate: FidEstimate, extractor: Extractor) -> tuple[str, ...]:
+def _warnings(estimate: FidEstimate, store: FeatureStore, extractor: Extractor, protocol: MetricProtocol) -> list[str]:
     lines = []
-    if extractor.name == "inception" and estimate.n < PUBLISHED_N:
-        lines.append(
-            f"warning: {estimate.n} images; published numbers use {PUBLISHED_N}, and fewer images give a larger distance"
-        )
+    if protocol.images is not None and estimate.n != protocol.images:
+        few = ", and fewer images give a larger distance" if estimate.n < protocol.images else ""
+        lines.append(f"warning: {estimate.n} images; published numbers use {protocol.images}{few}")
+    elif estimate.n < FEW and extractor.name != "pixels":
+        lines.append(f"warning: {estimate.n} images are few: the distance says more about their number than about them")
     if estimate.standard_error is None:
         lines.append(f"warning: no standard error with {estimate.n} images for {extractor.width} features")
     if not getattr(extractor, "known", True):
-        lines.append("warning: these are not the published Inception weights; compare with nothing else")
-    return tuple(lines)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """The images of WHAT: (C, H, W) of one, how many will be compared, and batches that are made or read when asked for."""
-
-    shape: tuple[int, int, int]
-    count: int
-    batches: Iterable[Tensor]
-
-
-def measured(path: Path, model: Patched | None, settings: Settings, device: torch.device, progress: Progress) -> Measured:
-    """Open WHAT once: a run, a folder of images or an npz; MissingError where it is none of them."""
-    most = settings.fid.max_images
-    if model is not None:
-        sampled = (images for _, images in in_batches(model, range(most), settings.sampling, device, progress))
-        return Measured(model.image_shape, most, sampled)
-    if path.is_dir():
-        folder = ImageFolder(path)
-        channels, height, width = folder.item(0)[0].shape
-        return Measured((channels, height, width), min(len(folder), most), images_of(folder, most))
-    if path.suffix == ".npz" and path.is_file():
-        array = _npz_images(path)[:most]
-        n, height, width, channels = array.shape
-        batches = (torch.from_numpy(np.ascontiguousarray(array[i : i + 256])).permute(0, 3, 1, 2) for i in range(0, n, 256))
-        return Measured((channels, height, width), n, batches)
-    raise MissingError(f"{path} is no run, no folder of images and no .npz file", "name a run, such as runs/digits")
-
-
-def _npz_images(path: Path) -> "np.ndarray[Any, np.dtype[np.uint8]]":
-    """`arr_0` uint8 [N, H, W, 3] of an npz in ADM layout; IntegrityError for anything else. Nothing is unpickled."""
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            array = archive["arr_0"]
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        raise IntegrityError(f"{path} holds no arr_0 of images ({error})") from None
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
-        raise IntegrityError(f"{path}: arr_0 should be uint8 [N, H, W, 3], found {array.dtype} {list(array.shape)}")
-    found: np.ndarray[Any, np.dtype[np.uint8]] = array
-    return found
+        lines.append("warning: these weights are not pinned by a published hash; compare with the same file's numbers only")
+    if store.duplicates:
+        lines.append(f"warning: {store.duplicates} of {store.count} images are copies of another one")
+    return lines

@@ -85,17 +85,8 @@ def sample(settings: Settings, run: Path, progress: Progress) -> Report:
     if settings.images.unpatched:
         model = model.unpatched()
     wanted, sampling = settings.images, settings.sampling
-    name = folder_name(model, sampling) + ("-backbone" if model.patch is None else "")
-    folder = (wanted.out or outputs_of(run) / "samples" / name).absolute()
-    about = {
-        "schema_version": SCHEMA_VERSION,
-        "sampling": sampling.model_dump(mode="json", exclude={"sample_batch"}),
-        "label": wanted.image_label,
-        "backbone_sha256": model.backbone.digest,
-        "patch_sha256": model.about.get("sha256"),
-        "step": model.step,
-        "codec": latent_record(model.codec),
-    }
+    folder = (wanted.out or samples_folder(run, model, sampling)).absolute()
+    about = samples_about(model, settings)
     device = resolve_device(settings.launch)
     denoiser_of(model, [0], sampling, device, wanted.image_label)  # what does not fit fails before anything is written
     if settings.console.dry_run:
@@ -125,6 +116,25 @@ def sample(settings: Settings, run: Path, progress: Progress) -> Report:
         "seed": str(sampling.sample_seed),
     }
     return Report(data, (row,), (f"images: {folder}", f"look at: {target}"))
+
+
+def samples_folder(run: Path, model: Patched, sampling: Sampling) -> Path:
+    """Where images of a run lie unless --out says otherwise."""
+    name = folder_name(model, sampling) + ("-backbone" if model.patch is None else "")
+    return outputs_of(run) / "samples" / name
+
+
+def samples_about(model: Patched, settings: Settings) -> dict[str, Any]:
+    """All that shapes the images of a run, as samples.json records it."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "sampling": settings.sampling.model_dump(mode="json", exclude={"sample_batch"}),
+        "label": settings.images.image_label,
+        "backbone_sha256": model.backbone.digest,
+        "patch_sha256": model.about.get("sha256"),
+        "step": model.step,
+        "codec": latent_record(model.codec),
+    }
 
 
 def begin_samples(folder: Path, about: dict[str, Any]) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dmpctl.engine import paired_loss
 from dmpctl.engine.build import Loaded, build_codec, load_backbone, open_data
-from dmpctl.engine.evaluate import build_extractor, extract, images_of
+from dmpctl.engine.extraction import build_extractor, extract
+from dmpctl.engine.fid_images import images_of
 from dmpctl.engine.generate import denoiser_of, in_batches
 from dmpctl.engine.paired_loss import epsilon_errors
 from dmpctl.engine.patched import Patched

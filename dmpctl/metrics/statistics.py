@@ -79,6 +79,14 @@ def read_statistics(path: Path, width: int | None = None) -> Statistics:
     return found
 
 
+def is_statistics(path: Path) -> bool:
+    """Whether a file holds statistics alone: no images beside them, and no model. IntegrityError if it cannot be opened."""
+    if path.suffix == ".npz":
+        names = names_of(path)
+        return "mu" in names and IMAGES not in names
+    return path.suffix == ".safetensors" and set(MOMENTS) <= set(read_tensors(path)[0])
+
+
 def _tensors_of(moments: FeatureMoments, prefix: str) -> dict[str, Tensor]:
     return {
         prefix + "count": torch.tensor(moments.count),

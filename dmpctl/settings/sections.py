@@ -314,22 +314,61 @@ class Evaluate(Section):
     eval_images: Annotated[int, Field(ge=2, description="Images sampled for each side of the comparison.")] = 5_000
 
 
+_METRIC = "fid|sfid|is|pr|dc|kid|fid-infinity"
 SMALL_SIDE = 32  # pixels: below it, Inception has nothing to say
 
 
 class Fid(Section):
     panel: ClassVar[str] = "Distance"
     science: ClassVar[bool] = False
-    reference: Annotated[str | None, Field(description="Real images: digits or a folder; default: the run's own data.")] = None
+    reference: Annotated[
+        str | None,
+        Field(description="Real images: a source, a folder, an npz, or a file of statistics; default: the run's own data."),
+    ] = None
+    protocol: Annotated[
+        Literal["adm", "pytorch-fid", "clean", "dinov2", "pixels"] | None,
+        Field(description="Whose numbers these shall be comparable with; default: adm, pixels for images under 32 pixels."),
+    ] = None
     extractor: Annotated[
-        Literal["pixels", "inception"] | None,
-        Field(description="Features the distance is taken in; default: pixels for images under 32 pixels, else inception."),
+        str | None,
+        Field(
+            pattern=r"^(pixels|inception|dinov2|timm:\S+)$",
+            description="Features instead of the protocol's: pixels, inception, dinov2 or timm:NAME.",
+        ),
     ] = None
     extractor_weights: Annotated[
-        Path | None, Field(description="Inception-v3 weights (2015-12-05), a file; default: the cached ones.")
+        Path | None, Field(description="Weights of the extractor, a file; default: the cached ones.")
     ] = None
+    metrics: Annotated[
+        str,
+        Field(
+            pattern=rf"^({_METRIC})(,({_METRIC}))*$",
+            description="Of fid, sfid, is, pr, dc, kid, fid-infinity, joined by commas; fid is always there.",
+        ),
+    ] = "fid"
     max_images: Annotated[int, Field(ge=2, description="Images compared.")] = 50_000
     allow_small: Annotated[bool, Field(description="Allow fewer images than features.")] = False
+    stream: Annotated[bool, Field(description="Make a run's images for this alone, and write none.")] = False
+    save_stats: Annotated[Path | None, Field(description="Write the reference's statistics to this .safetensors file.")] = None
+    noise_floor: Annotated[bool, Field(description="Measure one half of the real images against the other, too.")] = False
+    versus: Annotated[str | None, Field(description="A run or folder on the same seeds: the paired difference from it.")] = None
+    show: Annotated[bool, Field(description="Show what was measured of the run before, and measure nothing.")] = False
+    fail_above: Annotated[float | None, Field(ge=0, description="Exit 6 where the distance is larger.")] = None
+    fail_unless_better_than: Annotated[
+        str | None, Field(description="Exit 6 where the distance is not smaller than that of this run or folder (see versus).")
+    ] = None
+    strict: Annotated[bool, Field(description="Exit 6 also where a threshold lies within 2 standard errors.")] = False
+
+    @model_validator(mode="after")
+    def _one_comparison(self) -> Self:
+        if self.versus is not None and self.fail_unless_better_than not in (None, self.versus):
+            raise ValueError("versus and fail_unless_better_than name two different things to compare with, give one of the two")
+        return self
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """The metrics asked for, each once."""
+        return tuple(dict.fromkeys(("fid", *self.metrics.split(","))))
 
 
 class Gates(Section):

@@ -1,0 +1,90 @@
+"""From images to features: which extractor a protocol asks for, and a store of what it says of each image."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dmpctl.engine.assets import cached
+from dmpctl.engine.feature_store import FeatureStore
+from dmpctl.engine.fid_images import ImageSet
+from dmpctl.errors import MissingError, UsageError
+from dmpctl.metrics.features.inception import Inception
+from dmpctl.metrics.features.pixels import Pixels
+from dmpctl.metrics.features.timm import DINOV2, TimmFeatures
+from dmpctl.metrics.protocols import PROTOCOLS, MetricProtocol
+from dmpctl.settings.sections import SMALL_SIDE, Fid
+from dmpctl.types import Extractor, Progress
+
+
+def in_parts(images: Tensor, batch: int = 512) -> Iterable[Tensor]:
+    """Images [N, C, H, W] as batches."""
+    return (images[first : first + batch] for first in range(0, len(images), batch))
+
+
+def extract(extractor: Extractor, batches: Iterable[Tensor]) -> Tensor:
+    """Features [N, width] float32 on the CPU, in memory: for sets of a few thousand images."""
+    found = [extractor(images).cpu() for images in batches]
+    if not found:
+        raise UsageError("there are no images to measure")
+    return torch.cat(found)
+
+
+def protocol_for(options: Fid, shape: tuple[int, int, int]) -> MetricProtocol:
+    """The protocol that was named; by default ADM's, and pixels for small images or where --extractor says so."""
+    if options.protocol is not None:
+        return PROTOCOLS[options.protocol]
+    if options.extractor in ("pixels", "dinov2"):
+        return PROTOCOLS[options.extractor]
+    return PROTOCOLS["pixels" if options.extractor is None and shape[1] < SMALL_SIDE else "adm"]
+
+
+def build_extractor(options: Fid, shape: tuple[int, int, int], device: torch.device) -> Extractor:
+    """The extractor of the protocol, or the one that --extractor names; MissingError where its weights are not there."""
+    protocol, weights = protocol_for(options, shape), options.extractor_weights
+    kind = options.extractor or protocol.extractor
+    if kind == "pixels":
+        return Pixels(shape[0], shape[1])
+    if kind == "inception":
+        return Inception(
+            weights or _weights_of("inception", "the Inception extractor", "weights-inception-2015-12-05-6726825d.pth"),
+            pinned=weights is None,
+            device=device,
+            preprocessing=protocol.preprocessing or "adm",
+        )
+    model = DINOV2 if kind == "dinov2" else kind.removeprefix("timm:")
+    if kind != "dinov2" and weights is None:
+        raise MissingError(f"{kind} needs its weights", "add --extractor-weights FILE, in timm's layout")
+    return TimmFeatures(model, weights or _weights_of("dinov2", "DINOv2", "model.safetensors"), device)
+
+
+def _weights_of(row: str, what: str, file: str) -> Path:
+    path = cached(row)
+    if path is None:
+        raise MissingError(
+            f"{what} needs its weights, {file}",
+            f"fetch them with dmpctl download {row}, add --extractor-weights FILE, or measure with --extractor pixels",
+        )
+    return path / file if path.is_dir() else path
+
+
+def fill(
+    store: FeatureStore,
+    images: ImageSet,
+    extractor: Extractor,
+    progress: Progress,
+    rank: int = 0,
+    world: int = 1,
+    batch: int = 64,
+) -> None:
+    """Extract what the store lacks of these images, this rank's share of them (i % world); it may be killed and go on."""
+    missing = store.missing(rank, world)
+    if not missing:
+        return
+    with progress.track(f"{extractor.name} features of {images.name}", images.count, images.count - len(missing)) as task:
+        for indices, pictures in images.read(missing):
+            for first in range(0, len(indices), batch):
+                part, some = indices[first : first + batch], pictures[first : first + batch]
+                store.put(part, some, extractor.outputs(some))
+                task.advance(len(part))

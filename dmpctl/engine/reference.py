@@ -1,0 +1,162 @@
+"""What images are compared with: real ones by name, folder or npz, or statistics of them. Statistics are computed once."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, split
+
+from dmpctl.engine.build import open_images
+from dmpctl.engine.cache import cache_dir, locked
+from dmpctl.engine.extraction import fill
+from dmpctl.engine.feature_store import FeatureStore
+from dmpctl.engine.fid_images import ImageSet, npz_set, source_images
+from dmpctl.errors import UsageError
+from dmpctl.files import make_folder, sha256_of, sha256_of_json
+from dmpctl.metrics.frechet import Factor, Gaussian
+from dmpctl.metrics.moments import BLOCK, FeatureMoments, features_to_moments
+from dmpctl.metrics.npz import names_of
+from dmpctl.metrics.statistics import SUFFIXES, Statistics, read_statistics, write_statistics
+from dmpctl.settings.model import Settings
+from dmpctl.settings.sections import Data
+from dmpctl.types import Extractor, Progress
+
+SCHEMA_VERSION = 1
+VECTORS = {"pr", "dc", "kid"}  # metrics that need the features themselves
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Real images as far as metrics want them. `features` is factored once; `spatial` None: not asked for, or not known.
+
+    `vectors()` are the features themselves [N, D] (of ADM's npz: of the 10 000 images that it holds); UsageError where the
+    images are not there. `record` says what this is, JSON-able; `warnings` are sentences.
+    """
+
+    features: Factor
+    spatial: Factor | None
+    vectors: Callable[[], Tensor]
+    record: dict[str, Any]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def count(self) -> int | None:
+        """Images behind it; None where its file does not say."""
+        return self.features.count
+
+
+def open_reference(
+    name: str, shape: tuple[int, int, int], extractor: Extractor, protocol: str, settings: Settings, progress: Progress
+) -> Reference:
+    """The reference that `name` stands for, for images of this `shape`.
+
+    UsageError where a file of statistics was made in another way, with the list of what differs; MissingError and
+    IntegrityError as its readers raise them.
+    """
+    path, spatial = Path(name).expanduser(), "sfid" in settings.fid.wanted
+    if path.suffix in SUFFIXES and path.is_file() and not (path.suffix == ".npz" and "mu" not in names_of(path)):
+        return _from_file(path, shape, extractor, protocol, settings, progress)
+    if path.suffix == ".npz" and path.is_file():
+        images = npz_set(path, limit=2**62)
+    else:
+        images = source_images(name, open_images(Data(data=name), shape[1], shape[0], settings))
+    return _from_images(name, images, extractor, protocol, spatial, settings, progress)
+
+
+def _from_file(
+    path: Path, shape: tuple[int, int, int], extractor: Extractor, protocol: str, settings: Settings, progress: Progress
+) -> Reference:
+    found = read_statistics(path, extractor.width)
+    _refuse_other_protocol(found, extractor, protocol, shape)
+    if "sfid" in settings.fid.wanted and found.spatial is None:
+        raise UsageError(f"{path} has no spatial statistics, which sfid compares", "leave sfid out of --metrics")
+    record = {
+        "name": str(path),
+        "kind": found.kind,
+        "sha256": sha256_of(path),
+        "n": found.count,
+        "protocol": found.protocol,
+        **({"source": found.about["reference"]} if "reference" in found.about else {}),
+    }
+    warnings = []
+    if found.kind != "dmpctl":
+        warnings.append(f"warning: {path.name} does not say how it was made; its numbers are taken for those of {protocol}")
+
+    def vectors() -> Tensor:
+        if not found.images:
+            raise UsageError(
+                f"{path} has statistics but no images, which precision, recall, density, coverage and KID compare",
+                "name real images as --reference, or leave these out of --metrics",
+            )
+        return _store(npz_set(path, limit=2**62), extractor, False, progress).features
+
+    spatial = None if found.spatial is None else Factor.of(found.spatial)
+    return Reference(Factor.of(found.features), spatial, cache(vectors), record, tuple(warnings))
+
+
+def _refuse_other_protocol(found: Statistics, extractor: Extractor, protocol: str, shape: tuple[int, int, int]) -> None:
+    there = {"protocol": found.protocol, "extractor": found.about.get("extractor"), "shape": found.about.get("shape")}
+    here = {"protocol": protocol, "extractor": extractor.fingerprint, "shape": list(shape)}
+    other = [f"{key}: {there[key]} there, {here[key]} here" for key in here if there[key] not in (None, here[key])]
+    if other:
+        raise UsageError(f"{found.path} was made in another way ({'; '.join(other)})", "measure both with one --protocol")
+
+
+def _from_images(
+    name: str,
+    images: ImageSet,
+    extractor: Extractor,
+    protocol: str,
+    spatial: bool,
+    settings: Settings,
+    progress: Progress,
+) -> Reference:
+    """Statistics from the cache, or from the images and into it."""
+    about = {
+        "protocol": protocol,
+        "extractor": extractor.fingerprint,
+        "shape": list(images.shape),
+        "reference": {"name": name, **images.identity, "n": images.count},
+    }
+    key = sha256_of_json({"schema_version": SCHEMA_VERSION, **about, "spatial": spatial})
+    path = cache_dir() / "statistics" / f"{key}.safetensors"
+    with nullcontext() if path.is_file() else locked(f"statistics-{key[:16]}"):
+        if path.is_file():
+            found = read_statistics(path, extractor.width)
+            features, spatial_features = found.features, found.spatial
+        else:
+            store = _store(images, extractor, spatial, progress)
+            features = features_to_moments(split(store.features, BLOCK))
+            spatial_features = features_to_moments(split(store.spatial, BLOCK)) if spatial else None
+            make_folder(path.parent)
+            write_statistics(path, features, spatial_features, about)
+            if not settings.fid.noise_floor and not VECTORS & set(settings.fid.wanted):
+                store.remove()  # the statistics are all that is needed of them
+    if settings.fid.save_stats is not None and isinstance(features, FeatureMoments):
+        _save(settings.fid.save_stats, features, spatial_features, about)
+    source = images.identity.get("source")
+    record = {"name": name, "kind": "images", "fingerprint": source, "n": images.count, "protocol": protocol}
+    return Reference(
+        Factor.of(features),
+        None if spatial_features is None else Factor.of(spatial_features),
+        cache(lambda: _store(images, extractor, spatial, progress).features),
+        record,
+        images.warnings,
+    )
+
+
+def _save(path: Path, features: FeatureMoments, spatial: Gaussian | None, about: dict[str, Any]) -> None:
+    if path.suffix != ".safetensors":
+        raise UsageError(f"--save-stats writes a .safetensors file, found {path}")
+    write_statistics(path.expanduser().absolute(), features, spatial if isinstance(spatial, FeatureMoments) else None, about)
+
+
+def _store(images: ImageSet, extractor: Extractor, spatial: bool, progress: Progress) -> FeatureStore:
+    """Features of real images in the cache, made where they are missing."""
+    key = {"images": dict(images.identity), "extractor": extractor.fingerprint}
+    store = FeatureStore(cache_dir() / "features", key, images.count, spatial=spatial)
+    fill(store, images, extractor, progress)
+    return store

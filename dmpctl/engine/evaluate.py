@@ -15,7 +15,7 @@ from dmpctl.engine.fid_images import ImageSet, open_images_of
 from dmpctl.engine.fid_record import failures_of, history, metric_name, metrics_file, record_of, refuse_unpaired, write_record
 from dmpctl.engine.fid_statistics import statistics_report
 from dmpctl.engine.patched import Patched, load_result, outputs_of
-from dmpctl.engine.reference import Reference, open_reference
+from dmpctl.engine.reference import Reference, find_reference, open_reference
 from dmpctl.errors import ThresholdError, UsageError
 from dmpctl.metrics.frechet import (
     CONFIDENCE,
@@ -53,6 +53,7 @@ def fid(settings: Settings, what: str, progress: Progress) -> Report:
     name = options.reference or (reference_of(images.model) if images.model else None)
     if name is None:
         raise UsageError(f"nothing says what to compare {what} with", "add --reference digits or --reference DIR")
+    real = find_reference(name, images.shape, settings)
     protocol, extractor = protocol_for(options, images.shape), build_extractor(options, images.shape, device)
     _refuse_small(images.count, extractor, settings)
     other = _versus(images, path, settings, device, progress)
@@ -60,7 +61,7 @@ def fid(settings: Settings, what: str, progress: Progress) -> Report:
     if settings.console.dry_run:
         data = {"dry_run": True, "n": images.count, "extractor": extractor.fingerprint, "protocol": protocol.name}
         return Report(data, (), (f"would compare {images.count} images", "dry run: nothing was written"))
-    reference = open_reference(name, images.shape, extractor, protocol.name, settings, progress)
+    reference = open_reference(real, images.shape, extractor, protocol.name, settings, progress)
     store = _features(path, images, extractor, settings, progress)
     record = record_of(images, reference, extractor, protocol, settings, str(device))
     found, rows = _measured(store, reference, extractor, protocol, settings)

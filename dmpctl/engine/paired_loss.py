@@ -42,13 +42,13 @@ def epsilon_errors(
     seed: int,
     progress: Progress,
     batch: int = 512,
-    most: int = MOST_IMAGES,
+    most: int | None = None,
 ) -> tuple[Tensor, list[int]]:
-    """Squared epsilon error [T, N] float64 at T evenly spaced timesteps for N images, at most `most`, and those timesteps."""
+    """Squared epsilon error [T, N] float64 at T evenly spaced timesteps for N images, at most `most` (None: 2 000), and those timesteps."""
     spec = model.backbone.spec
     schedule = NoiseSchedule.from_spec(spec.schedule).to(device)
     steps = [int(t) for t in torch.linspace(0, spec.schedule.steps - 1, 2 * TIMESTEPS + 1)[1::2]]
-    count = min(len(source), most)
+    count = min(len(source), MOST_IMAGES if most is None else most)
     items = [source.item(i * len(source) // count) for i in range(count)]  # spread evenly: class folders are sorted
     images = torch.stack([image for image, _ in items])
     x0 = torch.cat([model.codec.encode(part.to(device)).mean.cpu() for part in torch.split(images, batch)])

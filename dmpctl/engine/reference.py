@@ -48,22 +48,34 @@ class Reference:
         return self.features.count
 
 
-def open_reference(
-    name: str, shape: tuple[int, int, int], extractor: Extractor, protocol: str, settings: Settings, progress: Progress
-) -> Reference:
-    """The reference that `name` stands for, for images of this `shape`.
+def find_reference(name: str, shape: tuple[int, int, int], settings: Settings) -> Path | ImageSet:
+    """What `name` stands for, for images of this `shape`: a file of statistics, or real images; nothing is computed yet.
 
-    UsageError where a file of statistics was made in another way, with the list of what differs; MissingError and
-    IntegrityError as its readers raise them.
+    MissingError, UsageError and IntegrityError as the readers of data raise them.
     """
-    path, spatial = Path(name).expanduser(), "sfid" in settings.fid.wanted
+    path = Path(name).expanduser()
     if path.suffix in SUFFIXES and path.is_file() and not (path.suffix == ".npz" and "mu" not in names_of(path)):
-        return _from_file(path, shape, extractor, protocol, settings, progress)
+        return path
     if path.suffix == ".npz" and path.is_file():
-        images = npz_set(path, limit=2**62)
-    else:
-        images = source_images(name, open_images(Data(data=name), shape[1], shape[0], settings))
-    return _from_images(name, images, extractor, protocol, spatial, settings, progress)
+        return npz_set(path, limit=2**62)
+    return source_images(name, open_images(Data(data=name), shape[1], shape[0], settings))
+
+
+def open_reference(
+    found: Path | ImageSet,
+    shape: tuple[int, int, int],
+    extractor: Extractor,
+    protocol: str,
+    settings: Settings,
+    progress: Progress,
+) -> Reference:
+    """Statistics of what was found, read, or computed and kept.
+
+    UsageError where a file of statistics was made in another way, with the list of what differs.
+    """
+    if isinstance(found, Path):
+        return _from_file(found, shape, extractor, protocol, settings, progress)
+    return _from_images(found, extractor, protocol, "sfid" in settings.fid.wanted, settings, progress)
 
 
 def _from_file(
@@ -106,7 +118,6 @@ def _refuse_other_protocol(found: Statistics, extractor: Extractor, protocol: st
 
 
 def _from_images(
-    name: str,
     images: ImageSet,
     extractor: Extractor,
     protocol: str,
@@ -119,7 +130,7 @@ def _from_images(
         "protocol": protocol,
         "extractor": extractor.fingerprint,
         "shape": list(images.shape),
-        "reference": {"name": name, **images.identity, "n": images.count},
+        "reference": {"name": images.name, **images.identity, "n": images.count},
     }
     key = sha256_of_json({"schema_version": SCHEMA_VERSION, **about, "spatial": spatial})
     path = cache_dir() / "statistics" / f"{key}.safetensors"
@@ -138,7 +149,7 @@ def _from_images(
     if settings.fid.save_stats is not None and isinstance(features, FeatureMoments):
         _save(settings.fid.save_stats, features, spatial_features, about)
     source = images.identity.get("source")
-    record = {"name": name, "kind": "images", "fingerprint": source, "n": images.count, "protocol": protocol}
+    record = {"name": images.name, "kind": "images", "fingerprint": source, "n": images.count, "protocol": protocol}
     return Reference(
         Factor.of(features),
         None if spatial_features is None else Factor.of(spatial_features),

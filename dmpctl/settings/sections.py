@@ -333,7 +333,7 @@ class Fid(Section):
         str | None,
         Field(
             pattern=r"^(pixels|inception|dinov2|timm:\S+)$",
-            description="Features instead of the protocol's: pixels, inception, dinov2 or timm:NAME.",
+            description="Features instead of the protocol's: pixels, inception, dinov2 or timm:NAME; default: none.",
         ),
     ] = None
     extractor_weights: Annotated[
@@ -349,13 +349,17 @@ class Fid(Section):
     max_images: Annotated[int, Field(ge=2, description="Images compared.")] = 50_000
     allow_small: Annotated[bool, Field(description="Allow fewer images than features.")] = False
     stream: Annotated[bool, Field(description="Make a run's images for this alone, and write none.")] = False
-    save_stats: Annotated[Path | None, Field(description="Write the reference's statistics to this .safetensors file.")] = None
+    save_stats: Annotated[
+        Path | None, Field(description="Write the reference's statistics to this .safetensors file; default: none.")
+    ] = None
     noise_floor: Annotated[bool, Field(description="Measure one half of the real images against the other, too.")] = False
-    versus: Annotated[str | None, Field(description="A run or folder on the same seeds: the paired difference from it.")] = None
+    versus: Annotated[
+        str | None, Field(description="A run or folder on the same seeds: the paired difference from it; default: none.")
+    ] = None
     show: Annotated[bool, Field(description="Show what was measured of the run before, and measure nothing.")] = False
-    fail_above: Annotated[float | None, Field(ge=0, description="Exit 6 where the distance is larger.")] = None
+    fail_above: Annotated[float | None, Field(ge=0, description="Exit 6 where the distance is larger; default: none.")] = None
     fail_unless_better_than: Annotated[
-        str | None, Field(description="Exit 6 where the distance is not smaller than that of this run or folder (see versus).")
+        str | None, Field(description="Exit 6 where the distance is not smaller than that of this run or folder; default: none.")
     ] = None
     strict: Annotated[bool, Field(description="Exit 6 also where a threshold lies within 2 standard errors.")] = False
 

@@ -1,6 +1,7 @@
 """Whole commands on tiny sizes: the exact files, the numbers that are known beforehand, and the way from one to the next."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -101,8 +102,12 @@ def test_patch_sample_fid_and_gates_with_a_path_alone(tmp_path, monkeypatch, cli
     recorded = json.loads((run / "metrics" / "comparison-0000006.json").read_text())
     assert metric["value"] == pytest.approx(recorded["patched"]["value"], rel=1e-6)  # the same images, the same number
     assert cli("inspect-gates", "../runs/digits").code == 0
-    made = {"metrics/fd-pixels-80-0000006-ddim-4-cfg1-seed0.json", "gates/0000006.json", "gates/0000006.png"}
-    assert files(run) == RUN | {folder + name for name in PNGS} | made
+    made = {"gates/0000006.json", "gates/0000006.png", *(f"{folder}{k:06d}.png" for k in range(80))}
+    new = files(run) - RUN - {folder + name for name in PNGS} - made
+    (record,) = {name for name in new if not name.startswith("metrics/features/")}
+    assert re.fullmatch(r"metrics/fd-pixels-80-0000006-ddim-4-cfg1-seed0-[0-9a-f]{8}\.json", record)
+    assert {Path(name).name for name in new - {record}} == {"key.json", "done.npy", "hashes.npy", "features.npy"}
+    assert made < files(run)
     assert files(tmp_path / "elsewhere") == set()
 
 

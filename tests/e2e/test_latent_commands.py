@@ -180,7 +180,7 @@ def test_fid_of_decoded_images(place, patched_run, here, tmp_path):
     done = here("fid", run, "--extractor", "pixels", "--max-images", 12, "--allow-small", *FAST, "--json")
     assert done.code == 0, done.err
     found = json.loads(done.out)
-    assert (found["n"], found["images"]["shape"]) == (12, [3, TINY_SIDE, TINY_SIDE])
+    assert (found["n"], found["protocol"]["shape"]) == (12, [3, TINY_SIDE, TINY_SIDE])
     assert found["reference"]["n"] == IMAGES
     assert found["codec"]["fingerprint"] == Vae(place / "vae", "vae").fingerprint
 

@@ -120,7 +120,7 @@ def test_sections_are_frozen_and_refuse_unknown_names():
 
 def test_choices_of():
     assert choices_of(Data.model_fields["channels"].annotation) == (1, 3)
-    assert choices_of(Fid.model_fields["extractor"].annotation) == ("pixels", "inception")
+    assert choices_of(Fid.model_fields["protocol"].annotation) == ("adm", "pytorch-fid", "clean", "dinov2", "pixels")
     assert choices_of(int | None) == ()
 
 

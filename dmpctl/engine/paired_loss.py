@@ -44,7 +44,10 @@ def epsilon_errors(
     batch: int = 512,
     most: int | None = None,
 ) -> tuple[Tensor, list[int]]:
-    """Squared epsilon error [T, N] float64 at T evenly spaced timesteps for N images, at most `most` (None: 2 000), and those timesteps."""
+    """Squared epsilon error [T, N] float64 at T evenly spaced timesteps for N images, and those timesteps.
+
+    `most` images at most, None: 2 000.
+    """
     spec = model.backbone.spec
     schedule = NoiseSchedule.from_spec(spec.schedule).to(device)
     steps = [int(t) for t in torch.linspace(0, spec.schedule.steps - 1, 2 * TIMESTEPS + 1)[1::2]]

@@ -20,7 +20,7 @@ from dmpctl.files import read_json
 from dmpctl.settings.assets import Assets, rows_of
 from dmpctl.settings.commands import COMMANDS, VARIABLE_PREFIX, Option, every_option, field_of, options_of
 from dmpctl.settings.model import Settings
-from dmpctl.settings.presets import chosen_preset, preset_values
+from dmpctl.settings.presets import PRESETS, chosen_preset, preset_values
 from dmpctl.settings.sections import METHODS
 
 CONFIG_VARIABLE = VARIABLE_PREFIX + "CONFIG"
@@ -157,7 +157,11 @@ def from_preset(found: Mapping[str, Found], options: Mapping[str, Option]) -> di
     preset, base, method = (
         str(found[name].value if name in found else options[name].field.default) for name in ("preset", "base", "method")
     )
-    values, where = preset_values(preset, base, method), f"preset {chosen_preset(preset, base)}"
+    chosen = chosen_preset(preset, base)
+    own = PRESETS[chosen].method if chosen and "method" not in found else None
+    values, where = preset_values(preset, base, own or method), f"preset {chosen}"
+    if own:
+        values = {"method": own} | values
     return {name: Found(value, where) for name, value in values.items() if name in options}
 
 

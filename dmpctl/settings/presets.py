@@ -9,10 +9,11 @@ from dmpctl.settings.sections import METHODS
 
 @dataclass(frozen=True)
 class Preset:
-    """Values for every method, and `methods`: those of one method alone."""
+    """Values for every method, and `methods`: those of one method alone. `method`: the one it is for, where none is named."""
 
     values: Mapping[str, Any]
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    method: str | None = None
 
     def of(self, method: str) -> dict[str, Any]:
         """The values for `method`."""
@@ -51,6 +52,25 @@ DMP = Preset(
     },
 )
 
+# What docs/table1.md found to win at up to 4 % of added parameters: prompts without a gate, and a recipe that takes the noise
+# out of their gradient. Measured on backbones of 0.02 to 0.09 M parameters; rates for others are a guess.
+DMP_PLUS = Preset(
+    {
+        "loss_weight": "constant",
+        "weight_decay": 0.0,
+        "lr_schedule": "cosine",
+        "timestep_sampling": "importance",
+        "ema": 0.99,
+    },
+    {
+        "dmp": {"balance": "shazeer", "importance_weight": 0.01, "prompt_lr": 1e-1, "gate_lr": 1e-3},
+        "prompt": {"position": "add", "prompt_lr": 3e-3},
+        "lora": {"lr": 3e-3},
+        "full": {"lr": 3e-4},
+    },
+    method="prompt",
+)
+
 # For the bundled backbone: 8x8 digits on one core in minutes.
 DIGITS = Preset(
     {
@@ -71,7 +91,7 @@ DIGITS = Preset(
     },
 )
 
-PRESETS: dict[str, Preset] = {"dmp": DMP, "digits": DIGITS}
+PRESETS: dict[str, Preset] = {"dmp": DMP, "dmp+": DMP_PLUS, "digits": DIGITS}
 
 
 def chosen_preset(preset: str, base: str) -> str | None:

@@ -76,8 +76,11 @@ class Base(Section):
     base: Annotated[str, Field(description="Backbone: digits (bundled), a shape (DiT-L/2), a file or a run.")] = "digits"
     weights: Annotated[Path | None, Field(description="Weights of a shape: a .pt or .safetensors file; default: none.")] = None
     preset: Annotated[
-        Literal["auto", "dmp", "digits"],
-        Field(description="Recipe for what is not given: dmp (published), digits; auto: digits for the bundled backbone."),
+        Literal["auto", "dmp", "dmp+", "digits"],
+        Field(
+            description="Recipe for what is not given: dmp (published), dmp+ (prompts without a gate, the best under 4 %), "
+            "digits; auto: digits for the bundled backbone."
+        ),
     ] = "auto"
 
 

@@ -20,6 +20,7 @@ from dmpctl.metrics.moments import features_to_moments
 from dmpctl.metrics.statistics import write_statistics
 from dmpctl.types import Silent
 from tests.helpers import copied, digit_folder, environment, settings_for
+from tests.random_inception import write_random_inception
 
 FAST = {"sampler": "ddim", "steps": 3, "sample_batch": 64, "cpu": True, "max_images": 90}
 
@@ -107,6 +108,26 @@ def test_every_metric_that_needs_no_network(run):
         fid(run, metrics="is")
     real = fid(run, metrics="fid-infinity", max_images=400).data["metrics"]["fid-infinity-pixels-400"]
     assert real["value"] < fid(run, max_images=400).data["value"]
+
+
+@pytest.mark.slow
+def test_inception_by_every_protocol_and_all_its_metrics(tmp_path, cli):
+    """Random weights: the numbers mean nothing, but each protocol has one of its own, and says so."""
+    weights = write_random_inception(tmp_path / "random.pth")
+    one, two = digit_folder(tmp_path / "one", 12), digit_folder(tmp_path / "two", 14)
+    common = ("fid", one, "--reference", two, "--extractor-weights", weights, "--allow-small", "--cpu", "--json")
+    found = {}
+    for protocol in ("adm", "pytorch-fid", "clean"):
+        done = cli(*common, "--protocol", protocol, "--metrics", "sfid,is,pr,dc,kid")
+        assert done.code == 0, done.err
+        found[protocol] = json.loads(done.out)
+        assert set(found[protocol]["metrics"]) == {f"{name}12" for name in ("fid", "sfid", "is", "pr", "dc", "kid")}
+        assert found[protocol]["protocol"]["name"] == protocol
+        assert any("not pinned" in line for line in found[protocol]["warnings"])
+    assert len({round(report["value"], 6) for report in found.values()}) == 3
+    assert found["adm"]["protocol"]["inception_score_split_size"] == 5000
+    assert found["adm"]["metrics"]["is12"]["splits"] == 1
+    assert found["clean"]["metrics"]["is12"]["splits"] == 10
 
 
 def test_the_noise_floor_is_one_half_of_the_real_images_against_the_other(run):

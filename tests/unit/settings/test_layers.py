@@ -122,7 +122,7 @@ def test_a_no_on_the_command_line_is_its_origin():
         ({"device": "gpu"}, "--device: found 'gpu'", "expected auto, cpu"),
         ({"gate": "topk"}, "gate topk needs topk", ""),
         ({"channels": "2"}, "--channels: '2' is not one of 1, 3", ""),
-        ({"preset": "digit"}, "--preset: 'digit' is not one of auto, dmp, digits", "did you mean digits?"),
+        ({"preset": "digit"}, "--preset: 'digit' is not one of auto, dmp, dmp+, digits", "did you mean digits?"),
     ],
 )
 def test_a_wrong_flag(given, starts, holds):

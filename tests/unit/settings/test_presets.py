@@ -24,6 +24,17 @@ def test_what_only_one_method_has_is_given_to_that_one_alone(name):
         assert set(values) <= set(METHODS[method].model_fields)
 
 
+def test_a_preset_names_its_method_where_no_one_else_does():
+    resolved = resolve("patch", {"preset": "dmp+"})
+    assert resolved.settings.method.method == "prompt"
+    assert resolved.origins["method"] == "preset dmp+"
+    assert resolved.settings.objective.timestep_sampling == "importance"
+    given = resolve("patch", {"preset": "dmp+", "method": "lora"})
+    assert given.settings.method.method == "lora"
+    assert given.settings.method.lr == 3e-3
+    assert resolve("patch", {"preset": "dmp"}).settings.method.method == "dmp"
+
+
 def test_every_preset_can_be_chosen():
     assert set(options_of("patch")["preset"].choices) == {"auto", *PRESETS}
 

@@ -12,7 +12,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.metrics.features import inception
 from dmpctl.metrics.features.inception import PREPROCESSINGS, PUBLISHED_SHA256, Inception
-from tests.unit.metrics.features.conftest import images
+from tests.random_inception import random_images as images
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import torch
 from timm.data.transforms_factory import create_transform
 
 from dmpctl.metrics.features.resize import antialiased, clean, half_pixel, tf1
-from tests.unit.metrics.features.conftest import images
+from tests.random_inception import random_images as images
 
 SIZES = [(8, 8), (64, 48), (299, 299), (330, 512)]
 

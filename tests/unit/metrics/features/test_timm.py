@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.metrics.features.timm import DINOV2, TimmFeatures
-from tests.unit.metrics.features.conftest import images
+from tests.random_inception import random_images as images
 
 SMALL = "vit_tiny_patch16_224"
 

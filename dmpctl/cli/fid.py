@@ -5,9 +5,10 @@ from dmpctl.types import Report
 
 
 def fid(call: Call) -> Report:
-    """Measure the Frechet distance to real images.
+    """Measure the Frechet distance to real images, and how sure it is.
 
-    WHAT is a run, whose patched images are then made, a folder of images, or an npz in ADM's layout.
+    WHAT is a run, whose patched images are then made, a folder of images, an npz in ADM's layout, or a file of statistics.
+    A measurement that was stopped goes on when the same command is given again.
     """
     from dmpctl.engine import evaluate
 
@@ -18,8 +19,11 @@ app = command(
     "fid",
     fid,
     [
-        "dmpctl fid runs/digits --extractor pixels --max-images 5000",
-        "dmpctl fid images/ --reference photos/",
+        "dmpctl fid runs/digits --versus backbone",
+        "dmpctl fid images/ --reference photos/ --metrics fid,pr,kid --noise-floor",
+        "dmpctl fid samples.npz --reference VIRTUAL_imagenet256_labeled.npz --metrics fid,sfid,is,pr",
+        "dmpctl fid runs/ffhq --fail-above 6.0 --strict --json",
+        "dmpctl fid runs/ffhq --show",
     ],
-    Argument("what", str, "Run, or folder of images."),
+    Argument("what", str, "Run, folder of images, npz or file of statistics."),
 )

@@ -177,12 +177,29 @@ def build_codec(loaded: Loaded, settings: Settings, recorded: Mapping[str, Any] 
     return open_codec(settings.codec, partial(require, settings=settings), channels, recorded or loaded.codec)
 
 
+def own_data(data: Data, settings: Settings) -> Data:
+    """The same, with a row of the user's own (kind "data") as what can be opened without it: a path, or an hf:// address.
+
+    MissingError with the command that fetches it; UsageError for a row that is no data.
+    """
+    rows = {row.name: row for row in settings.assets.rows}
+    name = data.data
+    if name not in rows or Path(name).expanduser().exists():
+        return data
+    row = rows[name]
+    if row.kind != "data":
+        raise UsageError(f"--data {name} is a row of kind {row.kind}", 'give that row kind = "data"')
+    place = f"hf://{row.repo}@{row.revision or 'main'}" if row.repo is not None else str(require(name, settings))
+    return data.model_copy(update={"data": place})
+
+
 def open_images(data: Data, size: int | None, channels: int | None, settings: Settings | None = None) -> Source:
     """The images that `data` names; what is published is looked for in the cache of downloads. Raises as `open_source` does.
 
     `size` and `channels` None: the data's own. `settings`: with the user's own rows of the registry, None: the shipped ones.
     """
-    return open_source(data, size, channels, partial(require, settings=settings))
+    own = data if settings is None else own_data(data, settings)
+    return open_source(own, size, channels, partial(require, settings=settings))
 
 
 def open_data(data: Data, spec: BackboneSpec, codec: Codec, trained_on: str | None, settings: Settings | None = None) -> Source:

@@ -18,6 +18,7 @@ from dmpctl.engine.build import (
     build_patch,
     load_backbone,
     open_data,
+    own_data,
     planned_config,
     published_file,
     resolve_device,
@@ -67,14 +68,14 @@ def patch(settings: Settings, progress: Progress) -> Report:
 def with_weights_here(settings: Settings, progress: Progress) -> Settings:
     """The same settings with --weights as a file on this disk, fetched first if it is an address.
 
-    So with a --base that is a row of the settings file: the patch can be used without that file.
+    So with a --base or --data that is a row of the settings file: the patch can be used without that file.
     """
     base, own = settings.base, {row.name: row for row in settings.assets.rows}
     if base.weights is not None:
         base = base.model_copy(update={"weights": resolve_weights(base.weights, settings, progress)})
     if base.base in own and not Path(base.base).expanduser().exists():
         base = base.model_copy(update={"base": str(published_file(own[base.base], settings))})
-    return settings.model_copy(update={"base": base})
+    return settings.model_copy(update={"base": base, "data": own_data(settings.data, settings)})
 
 
 def data_name(settings: Settings, loaded: Loaded) -> str:

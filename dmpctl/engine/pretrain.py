@@ -12,7 +12,7 @@ from dmpctl.backbones.dit import DiT, DiTConfig
 from dmpctl.backbones.dit_weights import digest_of, dit_metadata
 from dmpctl.codecs.identity import Identity
 from dmpctl.engine.assets import require
-from dmpctl.engine.build import open_images
+from dmpctl.engine.build import open_images, own_data
 from dmpctl.engine.codec import latent_record, open_codec
 from dmpctl.engine.launch import accelerator_for
 from dmpctl.engine.patched import lasting_name
@@ -67,6 +67,7 @@ def pretrain(settings: Settings, progress: Progress) -> Report:
     """Train a backbone into its run directory, going on from the newest checkpoint; a finished run says so."""
     if settings.data.data is None:
         raise UsageError("nothing says which images to train on", "add --data digits or --data DIR")
+    settings = settings.model_copy(update={"data": own_data(settings.data, settings)})
     codec = open_codec(settings.codec, partial(require, settings=settings))
     source = open_images(settings.data, settings.data.size, settings.data.channels, settings)
     config = config_for(settings, codec, source)

@@ -117,6 +117,12 @@ class RunDir:
         }
         write_json(path, {"schema_version": SCHEMA_VERSION, "sessions": [*sessions, session]})
 
+    def amend(self, facts: Mapping[str, Any]) -> None:
+        """Add to this session's entry in provenance.json what was only found on the way."""
+        path = self.path / "provenance.json"
+        *before, last = read_json(path, SCHEMA_VERSION)["sessions"]
+        write_json(path, {"schema_version": SCHEMA_VERSION, "sessions": [*before, {**last, **facts}]})
+
     def log_metrics(self, line: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
         path = self.path / "metrics.jsonl"

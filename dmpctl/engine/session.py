@@ -109,7 +109,12 @@ def train_in(run: RunDir, session: Session, settings: Settings, accelerator: Acc
             **left_out_of(session.source),
         }
         run.begin(session.command, science, settings.to_dict(), facts)
-        trainer.train(progress, again_command())
+        known = left_out_of(session.source)
+        try:
+            trainer.train(progress, again_command())
+        finally:
+            if accelerator.is_main_process and left_out_of(session.source) != known:  # broken behind a good header
+                run.amend(left_out_of(session.source))
     checkpoint.publish(checkpoint.complete(run.checkpoints)[-1], session.subject.kind, run.path, session.metadata)
     seconds = time.perf_counter() - began if start < trainer.step else 0.0
     return Trained(start, trainer.step, seconds)

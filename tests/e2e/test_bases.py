@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import tarfile
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from dmpctl.engine import build
 from dmpctl.engine.build import load_backbone
 from dmpctl.settings.commands import options_of
 from dmpctl.settings.sections import Base
-from tests.helpers import BUNDLED, flip
+from tests.helpers import BUNDLED, digit_folder, flip
 from tests.standin import COMMIT, Repository, running
 
 SHORT = ("--run", "run", "--no-evaluate", "--iters", 1, "--batch-size", 2, "--cpu")
@@ -98,6 +99,28 @@ def test_a_row_of_the_settings_file(server, known_width, cli, tmp_path):
     about = json.loads((tmp_path / "run" / "patch.json").read_text())["backbone"]
     assert (about["base"], about["sha256"]) == (str(tmp_path / "cache/files/mine/small.pt"), DIGEST)
     assert cli("sample", "run", "--num-images", 1, "--sampler", "ddim", "--steps", 1, "--cpu").code == 0
+
+
+def test_data_of_a_row_of_the_settings_file(cli, tmp_path, monkeypatch):
+    """Put into the cache by hand, as data too large to be fetched is: used by its name, recorded by its path."""
+    monkeypatch.setenv("DMPCTL_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.toml").write_text("[assets.mine]\nkind = 'data'\nfile = 'mine.tar'\nlicence = 'MIT'\n")
+    line = ("patch", "--data", "mine", *SHORT, "--config", "x.toml")
+    absent = cli(*line)
+    assert (absent.code, absent.out) == (3, "")
+    place = tmp_path / "cache/files/mine/mine.tar"
+    place.parent.mkdir(parents=True)
+    with tarfile.open(place, "w") as archive:
+        for path in sorted(digit_folder(tmp_path / "digits", 5).iterdir()):
+            archive.add(path, path.name)
+    done = cli(*line)
+    assert done.code == 0, done.err
+    assert json.loads((tmp_path / "run" / "patch.json").read_text())["data"]["name"] == str(place)
+    assert cli("fid", "run", "--max-images", 70, "--sampler", "ddim", "--steps", 1, "--stream", "--cpu").code == 0
+    (tmp_path / "y.toml").write_text("[assets.mine]\nfile = 'mine.tar'\nlicence = 'MIT'\n")
+    wrong = cli(*line[:-1], "y.toml")
+    assert (wrong.code, "kind backbone" in wrong.err) == (2, True)
 
 
 def test_a_published_backbone(known_width, cli, tmp_path, monkeypatch, weights):

@@ -359,3 +359,15 @@ def test_what_is_left_out_is_said_and_recorded(place, here, tmp_path, monkeypatc
         "replaced": [broken],
     }
     assert "left_out" not in (place / "backbone" / "provenance.json").read_text()
+
+
+def test_what_breaks_while_training_is_recorded_at_its_end(place, here, tmp_path, monkeypatch):
+    """Pixels, nothing encoded before: a broken image behind a good header is found by the step that uses it."""
+    monkeypatch.setattr(stored, "HELD_ITEMS", 0)
+    images = Path(shutil.copytree(place / "images", tmp_path / "images"))
+    whole = sorted(images.rglob("*.png"))[5]
+    whole.write_bytes(whole.read_bytes()[:-60])
+    done = here("pretrain", "--data", images, "--run", tmp_path / "run", *BACKBONE, *SMALL, "--iters", 12, "--on-bad", "skip")
+    assert done.code == 0, done.err
+    [session] = json.loads((tmp_path / "run" / "provenance.json").read_text())["sessions"]
+    assert session["left_out"] == {"bad": [], "replaced": [str(whole.relative_to(images))]}

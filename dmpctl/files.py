@@ -137,17 +137,29 @@ def write_tensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping
     return sha256_of_bytes(data)
 
 
+def tensor_names(path: Path) -> set[str]:
+    """Names of the tensors in a safetensors file; its header alone is read. Raises as `read_tensors`."""
+    with _safetensors(path) as file:
+        return set(file.keys())
+
+
 def read_tensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, str]]:
     """Tensors (on the CPU) and metadata of a safetensors file.
 
     Raises MissingError if it is not there, IntegrityError if it is corrupt.
     """
+    with _safetensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+
+
+@contextmanager
+def _safetensors(path: Path) -> Iterator[Any]:  # safe_open, whose methods have no types
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
         raise MissingError(f"{path} is not there")
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            yield file
     except (SafetensorError, OSError) as error:
         raise IntegrityError(f"{path} is not a readable safetensors file ({error})") from None

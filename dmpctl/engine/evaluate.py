@@ -65,7 +65,12 @@ def fid(settings: Settings, what: str, progress: Progress) -> Report:
     store = _features(path, images, extractor, settings, progress)
     record = record_of(images, reference, extractor, protocol, settings, str(device))
     found, rows = _measured(store, reference, extractor, protocol, settings)
-    warnings = [*images.warnings, *reference.warnings, *_warnings(found["fid"], store, extractor, protocol)]
+    warnings = [
+        *images.warnings,
+        *reference.warnings,
+        *_other_size(images, real),
+        *_warnings(found["fid"], store, extractor, protocol),
+    ]
     metric = metric_name(extractor, images.count)
     data = {"metric": metric, **asdict(found["fid"]), "metrics": _named(found, extractor, images), **record}
     if options.noise_floor:
@@ -210,7 +215,10 @@ def _difference(
 ) -> PairedDifference:
     plain = settings.model_copy(update={"fid": settings.fid.model_copy(update={"metrics": "fid"})})
     theirs = _features(path, other, extractor, plain, progress)
-    return paired_difference(store.features, theirs.features, reference.features)
+    gap = paired_difference(store.features, theirs.features, reference.features)
+    if other.model is None:
+        theirs.remove()
+    return gap
 
 
 def _json(gap: PairedDifference) -> dict[str, Any]:
@@ -242,6 +250,13 @@ def _refuse_small(count: int, extractor: Extractor, settings: Settings) -> None:
             f"{count} images are too few for {extractor.width} features: the distance would be mostly bias",
             f"compare more than {extractor.width} images, or add --allow-small",
         )
+
+
+def _other_size(images: ImageSet, real: ImageSet | Path) -> list[str]:
+    if isinstance(real, Path) or real.shape[1:] == images.shape[1:]:
+        return []
+    sides = ["x".join(map(str, found.shape[1:])) for found in (images, real)]
+    return [f"warning: the images are {sides[0]}, those of the reference {sides[1]}: each is resized from its own side"]
 
 
 def _warnings(estimate: FidEstimate, store: FeatureStore, extractor: Extractor, protocol: MetricProtocol) -> list[str]:

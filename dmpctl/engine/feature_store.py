@@ -91,8 +91,9 @@ class FeatureStore:
         path, half = self.folder / f"{name}.npy", self.folder / f".{name}.{os.getpid()}.npy"
         with writing(path):
             array = open_memmap(half, mode="w+", dtype=dtype, shape=(self.count, *width))
-            with half.open("r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, half.stat().st_size)
+            if hasattr(os, "posix_fallocate"):  # not on every system
+                with half.open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, half.stat().st_size)
             array.flush()
             half.replace(path)
 

@@ -73,6 +73,10 @@ def open_reference(
 
     UsageError where a file of statistics was made in another way, with the list of what differs.
     """
+    target = settings.fid.save_stats
+    if target is not None and (isinstance(found, Path) or target.suffix != ".safetensors"):
+        why = f"{found} are statistics already" if isinstance(found, Path) else f"it is a .safetensors file, found {target}"
+        raise UsageError(f"--save-stats writes the statistics of real images: {why}", "leave it out, or name such a file")
     if isinstance(found, Path):
         return _from_file(found, shape, extractor, protocol, settings, progress)
     return _from_images(found, extractor, protocol, "sfid" in settings.fid.wanted, settings, progress)
@@ -160,8 +164,6 @@ def _from_images(
 
 
 def _save(path: Path, features: FeatureMoments, spatial: Gaussian | None, about: dict[str, Any]) -> None:
-    if path.suffix != ".safetensors":
-        raise UsageError(f"--save-stats writes a .safetensors file, found {path}")
     write_statistics(path.expanduser().absolute(), features, spatial if isinstance(spatial, FeatureMoments) else None, about)
 
 

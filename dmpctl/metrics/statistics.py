@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dmpctl.errors import IntegrityError, MissingError, NumericalError
-from dmpctl.files import read_tensors, write_tensors
+from dmpctl.files import read_tensors, tensor_names, write_tensors
 from dmpctl.metrics.features.weights import one_line
 from dmpctl.metrics.frechet import Factor, Gaussian
 from dmpctl.metrics.moments import FeatureMoments
@@ -84,7 +84,7 @@ def is_statistics(path: Path) -> bool:
     if path.suffix == ".npz":
         names = names_of(path)
         return "mu" in names and IMAGES not in names
-    return path.suffix == ".safetensors" and set(MOMENTS) <= set(read_tensors(path)[0])
+    return path.suffix == ".safetensors" and set(MOMENTS) <= tensor_names(path)
 
 
 def _tensors_of(moments: FeatureMoments, prefix: str) -> dict[str, Tensor]:

@@ -65,6 +65,15 @@ def test_saved_statistics_are_a_reference_and_know_how_they_were_made(run, tmp_p
         fid(tmp_path / "x.npz", reference=str(stats), allow_small=True)
 
 
+def test_statistics_are_saved_of_images_and_under_a_name_that_says_so(run, tmp_path):
+    with pytest.raises(UsageError, match=r"found .*stats\.npz"):
+        fid(run, save_stats=tmp_path / "stats.npz")
+    fid(run, save_stats=tmp_path / "a.safetensors")
+    with pytest.raises(UsageError, match="are statistics already"):
+        fid(run, reference=str(tmp_path / "a.safetensors"), save_stats=tmp_path / "b.safetensors")
+    assert not (tmp_path / "b.safetensors").exists()
+
+
 def test_statistics_that_were_made_in_another_way_are_refused_with_what_differs(run, tmp_path):
     moments = features_to_moments([Pixels(1, 8)(Digits().images())])
     about = {"protocol": "clean", "extractor": "another", "shape": [1, 8, 8]}

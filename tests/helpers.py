@@ -126,3 +126,13 @@ def colour_folder(root: Path, count: int = 60, size: int = 16) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(colour).save(folder / f"{index}.png")
     return root
+
+
+class Hostile:
+    """Unpickled without care, it makes a file."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.touch, (self.target,))

@@ -1,7 +1,7 @@
 """`dmpctl fid`: how far images are from real ones, by a stated protocol, how sure that is, and what a pipeline makes of it."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +49,14 @@ def fid(settings: Settings, what: str, progress: Progress) -> Report:
         return history(path)
     if path.suffix in SUFFIXES and path.is_file() and is_statistics(path):
         return statistics_report(path, settings)
-    images = open_images_of(path, _model(path, settings), settings, device, progress)
+    images = open_images_of(path, _model(path, settings), settings, device)
     name = options.reference or (reference_of(images.model) if images.model else None)
     if name is None:
         raise UsageError(f"nothing says what to compare {what} with", "add --reference digits or --reference DIR")
     real = find_reference(name, images.shape, settings)
     protocol, extractor = protocol_for(options, images.shape), build_extractor(options, images.shape, device)
     _refuse_small(images.count, extractor, settings)
-    other = _versus(images, path, settings, device, progress)
+    other = _versus(images, path, settings, device)
     unsure = None if other is None else refuse_unpaired(images, other)
     if settings.console.dry_run:
         data = {"dry_run": True, "n": images.count, "extractor": extractor.fingerprint, "protocol": protocol.name}
@@ -191,7 +191,7 @@ def _noise_floor(reference: Reference, settings: Settings) -> tuple[dict[str, An
     }
 
 
-def _versus(images: ImageSet, path: Path, settings: Settings, device: torch.device, progress: Progress) -> ImageSet | None:
+def _versus(images: ImageSet, path: Path, settings: Settings, device: torch.device) -> ImageSet | None:
     """The other side of a paired difference, None where none was asked for."""
     name = settings.fid.versus or settings.fid.fail_unless_better_than
     if name is None:
@@ -199,9 +199,9 @@ def _versus(images: ImageSet, path: Path, settings: Settings, device: torch.devi
     if name == BACKBONE:
         if images.model is None or images.model.patch is None:
             raise UsageError(f"--versus {BACKBONE} needs a run with a patch, {images.name} has none")
-        return open_images_of(path, images.model.unpatched(), settings, device, progress)
+        return replace(open_images_of(path, images.model.unpatched(), settings, device), name=f"{images.name} without its patch")
     other = Path(name).expanduser()
-    return open_images_of(other, _model(other, settings), settings, device, progress)
+    return open_images_of(other, _model(other, settings), settings, device)
 
 
 def _difference(

@@ -18,7 +18,7 @@ from dmpctl.errors import MissingError, UsageError
 from dmpctl.files import read_json
 from dmpctl.metrics.npz import NpzImages, npz_images
 from dmpctl.settings.model import Settings
-from dmpctl.types import Progress, Source
+from dmpctl.types import Silent, Source
 
 BATCH = 256
 LOSSY = (".jpg", ".jpeg", ".webp")
@@ -122,7 +122,7 @@ def _npz_items(images: NpzImages, indices: Sequence[int]) -> Iterator[tuple[Sequ
         first += len(batch)
 
 
-def run_images(path: Path, model: Patched, settings: Settings, device: torch.device, progress: Progress) -> ImageSet:
+def run_images(path: Path, model: Patched, settings: Settings, device: torch.device) -> ImageSet:
     """The images of a run: those that `dmpctl sample` made with the same settings, and the missing ones, made when asked for.
 
     They are written where `dmpctl sample` writes them; with --stream none is.
@@ -130,7 +130,7 @@ def run_images(path: Path, model: Patched, settings: Settings, device: torch.dev
     about, sampling = samples_about(model, settings), settings.sampling
     folder = samples_folder(path, model, sampling)
     identity, seeds = {key: about[key] for key in IDENTITY}, {key: about[key] for key in SEEDS}
-    read = partial(_made, folder, about, model, settings, device, progress)
+    read = partial(_made, folder, about, model, settings, device)
     return ImageSet(str(path), model.image_shape, settings.fid.max_images, read, identity, seeds, model, about=about)
 
 
@@ -140,7 +140,6 @@ def _made(
     model: Patched,
     settings: Settings,
     device: torch.device,
-    progress: Progress,
     indices: Sequence[int],
 ) -> Iterator[tuple[Sequence[int], Tensor]]:
     keep = not settings.fid.stream
@@ -149,16 +148,16 @@ def _made(
     there = [k for k in indices if is_png(folder / f"{k:06d}.png")] if keep else []
     yield from _pngs(folder, there)
     known = set(there)
-    for made, images in in_batches(model, [k for k in indices if k not in known], settings.sampling, device, progress):
+    for made, images in in_batches(model, [k for k in indices if k not in known], settings.sampling, device, Silent()):
         if keep:
             write_pngs(folder, made, images)
         yield made, images
 
 
-def open_images_of(path: Path, model: Patched | None, settings: Settings, device: torch.device, progress: Progress) -> ImageSet:
+def open_images_of(path: Path, model: Patched | None, settings: Settings, device: torch.device) -> ImageSet:
     """Open WHAT once: a run, a folder of images or an npz; MissingError where it is none of them."""
     if model is not None:
-        return run_images(path, model, settings, device, progress)
+        return run_images(path, model, settings, device)
     if path.is_dir():
         return folder_images(path, settings.fid.max_images)
     if path.suffix == ".npz" and path.is_file():

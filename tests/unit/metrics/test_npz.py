@@ -12,6 +12,7 @@ import torch
 
 from dmpctl.errors import IntegrityError, MissingError
 from dmpctl.metrics.npz import names_of, npz_arrays, npz_images
+from tests.helpers import Hostile
 
 
 def pictures(count: int, side: int = 4, channels: int = 3) -> np.ndarray:
@@ -113,14 +114,6 @@ def test_what_is_missing_is_named(tmp_path):
     np.savez(tmp_path / "y.npz", mu=np.zeros(2))
     with pytest.raises(IntegrityError, match=r"holds no arr_0; it has mu\.npy"):
         npz_images(tmp_path / "y.npz")
-
-
-class Hostile:
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return (Path.touch, (self.target,))
 
 
 def test_pickles_are_never_run(tmp_path):

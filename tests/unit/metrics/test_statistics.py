@@ -1,7 +1,5 @@
 """Statistics written as ADM, pytorch-fid, clean-fid, torch-fidelity and we write them; and files that are none."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -13,6 +11,7 @@ from dmpctl.files import write_tensors
 from dmpctl.metrics.frechet import moments_to_fid
 from dmpctl.metrics.moments import FeatureMoments, features_to_moments
 from dmpctl.metrics.statistics import protocol_of_name, read_statistics, write_statistics
+from tests.helpers import Hostile
 
 PICTURES = np.zeros((5, 4, 4, 3), np.uint8)
 
@@ -133,14 +132,6 @@ def test_another_width_and_another_content_are_refused(tmp_path):
         read_statistics(tmp_path / "none.pt")
     with pytest.raises(MissingError):
         read_statistics(tmp_path / "none.safetensors")
-
-
-class Hostile:
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return (Path.touch, (self.target,))
 
 
 def test_a_malicious_cache_file_runs_no_code(tmp_path):

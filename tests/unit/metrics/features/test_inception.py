@@ -1,7 +1,6 @@
 """Inception without its weights: random ones in torch-fidelity's own file format, and torch-fidelity as the oracle."""
 
 import hashlib
-from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -12,6 +11,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.metrics.features import inception
 from dmpctl.metrics.features.inception import PREPROCESSINGS, PUBLISHED_SHA256, Inception
+from tests.helpers import Hostile
 from tests.random_inception import random_images as images
 
 
@@ -128,16 +128,6 @@ def test_missing_weights_name_the_command_that_fetches_them(tmp_path):
         Inception(tmp_path / "none.pth")
     assert missing.value.exit_code == 3
     assert "dmpctl download inception" in (missing.value.hint or "")
-
-
-class Hostile:
-    """Unpickled without care, it makes a file."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return (Path.touch, (self.target,))
 
 
 def test_a_malicious_file_runs_no_code(tmp_path):

@@ -3,6 +3,7 @@
 import io
 import os
 from collections.abc import Sequence
+from statistics import median
 from typing import Any
 
 from dmpctl.engine.cache import cache_dir
@@ -11,6 +12,7 @@ from dmpctl.engine.study_table import BACKBONE, LOSS_UNIT, MEASURES, Results, Ro
 # Okabe and Ito's palette, told apart by every kind of colour vision; the marker says the same.
 STYLES = {"improved": ("#0072B2", "v"), "worse": ("#D55E00", "^")}
 OTHER = ("#555555", "o")
+WIDE = 10  # times the median of the means, beyond which the scale is linear about zero and logarithmic further out
 
 
 def plot(results: Results, rows: Sequence[Row]) -> bytes:
@@ -55,6 +57,9 @@ def _panel(axis: Any, rows: Sequence[Row], measure: str, figures: Any) -> None:
         limits, noise = axis.get_xlim(), figures["frechet"]["seed_sd"] / unit
         axis.axvspan(-noise, noise, color="#DDDDDD", zorder=0)
         axis.set_xlim(limits)  # the dots choose the scale, however wide the noise is
+    means = [abs(row["mean"]) / unit for row in rows if row["mean"]]
+    if means and max(means) > WIDE * median(means):  # one variant that does harm would squeeze all others into the zero line
+        axis.set_xscale("symlog", linthresh=2 * median(means))
     axis.set_yticks(range(len(rows)), [row["variant"] for row in rows], fontsize=9)
     axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.tick_params(axis="x", labelsize=8)

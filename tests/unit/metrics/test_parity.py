@@ -45,6 +45,12 @@ def test_the_frechet_distance_is_theirs_to_a_hundredth(pair):
     assert found > 1
 
 
+@pytest.mark.slow
+def test_a_set_of_inceptions_width_is_at_no_distance_from_itself(pair):
+    moments = features_to_moments([pair[0]])
+    assert moments_to_fid(moments, moments) < 1e-3
+
+
 def test_precision_and_recall_are_torch_fidelitys_exactly(pair):
     one, two = pair
     theirs = prc_features_to_metric(two.double(), one.double(), prc_neighborhood=3, verbose=False)

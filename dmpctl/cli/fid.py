@@ -5,10 +5,10 @@ from dmpctl.types import Report
 
 
 def fid(call: Call) -> Report:
-    """Measure the Frechet distance to real images, and how sure it is.
+    """Measure the Frechet distance to real images.
 
     WHAT is a run, whose patched images are then made, a folder of images, an npz in ADM's layout, or a file of statistics.
-    A measurement that was stopped goes on when the same command is given again.
+    Every number comes with its protocol and how sure it is. What was stopped goes on when the same command is given again.
     """
     from dmpctl.engine import evaluate
 

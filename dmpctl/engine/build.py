@@ -13,7 +13,7 @@ from torch import nn
 
 from dmpctl.backbones.dit import SHAPES, DiT, DiTConfig, shape_config
 from dmpctl.backbones.dit_weights import Weights, digest_of, dit_from, read_weights
-from dmpctl.data.source import open_source
+from dmpctl.data.source import NAMES, open_source
 from dmpctl.engine.assets import address_in, require, weights_at_hand
 from dmpctl.engine.codec import open_codec
 from dmpctl.engine.registry import SHIPPED
@@ -184,8 +184,8 @@ def own_data(data: Data, settings: Settings) -> Data:
     """
     rows = {row.name: row for row in settings.assets.rows}
     name = data.data
-    if name not in rows or Path(name).expanduser().exists():
-        return data
+    if name not in rows or name in NAMES or Path(name).expanduser().exists():
+        return data  # a row of a published name changes what is fetched under it, not how it is found
     row = rows[name]
     if row.kind != "data":
         raise UsageError(f"--data {name} is a row of kind {row.kind}", 'give that row kind = "data"')

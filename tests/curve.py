@@ -16,7 +16,8 @@ from dmpctl.backbones.dit_weights import Weights, digest_of, dit_from
 from dmpctl.data.bundled import Digits
 from dmpctl.engine.build import Loaded, freeze
 from dmpctl.engine.checkpoint import complete, step_of
-from dmpctl.engine.evaluate import extract, images_of, in_parts
+from dmpctl.engine.extraction import extract, in_parts
+from dmpctl.engine.fid_images import images_of
 from dmpctl.engine.paired_loss import epsilon_errors
 from dmpctl.engine.patched import Patched
 from dmpctl.files import read_json, read_tensors, write_json

@@ -16,7 +16,8 @@ import torch
 from scipy.stats import ttest_1samp
 
 from dmpctl.data.bundled import Digits
-from dmpctl.engine.evaluate import extract, images_of, in_parts
+from dmpctl.engine.extraction import extract, in_parts
+from dmpctl.engine.fid_images import images_of
 from dmpctl.engine.generate import generate
 from dmpctl.engine.paired_loss import epsilon_errors, loss_difference
 from dmpctl.engine.patch import patch

@@ -56,6 +56,7 @@ def fid(settings: Settings, what: str, progress: Progress) -> Report:
     real = find_reference(name, images.shape, settings)
     protocol, extractor = protocol_for(options, images.shape), build_extractor(options, images.shape, device)
     _refuse_small(images.count, extractor, settings)
+    _refuse_others_metrics(extractor, settings)
     other = _versus(images, path, settings, device)
     unsure = None if other is None else refuse_unpaired(images, other)
     if settings.console.dry_run:
@@ -114,8 +115,6 @@ def reference_of(model: Patched) -> str | None:
 def _features(path: Path, images: ImageSet, extractor: Extractor, settings: Settings, progress: Progress) -> FeatureStore:
     """Features of WHAT: kept in a run, else in the cache until they are measured."""
     wanted = settings.fid.wanted
-    if ("is" in wanted and extractor.name != "inception") or ("sfid" in wanted and extractor.name != "inception"):
-        raise UsageError(f"is and sfid are Inception's, the extractor is {extractor.name}", "leave them out of --metrics")
     root = cache_dir() / "features" if images.model is None else outputs_of(path) / "metrics" / "features"
     key = {"images": dict(images.identity), "extractor": extractor.fingerprint}
     store = FeatureStore(root, key, images.count, logits="is" in wanted, spatial="sfid" in wanted)
@@ -250,6 +249,11 @@ def _refuse_small(count: int, extractor: Extractor, settings: Settings) -> None:
             f"{count} images are too few for {extractor.width} features: the distance would be mostly bias",
             f"compare more than {extractor.width} images, or add --allow-small",
         )
+
+
+def _refuse_others_metrics(extractor: Extractor, settings: Settings) -> None:
+    if {"is", "sfid"} & set(settings.fid.wanted) and extractor.name != "inception":
+        raise UsageError(f"is and sfid are Inception's, the extractor is {extractor.name}", "leave them out of --metrics")
 
 
 def _other_size(images: ImageSet, real: ImageSet | Path) -> list[str]:

@@ -109,9 +109,13 @@ def failures_of(estimate: FidEstimate, gap: PairedDifference | None, options: Fi
 
 
 def metrics_file(run: Path, name: str, record: Mapping[str, Any], model: Patched, settings: Settings) -> Path:
-    """Where a measurement of a run is kept: by what people look for, and a digest of all the rest."""
+    """Where a measurement of a run is kept: by what people look for, and a digest of all the rest.
+
+    What was asked for is in it, so that a plain measurement does not take the place of one with more metrics.
+    """
     sampling = settings.sampling
-    digest = sha256_of_json({key: record[key] for key in (*PROTOCOL, "patch")})[:8]
+    asked = settings.fid.model_dump(mode="json", include={"metrics", "noise_floor", "versus", "fail_unless_better_than"})
+    digest = sha256_of_json({"asked": asked, **{key: record[key] for key in (*PROTOCOL, "patch")}})[:8]
     made = f"{model.step:07d}-{sampling.sampler}-{sampling.steps}-cfg{sampling.cfg:g}-seed{sampling.sample_seed}"
     return outputs_of(run) / "metrics" / f"{name}-{made}-{digest}.json"
 

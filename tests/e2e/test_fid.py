@@ -113,8 +113,11 @@ def test_every_metric_that_needs_no_network(run):
     assert set(found) == {"fd-pixels-120", "pr-pixels-120", "dc-pixels-120", "kid-pixels-120"}
     assert 0 <= found["pr-pixels-120"]["recall"] <= 1
     assert found["kid-pixels-120"]["subset_size"] == 120
-    with pytest.raises(UsageError, match="Inception's"):
-        fid(run, metrics="is")
+    for metric in ("is", "sfid"):
+        with pytest.raises(UsageError, match="Inception's"):
+            fid(run, metrics=metric, dry_run=True)  # before anything is made
+        with pytest.raises(UsageError, match="Inception's"):
+            fid(run, metrics=metric)
     real = fid(run, metrics="fid-infinity", max_images=400).data["metrics"]["fid-infinity-pixels-400"]
     assert real["value"] < fid(run, max_images=400).data["value"]
 
@@ -223,6 +226,10 @@ def test_the_history_of_a_run(run):
     assert "2 different protocols" in report.lines[0]
     fid(run)
     assert len(fid(run, show=True).table) == 2  # the same measurement is one
+    fid(run, metrics="kid")
+    fid(run)
+    kept = fid(run, show=True).data["measurements"]
+    assert [set(record["metrics"]) for record in kept].count({"fd-pixels-90", "kid-pixels-90"}) == 1
 
 
 def test_copies_and_few_images_are_warned_of(tmp_path):

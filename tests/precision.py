@@ -20,6 +20,7 @@ from torch import Tensor
 from dmpctl.metrics.features.inception import PREPROCESSINGS, Inception
 from dmpctl.metrics.frechet import moments_to_fid
 from dmpctl.metrics.moments import features_to_moments
+from dmpctl.metrics.protocols import Preprocessing
 from tests.random_inception import write_random_inception
 
 SIDE, FIRST = 64, 64
@@ -67,8 +68,8 @@ def main() -> None:
         extractors = {kind: Inception(weights, pinned=False, preprocessing=kind) for kind in PREPROCESSINGS}
     adm = extractors["adm"]
 
-    def features(images: Tensor, kind: str = "adm", batch: int = 16) -> Tensor:
-        return torch.cat([extractors[kind](part) for part in torch.split(images, batch)])  # type: ignore[index]
+    def features(images: Tensor, kind: Preprocessing = "adm", batch: int = 16) -> Tensor:
+        return torch.cat([extractors[kind](part) for part in torch.split(images, batch)])
 
     reference, base = features_to_moments([features(real)[:, :FIRST]]), features(made)
     spread = base.std(dim=0)

@@ -15,13 +15,13 @@ def random_images(count: int, height: int, width: int, channels: int = 3) -> Ten
     return torch.randint(0, 256, (count, channels, height, width), generator=generator, dtype=torch.uint8)
 
 
-def random_trunk() -> nn.Module:
+def random_trunk(seed: int = 0) -> nn.Module:
     """torch-fidelity's network, calibrated so that features tell images apart."""
     nothing = io.BytesIO()
     torch.save({}, nothing)
     nothing.seek(0)
     with patch.object(FeatureExtractorInceptionV3, "load_state_dict"), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         trunk = FeatureExtractorInceptionV3("random", ["2048"], feature_extractor_weights_path=nothing)
     norms = [module for module in trunk.modules() if isinstance(module, nn.BatchNorm2d)]
     for module in norms:
@@ -32,7 +32,7 @@ def random_trunk() -> nn.Module:
     return trunk.eval()
 
 
-def write_random_inception(path: Path) -> Path:
+def write_random_inception(path: Path, seed: int = 0) -> Path:
     """Its state dict as torch-fidelity's file."""
-    torch.save(random_trunk().state_dict(), path)
+    torch.save(random_trunk(seed).state_dict(), path)
     return path

@@ -12,6 +12,7 @@ from torch import Tensor
 from dmpctl.engine.assets import cached
 from dmpctl.engine.extraction import build_extractor, extract, in_parts
 from dmpctl.engine.fid_images import images_of
+from dmpctl.engine.fid_record import distance_verdict
 from dmpctl.engine.generate import in_batches
 from dmpctl.engine.paired_loss import epsilon_errors, loss_difference
 from dmpctl.engine.patched import Patched
@@ -23,6 +24,7 @@ from dmpctl.settings.model import Settings
 from dmpctl.settings.sections import Fid
 from dmpctl.types import Extractor, Progress, Source
 
+CAUTION = "; another training seed may differ"
 SHOWN = 32  # images of each side on the before/after sheet
 MOST_PIXELS = 4096  # numbers of an image, up to which pixels are its features
 NOTHING = dict.fromkeys(("metric", "backbone", "patched", "difference", "noise_floor", "verdict"))
@@ -81,20 +83,12 @@ def _distances(extractor: Extractor, before: Tensor, after: Tensor, source: Sour
         "patched": asdict(found.a),
         "difference": {"value": found.value, "standard_error": found.standard_error, "p_value": found.p_value},
         "noise_floor": noise_floor(real, settings.evaluate.eval_images, settings.sampling.sample_seed),
-        "verdict": distance_verdict(found.value, found.standard_error),
+        "verdict": distance_verdict(found.value, found.standard_error, CAUTION),
     }
 
 
-def distance_verdict(difference: float, standard_error: float | None) -> str:
-    """In plain words, at a stated confidence."""
-    if standard_error is None:
-        return "no verdict: a standard error takes more images than features"
-    word = verdict(difference, standard_error)
-    return f"{word} ({100 * CONFIDENCE:.0f} % confidence over the sampling of images; another training seed may differ)"
-
-
 def loss_verdict(difference: float, standard_error: float, images: int) -> str:
-    """The same for the paired loss, which is taken on the training images."""
+    """What a difference of paired losses, which are taken on the training images, says in plain words."""
     return f"{verdict(difference, standard_error)} ({100 * CONFIDENCE:.0f} % confidence over the {images} training images)"
 
 

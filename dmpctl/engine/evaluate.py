@@ -9,23 +9,31 @@ import torch
 
 from dmpctl.engine.build import resolve_device
 from dmpctl.engine.cache import cache_dir
-from dmpctl.engine.extraction import build_extractor, fill, protocol_for
+from dmpctl.engine.extraction import build_extractor, features_in, protocol_for
 from dmpctl.engine.feature_store import FeatureStore
 from dmpctl.engine.fid_images import ImageSet, open_images_of
-from dmpctl.engine.fid_record import failures_of, history, metric_name, metrics_file, record_of, refuse_unpaired, write_record
+from dmpctl.engine.fid_record import (
+    distance_verdict,
+    failures_of,
+    history,
+    metric_name,
+    metrics_file,
+    plus_minus,
+    record_of,
+    refuse_unpaired,
+    write_record,
+)
 from dmpctl.engine.fid_statistics import statistics_report
 from dmpctl.engine.patched import Patched, load_result, outputs_of
 from dmpctl.engine.reference import Reference, find_reference, open_reference
 from dmpctl.errors import ThresholdError, UsageError
 from dmpctl.metrics.frechet import (
-    CONFIDENCE,
     GROUPS,
     FidEstimate,
     PairedDifference,
     features_to_fid,
     moments_to_fid,
     paired_difference,
-    verdict,
 )
 from dmpctl.metrics.inception_score import logits_to_score
 from dmpctl.metrics.infinity import fid_infinity
@@ -60,8 +68,8 @@ def fid(settings: Settings, what: str, progress: Progress) -> Report:
     other = _versus(images, path, settings, device)
     unsure = None if other is None else refuse_unpaired(images, other)
     if settings.console.dry_run:
-        data = {"dry_run": True, "n": images.count, "extractor": extractor.fingerprint, "protocol": protocol.name}
-        return Report(data, (), (f"would compare {images.count} images", "dry run: nothing was written"))
+        planned = {"dry_run": True, "n": images.count, "extractor": extractor.fingerprint, "protocol": protocol.name}
+        return Report(planned, (), (f"would compare {images.count} images", "dry run: nothing was written"))
     reference = open_reference(real, images.shape, extractor, protocol.name, settings, progress)
     store = _features(path, images, extractor, settings, progress)
     record = record_of(images, reference, extractor, protocol, settings, str(device))
@@ -73,7 +81,7 @@ def fid(settings: Settings, what: str, progress: Progress) -> Report:
         *_warnings(found["fid"], store, extractor, protocol),
     ]
     metric = metric_name(extractor, images.count)
-    data = {"metric": metric, **asdict(found["fid"]), "metrics": _named(found, extractor, images), **record}
+    data: dict[str, Any] = {"metric": metric, **asdict(found["fid"]), "metrics": _named(found, extractor, images), **record}
     if options.noise_floor:
         data["noise_floor"], row = _noise_floor(reference, settings)
         rows.append(row)
@@ -88,7 +96,7 @@ def fid(settings: Settings, what: str, progress: Progress) -> Report:
     data["failed"] = failures
     lines = [*warnings]
     if gap is not None:
-        lines.append(f"{_verdict(gap)}: {images.name} against {other.name if other else ''}")
+        lines.append(f"{data['versus']['verdict']}: {images.name} against {other.name if other else ''}")
     if images.model is not None:
         target = metrics_file(path, metric, record, images.model, settings)
         write_record(target, data)
@@ -116,10 +124,7 @@ def _features(path: Path, images: ImageSet, extractor: Extractor, settings: Sett
     """Features of WHAT: kept in a run, else in the cache until they are measured."""
     wanted = settings.fid.wanted
     root = cache_dir() / "features" if images.model is None else outputs_of(path) / "metrics" / "features"
-    key = {"images": dict(images.identity), "extractor": extractor.fingerprint}
-    store = FeatureStore(root, key, images.count, logits="is" in wanted, spatial="sfid" in wanted)
-    fill(store, images, extractor, progress)
-    return store
+    return features_in(root, images, extractor, progress, logits="is" in wanted, spatial="sfid" in wanted)
 
 
 def _measured(
@@ -165,10 +170,9 @@ def _named(found: Mapping[str, Any], extractor: Extractor, images: ImageSet) -> 
 
 
 def _row(metric: str, extractor: Extractor, estimate: FidEstimate, reference: Reference) -> dict[str, str]:
-    error = "" if estimate.standard_error is None else f" ± {estimate.standard_error:.4g}"
     return {
         "metric": metric_name(extractor, estimate.n, metric),
-        "value": f"{estimate.value:.4f}{error}",
+        "value": f"{estimate.value:.4f}{plus_minus(estimate.standard_error)}",
         "debiased": "" if estimate.debiased is None else f"{estimate.debiased:.4f}",
         "images": str(estimate.n),
         "reference": f"{reference.record['name']} ({'n unknown' if reference.count is None else reference.count})",
@@ -222,22 +226,18 @@ def _difference(
 
 def _json(gap: PairedDifference) -> dict[str, Any]:
     found = asdict(gap)
-    return {"distance": found.pop("b"), **{key: value for key, value in found.items() if key != "a"}, "verdict": _verdict(gap)}
-
-
-def _verdict(gap: PairedDifference) -> str:
-    """In plain words, at a stated confidence."""
-    if gap.standard_error is None:
-        return "no verdict: a standard error takes more images than features"
-    return f"{verdict(gap.value, gap.standard_error)} ({100 * CONFIDENCE:.0f} % confidence over the sampling of images)"
+    return {
+        "distance": found.pop("b"),
+        **{key: value for key, value in found.items() if key != "a"},
+        "verdict": distance_verdict(gap.value, gap.standard_error),
+    }
 
 
 def _gap_row(other: ImageSet, gap: PairedDifference) -> dict[str, str]:
-    error = "" if gap.standard_error is None else f" ± {gap.standard_error:.4g}"
     p = "" if gap.p_value is None else f"p = {gap.p_value:.2g}"
     return {
         "metric": "difference (paired)",
-        "value": f"{gap.value:+.4f}{error}",
+        "value": f"{gap.value:+.4f}{plus_minus(gap.standard_error)}",
         "debiased": p,
         "reference": f"from {other.name}",
     }

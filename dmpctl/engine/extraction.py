@@ -69,6 +69,16 @@ def _weights_of(row: str, what: str, file: str) -> Path:
     return path / file if path.is_dir() else path
 
 
+def features_in(
+    root: Path, images: ImageSet, extractor: Extractor, progress: Progress, logits: bool = False, spatial: bool = False
+) -> FeatureStore:
+    """What the extractor says of these images, kept under `root`; made where it is missing."""
+    key = {"images": dict(images.identity), "extractor": extractor.fingerprint}
+    store = FeatureStore(root, key, images.count, logits, spatial)
+    fill(store, images, extractor, progress)
+    return store
+
+
 def fill(
     store: FeatureStore,
     images: ImageSet,

@@ -1,7 +1,7 @@
 """What `dmpctl fid` can measure: the images of a run, a folder, an npz or a source, by their indices."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from dmpctl.data.folder import ImageFolder
 from dmpctl.data.stored import StoredImages
 from dmpctl.engine.generate import begin_samples, in_batches, samples_about, samples_folder
 from dmpctl.engine.patched import Patched
-from dmpctl.engine.pictures import is_png, read_png, write_pngs
+from dmpctl.engine.pictures import png_if_whole, read_png, write_pngs
 from dmpctl.errors import MissingError, UsageError
 from dmpctl.files import read_json
 from dmpctl.metrics.npz import NpzImages, npz_images
@@ -43,20 +43,22 @@ class ImageSet:
     seeds: Mapping[str, Any] | None = None
     model: Patched | None = None
     warnings: tuple[str, ...] = ()
-    about: Mapping[str, Any] = field(default_factory=dict)
 
 
 def images_of(source: Source, limit: int | None = None, batch: int = BATCH) -> Iterator[Tensor]:
     """The images of a source in order, uint8 batches; `limit` None: all."""
     count = len(source) if limit is None else min(limit, len(source))
-    for _, images in _items(source, batch, range(count)):
+    for _, images in _one_by_one(lambda i: source.item(i)[0], range(count), batch):
         yield images
 
 
-def _items(source: Source, batch: int, indices: Sequence[int]) -> Iterator[tuple[Sequence[int], Tensor]]:
+def _one_by_one(
+    image: Callable[[int], Tensor], indices: Sequence[int], batch: int = BATCH
+) -> Iterator[tuple[Sequence[int], Tensor]]:
+    """Batches of images that are read one by one."""
     for first in range(0, len(indices), batch):
         part = indices[first : first + batch]
-        yield part, torch.stack([source.item(i)[0] for i in part])
+        yield part, torch.stack([image(i) for i in part])
 
 
 def source_images(name: str, source: Source, limit: int | None = None) -> ImageSet:
@@ -65,7 +67,12 @@ def source_images(name: str, source: Source, limit: int | None = None) -> ImageS
     count = len(source) if limit is None else min(limit, len(source))
     identity = {"source": source.fingerprint, "shape": [channels, height, width]}
     return ImageSet(
-        name, (channels, height, width), count, partial(_items, source, BATCH), identity, warnings=_about_source(source)
+        name,
+        (channels, height, width),
+        count,
+        partial(_one_by_one, lambda i: source.item(i)[0]),
+        identity,
+        warnings=_about_source(source),
     )
 
 
@@ -88,20 +95,20 @@ def folder_images(path: Path, limit: int) -> ImageSet:
     if not (path / "samples.json").is_file():
         return source_images(str(path), ImageFolder(path), limit)
     about, count = read_json(path / "samples.json"), 0
-    while count < limit and (path / f"{count:06d}.png").is_file():
+    while count < limit and _place(path, count).is_file():
         count += 1
     if not count:
         raise UsageError(f"{path} holds no 000000.png", "make its images: dmpctl sample")
-    channels, height, width = read_png(path / "000000.png").shape
+    channels, height, width = read_png(_place(path, 0)).shape
     identity = {key: about.get(key) for key in IDENTITY}
     seeds = {key: about.get(key) for key in SEEDS}
-    return ImageSet(str(path), (channels, height, width), count, partial(_pngs, path), identity, seeds, about=about)
+    read = partial(_one_by_one, lambda k: read_png(_place(path, k)))
+    return ImageSet(str(path), (channels, height, width), count, read, identity, seeds)
 
 
-def _pngs(folder: Path, indices: Sequence[int]) -> Iterator[tuple[Sequence[int], Tensor]]:
-    for first in range(0, len(indices), BATCH):
-        part = indices[first : first + BATCH]
-        yield part, torch.stack([read_png(folder / f"{k:06d}.png") for k in part])
+def _place(folder: Path, k: int) -> Path:
+    """Where `dmpctl sample` writes image k."""
+    return folder / f"{k:06d}.png"
 
 
 def npz_set(path: Path, limit: int) -> ImageSet:
@@ -131,7 +138,7 @@ def run_images(path: Path, model: Patched, settings: Settings, device: torch.dev
     folder = samples_folder(path, model, sampling)
     identity, seeds = {key: about[key] for key in IDENTITY}, {key: about[key] for key in SEEDS}
     read = partial(_made, folder, about, model, settings, device)
-    return ImageSet(str(path), model.image_shape, settings.fid.max_images, read, identity, seeds, model, about=about)
+    return ImageSet(str(path), model.image_shape, settings.fid.max_images, read, identity, seeds, model)
 
 
 def _made(
@@ -142,13 +149,17 @@ def _made(
     device: torch.device,
     indices: Sequence[int],
 ) -> Iterator[tuple[Sequence[int], Tensor]]:
-    keep = not settings.fid.stream
+    keep, missing = not settings.fid.stream, list(indices)
     if keep and indices:
         begin_samples(folder, about)
-    there = [k for k in indices if is_png(folder / f"{k:06d}.png")] if keep else []
-    yield from _pngs(folder, there)
-    known = set(there)
-    for made, images in in_batches(model, [k for k in indices if k not in known], settings.sampling, device, Silent()):
+        missing = []
+        for first in range(0, len(indices), BATCH):
+            part = {k: png_if_whole(_place(folder, k)) for k in indices[first : first + BATCH]}
+            there = {k: image for k, image in part.items() if image is not None}
+            missing += [k for k in part if k not in there]
+            if there:
+                yield list(there), torch.stack(list(there.values()))
+    for made, images in in_batches(model, missing, settings.sampling, device, Silent()):
         if keep:
             write_pngs(folder, made, images)
         yield made, images

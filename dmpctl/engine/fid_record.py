@@ -13,7 +13,7 @@ from dmpctl.engine.reference import Reference
 from dmpctl.engine.rundir import version_of
 from dmpctl.errors import MissingError, UsageError
 from dmpctl.files import make_folder, read_json, sha256_of_json, write_json
-from dmpctl.metrics.frechet import FidEstimate, PairedDifference
+from dmpctl.metrics.frechet import CONFIDENCE, FidEstimate, PairedDifference, verdict
 from dmpctl.metrics.protocols import MetricProtocol
 from dmpctl.settings.model import Settings
 from dmpctl.settings.sections import Fid
@@ -23,12 +23,21 @@ SCHEMA_VERSION = 2
 PROTOCOL = ("protocol", "reference", "images", "sampling", "codec")  # parts of a record that have to be alike
 
 
-def metric_name(extractor: Extractor, n: int | None, metric: str = "fid") -> str:
-    """A name that carries N: fid50k, sfid50k, fd-pixels-5k; `n` None: not known."""
-    number = "-n-unknown" if n is None else f"{n // 1000}k" if n % 1000 == 0 else str(n)
+def metric_name(extractor: Extractor, n: int, metric: str = "fid") -> str:
+    """A name that carries N: fid50k, sfid50k, fd-pixels-5k."""
     if extractor.name == "inception":
-        return f"{metric}{number}"
-    return f"{'fd' if metric == 'fid' else metric}-{extractor.name}-{number.removeprefix('-')}"
+        return f"{metric}{short(n)}"
+    return f"{'fd' if metric == 'fid' else metric}-{extractor.name}-{short(n)}"
+
+
+def short(n: int) -> str:
+    """A number of images as names have it: 50k, 2049."""
+    return f"{n // 1000}k" if n % 1000 == 0 else str(n)
+
+
+def plus_minus(error: float | None) -> str:
+    """A standard error behind a value; nothing where there is none."""
+    return "" if error is None else f" ± {error:.4g}"
 
 
 def record_of(
@@ -108,6 +117,14 @@ def failures_of(estimate: FidEstimate, gap: PairedDifference | None, options: Fi
     return found
 
 
+def distance_verdict(difference: float, standard_error: float | None, caution: str = "") -> str:
+    """What a paired difference says in plain words, at a stated confidence; `caution`: what else should be thought of."""
+    if standard_error is None:
+        return "no verdict: a standard error takes more images than features"
+    word = verdict(difference, standard_error)
+    return f"{word} ({100 * CONFIDENCE:.0f} % confidence over the sampling of images{caution})"
+
+
 def metrics_file(run: Path, name: str, record: Mapping[str, Any], model: Patched, settings: Settings) -> Path:
     """Where a measurement of a run is kept: by what people look for, and a digest of all the rest.
 
@@ -139,10 +156,10 @@ def history(run: Path) -> Report:
 
 
 def _row(record: Mapping[str, Any]) -> dict[str, str]:
-    sampling, error = record["sampling"] or {}, record["standard_error"]
+    sampling = record["sampling"] or {}
     return {
         "metric": record["metric"],
-        "value": f"{record['value']:.4f}" + ("" if error is None else f" ± {error:.4g}"),
+        "value": f"{record['value']:.4f}{plus_minus(record['standard_error'])}",
         "step": str((record["patch"] or {}).get("step", "")),
         "sampler": f"{sampling.get('sampler', '')} {sampling.get('steps', '')}, cfg {sampling.get('cfg', '')}",
         "protocol": record["protocol"]["name"],

@@ -3,15 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from dmpctl.engine.fid_record import failures_of
+from dmpctl.engine.fid_record import failures_of, short
 from dmpctl.errors import ThresholdError, UsageError
 from dmpctl.files import sha256_of
 from dmpctl.metrics.frechet import FidEstimate, moments_to_fid
-from dmpctl.metrics.statistics import SUFFIXES, Statistics, read_statistics
+from dmpctl.metrics.statistics import SUFFIXES, Statistics, disagreements, read_statistics
 from dmpctl.settings.model import Settings
 from dmpctl.types import Report
-
-SAME = ("protocol", "extractor", "shape")  # what two files have to say alike, where both say it
 
 
 def statistics_report(path: Path, settings: Settings) -> Report:
@@ -28,7 +26,7 @@ def statistics_report(path: Path, settings: Settings) -> Report:
     reference = read_statistics(other, found.features.width)
     _refuse_other(found, reference)
     value = moments_to_fid(found.features, reference.features)
-    number = "" if found.count is None else str(found.count)
+    number = "" if found.count is None else short(found.count)
     metrics = {f"fid{number}": {"value": value}}
     if "sfid" in options.wanted:
         if found.spatial is None or reference.spatial is None:
@@ -57,13 +55,7 @@ def _said(found: Statistics) -> dict[str, Any]:
 
 
 def _refuse_other(one: Statistics, two: Statistics) -> None:
-    both = [{"protocol": file.protocol, **{key: file.about.get(key) for key in SAME[1:]}} for file in (one, two)]
-    other = [
-        f"{key}: {both[0][key]} and {both[1][key]}"
-        for key in SAME
-        if None not in (both[0][key], both[1][key]) and both[0][key] != both[1][key]
-    ]
+    other = [f"{key}: {first} and {second}" for key, first, second in disagreements(one.made, two.made)]
     if other:
-        raise UsageError(
-            f"{one.path} and {two.path} were made in different ways ({'; '.join(other)})", "make both with one --protocol"
-        )
+        ways = "; ".join(other)
+        raise UsageError(f"{one.path} and {two.path} were made in different ways ({ways})", "make both with one --protocol")

@@ -34,12 +34,15 @@ def write_pngs(folder: Path, indices: Sequence[int], images: Tensor) -> None:
 
 def is_png(path: Path) -> bool:
     """Whether a complete PNG is there."""
+    return png_if_whole(path) is not None
+
+
+def png_if_whole(path: Path) -> Tensor | None:
+    """A PNG as uint8 [C, H, W]; None where there is none, or half of one."""
     try:
-        with Image.open(path) as image:
-            image.load()
+        return read_png(path)
     except BROKEN:
-        return False
-    return True
+        return None
 
 
 def read_png(path: Path) -> Tensor:

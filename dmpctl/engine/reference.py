@@ -11,15 +11,14 @@ from torch import Tensor, split
 
 from dmpctl.engine.build import open_images
 from dmpctl.engine.cache import cache_dir, locked
-from dmpctl.engine.extraction import fill
-from dmpctl.engine.feature_store import FeatureStore
+from dmpctl.engine.extraction import features_in
 from dmpctl.engine.fid_images import ImageSet, npz_set, source_images
 from dmpctl.errors import UsageError
-from dmpctl.files import make_folder, sha256_of, sha256_of_json
-from dmpctl.metrics.frechet import Factor, Gaussian
-from dmpctl.metrics.moments import BLOCK, FeatureMoments, features_to_moments
+from dmpctl.files import make_folder, sha256_of, sha256_of_json, write_atomic
+from dmpctl.metrics.frechet import Factor
+from dmpctl.metrics.moments import BLOCK, features_to_moments
 from dmpctl.metrics.npz import names_of
-from dmpctl.metrics.statistics import SUFFIXES, Statistics, read_statistics, write_statistics
+from dmpctl.metrics.statistics import SUFFIXES, Statistics, disagreements, read_statistics, write_statistics
 from dmpctl.settings.model import Settings
 from dmpctl.settings.sections import Data
 from dmpctl.types import Extractor, Progress
@@ -107,16 +106,15 @@ def _from_file(
                 f"{path} has statistics but no images, which precision, recall, density, coverage and KID compare",
                 "name real images as --reference, or leave these out of --metrics",
             )
-        return _store(npz_set(path, limit=2**62), extractor, False, progress).features
+        return features_in(cache_dir() / "features", npz_set(path, limit=2**62), extractor, progress).features
 
     spatial = None if found.spatial is None else Factor.of(found.spatial)
     return Reference(Factor.of(found.features), spatial, cache(vectors), record, tuple(warnings))
 
 
 def _refuse_other_protocol(found: Statistics, extractor: Extractor, protocol: str, shape: tuple[int, int, int]) -> None:
-    there = {"protocol": found.protocol, "extractor": found.about.get("extractor"), "shape": found.about.get("shape")}
     here = {"protocol": protocol, "extractor": extractor.fingerprint, "shape": list(shape)}
-    other = [f"{key}: {there[key]} there, {here[key]} here" for key in here if there[key] not in (None, here[key])]
+    other = [f"{key}: {there} there, {own} here" for key, there, own in disagreements(found.made, here)]
     if other:
         raise UsageError(f"{found.path} was made in another way ({'; '.join(other)})", "measure both with one --protocol")
 
@@ -143,33 +141,21 @@ def _from_images(
             found = read_statistics(path, extractor.width)
             features, spatial_features = found.features, found.spatial
         else:
-            store = _store(images, extractor, spatial, progress)
+            store = features_in(cache_dir() / "features", images, extractor, progress, spatial=spatial)
             features = features_to_moments(split(store.features, BLOCK))
             spatial_features = features_to_moments(split(store.spatial, BLOCK)) if spatial else None
             make_folder(path.parent)
             write_statistics(path, features, spatial_features, about)
             if not settings.fid.noise_floor and not VECTORS & set(settings.fid.wanted):
                 store.remove()  # the statistics are all that is needed of them
-    if settings.fid.save_stats is not None and isinstance(features, FeatureMoments):
-        _save(settings.fid.save_stats, features, spatial_features, about)
+    if settings.fid.save_stats is not None:
+        write_atomic(settings.fid.save_stats.expanduser().absolute(), path.read_bytes())
     source = images.identity.get("source")
     record = {"name": images.name, "kind": "images", "fingerprint": source, "n": images.count, "protocol": protocol}
     return Reference(
         Factor.of(features),
         None if spatial_features is None else Factor.of(spatial_features),
-        cache(lambda: _store(images, extractor, spatial, progress).features),
+        cache(lambda: features_in(cache_dir() / "features", images, extractor, progress, spatial=spatial).features),
         record,
         images.warnings,
     )
-
-
-def _save(path: Path, features: FeatureMoments, spatial: Gaussian | None, about: dict[str, Any]) -> None:
-    write_statistics(path.expanduser().absolute(), features, spatial if isinstance(spatial, FeatureMoments) else None, about)
-
-
-def _store(images: ImageSet, extractor: Extractor, spatial: bool, progress: Progress) -> FeatureStore:
-    """Features of real images in the cache, made where they are missing."""
-    key = {"images": dict(images.identity), "extractor": extractor.fingerprint}
-    store = FeatureStore(cache_dir() / "features", key, images.count, spatial=spatial)
-    fill(store, images, extractor, progress)
-    return store

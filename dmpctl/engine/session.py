@@ -113,8 +113,9 @@ def train_in(run: RunDir, session: Session, settings: Settings, accelerator: Acc
         try:
             trainer.train(progress, again_command())
         finally:
-            if accelerator.is_main_process and left_out_of(session.source) != known:  # broken behind a good header
-                run.amend(left_out_of(session.source))
+            found = left_out_of(session.source)
+            if accelerator.is_main_process and found != known:  # broken behind a good header
+                run.amend(found)
     checkpoint.publish(checkpoint.complete(run.checkpoints)[-1], session.subject.kind, run.path, session.metadata)
     seconds = time.perf_counter() - began if start < trainer.step else 0.0
     return Trained(start, trainer.step, seconds)

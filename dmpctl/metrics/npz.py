@@ -98,6 +98,7 @@ def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
+    # The last two: a compression that is not known, and an encrypted member.
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
         raise IntegrityError(f"{path} is not a readable npz ({error})", "copy the file again") from None
 

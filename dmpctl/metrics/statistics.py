@@ -52,6 +52,16 @@ class Statistics:
         """Images behind the statistics, None where the file does not say."""
         return self.features.count
 
+    @property
+    def made(self) -> dict[str, Any]:
+        """How it was made, as far as it says: what has to be alike before two may be compared; None where it does not say."""
+        return {"protocol": self.protocol, "extractor": self.about.get("extractor"), "shape": self.about.get("shape")}
+
+
+def disagreements(one: Mapping[str, Any], two: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(what, value of one, value of two) wherever both say something, and not the same."""
+    return [(key, one[key], two[key]) for key in one if None not in (one[key], two[key]) and one[key] != two[key]]
+
 
 def write_statistics(path: Path, features: FeatureMoments, spatial: FeatureMoments | None, about: Mapping[str, Any]) -> str:
     """Atomically write our file, `about` (JSON-able) in it; returns its sha256."""

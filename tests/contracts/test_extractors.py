@@ -1,19 +1,24 @@
 """What every extractor promises, asked of each one."""
 
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
+import timm
 import torch
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import Tensor
 
 from dmpctl.errors import UsageError
 from dmpctl.metrics.features.inception import Inception
 from dmpctl.metrics.features.pixels import Pixels
+from dmpctl.metrics.features.timm import TimmFeatures
 from dmpctl.types import Extractor
+from tests.random_inception import write_random_inception
+
+TINY = "vit_tiny_patch16_224"
 
 
 @dataclass
@@ -29,35 +34,31 @@ def random_images(*shape: int) -> Tensor:
     return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 
-def random_inception(path: Path, seed: int) -> Path:
-    """Weights whose activations neither vanish nor explode (He initialisation)."""
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    nothing = io.BytesIO()
-    torch.save({}, nothing)
-    nothing.seek(0)
-    with patch.object(FeatureExtractorInceptionV3, "load_state_dict"), torch.random.fork_rng(devices=[]):
+def random_timm(path: Path, seed: int) -> Path:
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        trunk = FeatureExtractorInceptionV3("random", ["2048"], feature_extractor_weights_path=nothing)
-        for module in trunk.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-    torch.save(trunk.state_dict(), path)
+        save_file(timm.create_model(TINY, pretrained=False, num_classes=0).state_dict(), path)
     return path
 
 
-@pytest.fixture(scope="module", params=["pixels-grey", "pixels-rgb", "inception"])
+@pytest.fixture(scope="module", params=["pixels-grey", "pixels-rgb", "inception", "inception-clean", "timm"])
 def case(request, tmp_path_factory) -> Case:
+    folder, images = tmp_path_factory.mktemp("extractors"), random_images(4, 3, 16, 16)
     match request.param:
         case "pixels-grey":
             return Case(lambda: Pixels(1, 8), lambda: Pixels(1, 16), random_images(6, 1, 8, 8))
         case "pixels-rgb":
             return Case(lambda: Pixels(3, 16), lambda: Pixels(1, 16), random_images(6, 3, 16, 16))
-        case _:
-            folder = tmp_path_factory.mktemp("extractors")
-            first, second = (random_inception(folder / f"{seed}.pth", seed) for seed in range(2))
-            images = random_images(4, 3, 16, 16)
+        case "inception":
+            first, second = (write_random_inception(folder / f"{seed}.pth", seed) for seed in range(2))
             return Case(lambda: Inception(first, pinned=False), lambda: Inception(second, pinned=False), images)
+        case "inception-clean":
+            path = write_random_inception(folder / "random.pth")
+            own = partial(Inception, path, pinned=False)
+            return Case(lambda: own(preprocessing="clean"), lambda: own(preprocessing="pytorch-fid"), images)
+        case _:
+            first, second = (random_timm(folder / f"{seed}.safetensors", seed) for seed in range(2))
+            return Case(lambda: TimmFeatures(TINY, first), lambda: TimmFeatures(TINY, second), images)
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,10 @@ def test_one_float32_row_of_the_promised_width_per_image(case, extractor, featur
     assert features.dtype == torch.float32
     assert features.isfinite().all()
     assert not features.requires_grad
+
+
+def test_one_pass_gives_the_features_of_a_plain_call(case, extractor, features):
+    assert torch.equal(extractor.outputs(case.images).features, features)
 
 
 def test_features_tell_images_apart(features):

@@ -48,7 +48,7 @@ class TimmFeatures:
         self.sha256 = sha256_of(weights)
         self._model, self._device = model, torch.device(device)
         network = _build(model, weights)
-        config = resolve_model_data_config(network)  # type: ignore[no-untyped-call]
+        config = resolve_model_data_config(network)  # type: ignore[no-untyped-call]  # timm's own
         self._side = DINOV2_SIDE if model == DINOV2 else int(config["input_size"][-1])
         self._mean, self._std = tuple(config["mean"]), tuple(config["std"])
         self._network = network.eval().requires_grad_(False).to(self._device)
@@ -57,7 +57,8 @@ class TimmFeatures:
     @property
     def fingerprint(self) -> str:
         """Network, weights and preprocessing."""
-        return f"timm:{self._model} sha256:{self.sha256} bicubic-antialias-{self._side} mean {self._mean} std {self._std}"
+        seen = f"bicubic-antialias-{self._side} mean {self._mean} std {self._std}"
+        return f"{self.name} timm:{self._model} sha256:{self.sha256} {seen}"
 
     def __call__(self, images: Tensor) -> Tensor:
         """Features in full float32. Raises UsageError for anything but uint8 [B, 1 or 3, H, W]."""

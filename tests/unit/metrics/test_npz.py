@@ -63,7 +63,7 @@ def rewritten(path: Path, member: bytes, name: str = "arr_0.npy") -> Path:
 
 def npy(array: np.ndarray) -> bytes:
     data = io.BytesIO()
-    np.save(data, array, allow_pickle=True)
+    np.save(data, array, allow_pickle=True)  # one of the hostile files is of objects
     return data.getvalue()
 
 

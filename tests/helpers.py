@@ -21,8 +21,9 @@ from dmpctl.engine.pretrain import pretrain
 from dmpctl.files import read_tensors, sha256_of
 from dmpctl.methods.dmp import dmp_shape
 from dmpctl.settings.layers import resolve
+from dmpctl.settings.methods import Dmp
 from dmpctl.settings.model import Settings
-from dmpctl.settings.sections import Base, Dmp
+from dmpctl.settings.sections import Base
 from dmpctl.types import Report, Silent
 
 SOURCE = Path(dmpctl.__file__).parents[1]

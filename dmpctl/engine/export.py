@@ -15,8 +15,8 @@ from dmpctl.engine.build import Loaded, PatchModule
 from dmpctl.engine.patched import PATCH_PREFIX, Patched, load_result, method_of, outputs_of
 from dmpctl.errors import UsageError
 from dmpctl.files import json_to_bytes, make_folder, sha256_of_bytes, tensors_to_bytes, write_atomic
+from dmpctl.settings.methods import Dmp, Full, Lora, Method, PromptTuning
 from dmpctl.settings.model import Settings
-from dmpctl.settings.sections import Dmp, Full, Lora, Method, PromptTuning
 from dmpctl.types import Progress, Report
 
 PUBLISHED_STEPS = 1000  # of the published code's noise schedules

@@ -20,9 +20,10 @@ from dmpctl.engine.patched import Patched, describe_patch, lasting_name, load_me
 from dmpctl.engine.rundir import RunDir
 from dmpctl.errors import IntegrityError, UsageError
 from dmpctl.files import json_to_bytes, sha256_of, sha256_of_bytes, tensors_to_bytes
+from dmpctl.settings.methods import Dmp, Method, PromptTuning
 from dmpctl.settings.model import Settings
 from dmpctl.settings.presets import PRESETS
-from dmpctl.settings.sections import Base, Dmp, Importing, Method, PromptTuning
+from dmpctl.settings.sections import Base, Importing
 from dmpctl.types import Progress, Report, ScheduleSpec
 
 SCHEMA_VERSION = 1

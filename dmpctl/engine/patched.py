@@ -20,8 +20,9 @@ from dmpctl.engine.checkpoint import refuse_other_keys
 from dmpctl.engine.rundir import version_of
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.files import read_json, read_tensors, sha256_of, sha256_of_bytes, tensors_to_bytes
+from dmpctl.settings.methods import Method
 from dmpctl.settings.model import Settings
-from dmpctl.settings.sections import Base, Method
+from dmpctl.settings.sections import Base
 from dmpctl.types import Backbone, Codec, Routing
 
 SCHEMA_VERSION = 1

@@ -1,6 +1,7 @@
 """The plot of a study: one panel per stage and measure, a dot per training seed, the zero line is the backbone."""
 
 import io
+import math
 import os
 from collections.abc import Sequence
 from statistics import median
@@ -59,7 +60,8 @@ def _panel(axis: Any, rows: Sequence[Row], measure: str, figures: Any) -> None:
         axis.set_xlim(limits)  # the dots choose the scale, however wide the noise is
     means = [abs(row["mean"]) / unit for row in rows if row["mean"]]
     if means and max(means) > WIDE * median(means):  # one variant that does harm would squeeze all others into the zero line
-        axis.set_xscale("symlog", linthresh=2 * median(means))
+        linear = 10 ** round(math.log10(2 * median(means)))  # a power of ten, so that a tick stands where the linear part ends
+        axis.set_xscale("symlog", linthresh=linear)
     axis.set_yticks(range(len(rows)), [row["variant"] for row in rows], fontsize=9)
     axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.tick_params(axis="x", labelsize=8)

@@ -23,7 +23,7 @@ from dmpctl.methods.gate import (
     squared_cv,
 )
 from dmpctl.methods.prompts import PromptModule, PromptShape, prompt_edit, prompt_shape
-from dmpctl.settings.sections import Dmp
+from dmpctl.settings.methods import Dmp
 from dmpctl.types import BackboneSpec, Plan, Routing
 
 NOISE_FLOOR = 0.01  # smallest standard deviation of the gate noise (Shazeer et al. 2017, eq. 4)

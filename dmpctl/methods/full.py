@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from dmpctl.methods.changed import ChangedBackbone
-from dmpctl.settings.sections import Full
+from dmpctl.settings.methods import Full
 
 
 class FullPatch(ChangedBackbone):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dmpctl.errors import UsageError
 from dmpctl.methods.changed import ChangedBackbone
 from dmpctl.rng import seed_of
-from dmpctl.settings.sections import Lora
+from dmpctl.settings.methods import Lora
 from dmpctl.types import Backbone
 
 ADAPTER = "default"  # peft's name for an adapter that was given none; it is not part of the saved names

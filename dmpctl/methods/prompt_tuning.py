@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dmpctl.methods.prompts import PromptModule, PromptShape, prompt_edit
-from dmpctl.settings.sections import PromptTuning
+from dmpctl.settings.methods import PromptTuning
 from dmpctl.types import Plan, Routing
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dmpctl.errors import UsageError
 from dmpctl.rng import seed_of
-from dmpctl.settings.sections import Prompts
+from dmpctl.settings.methods import Prompts
 from dmpctl.types import BackboneSpec, Edit
 
 RANDOM_STD = 0.02  # standard deviation of prompts with --prompt-init random

@@ -8,8 +8,8 @@ from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
+from dmpctl.settings.methods import METHODS
 from dmpctl.settings.sections import (
-    METHODS,
     Base,
     Cache,
     Codec,

@@ -8,13 +8,13 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from dmpctl.errors import IntegrityError
 from dmpctl.settings.assets import Assets
+from dmpctl.settings.methods import Dmp, Method
 from dmpctl.settings.sections import (
     Base,
     Cache,
     Codec,
     Console,
     Data,
-    Dmp,
     Download,
     Evaluate,
     Exporting,
@@ -23,7 +23,6 @@ from dmpctl.settings.sections import (
     Images,
     Importing,
     Launch,
-    Method,
     Objective,
     Pretrain,
     Result,

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dmpctl.settings.sections import METHODS
+from dmpctl.settings.methods import METHODS
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from dmpctl.diffusion.objective import HybridObjective
 from dmpctl.diffusion.schedule import NoiseSchedule
 from dmpctl.engine.build import build_patch, freeze
 from dmpctl.engine.patched import predict_patched
-from dmpctl.settings.sections import Dmp, Objective
+from dmpctl.settings.methods import Dmp
+from dmpctl.settings.sections import Objective
 
 
 def interleaved(actions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:

@@ -12,7 +12,7 @@ from dmpctl.engine.build import PatchModule, build_patch, freeze
 from dmpctl.engine.patched import predict_patched
 from dmpctl.files import read_tensors, write_tensors
 from dmpctl.methods.dmp import DmpPatch
-from dmpctl.settings.sections import Dmp, Full, Lora, Method, PromptTuning
+from dmpctl.settings.methods import Dmp, Full, Lora, Method, PromptTuning
 from dmpctl.types import Plan
 
 BATCH = 4

@@ -18,7 +18,8 @@ from dmpctl.engine.rundir import RunDir
 from dmpctl.engine.train import Trainer
 from dmpctl.errors import IntegrityError, Interrupted
 from dmpctl.files import sha256_of
-from dmpctl.settings.sections import Base, Dmp
+from dmpctl.settings.methods import Dmp
+from dmpctl.settings.sections import Base
 from dmpctl.types import Silent
 from tests.helpers import BUNDLED, SHAPE, SMALL, files, patch_run, pretrain_run, same_but_time, settings_for, tensors_of, tree
 

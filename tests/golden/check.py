@@ -27,7 +27,8 @@ from dmpctl.errors import DmpError, IntegrityError
 from dmpctl.files import read_json, read_tensors
 from dmpctl.methods.dmp import DmpPatch, dmp_shape
 from dmpctl.methods.gate import per_sample_importance
-from dmpctl.settings.sections import Dmp, Objective
+from dmpctl.settings.methods import Dmp
+from dmpctl.settings.sections import Objective
 from dmpctl.types import ScheduleSpec
 
 WEIGHTS, TENSORS, RESPACED = ".weights.safetensors", ".tensors.safetensors", "respaced_timesteps.json"

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from dmpctl.backbones.dit import DiT, DiTConfig
 from dmpctl.diffusion.schedule import NoiseSchedule
 from dmpctl.methods.dmp import DmpPatch, DmpShape
-from dmpctl.settings.sections import Dmp
+from dmpctl.settings.methods import Dmp
 from dmpctl.types import ScheduleSpec
 
 from .check import INPUTS, OUTPUTS, RESPACED, TENSORS, WEIGHTS, Finding, Golden, check_directory, kept_of, pairs_in

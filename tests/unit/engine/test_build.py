@@ -15,7 +15,8 @@ from dmpctl.methods.full import FullPatch
 from dmpctl.methods.lora import LoraPatch
 from dmpctl.methods.prompt_tuning import PromptPatch
 from dmpctl.settings.assets import AssetRow, Assets
-from dmpctl.settings.sections import Base, Data, Dmp, Full, Lora, PromptTuning
+from dmpctl.settings.methods import Dmp, Full, Lora, PromptTuning
+from dmpctl.settings.sections import Base, Data
 from dmpctl.types import BackboneSpec, ScheduleSpec, Site
 from tests.helpers import settings_for
 from tests.unit.data.made import encoded, write_coco

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dmpctl.backbones.dit import DiT, DiTConfig
 from dmpctl.methods.dmp import DmpPatch, DmpShape, dmp_shape
-from dmpctl.settings.sections import Dmp
+from dmpctl.settings.methods import Dmp
 from dmpctl.types import BackboneSpec, Plan, Routing, ScheduleSpec, Site
 
 L, N, D, B = 3, 6, 8, 4  # blocks, prompts, width, batch

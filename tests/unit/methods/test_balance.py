@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dmpctl.methods.dmp import DmpPatch, DmpShape
 from dmpctl.methods.gate import expected_load, per_sample_importance, squared_cv
-from dmpctl.settings.sections import Dmp
+from dmpctl.settings.methods import Dmp
 from dmpctl.types import Routing
 from tests.unit.methods.made import B, D, L, N, made, normal, routed
 

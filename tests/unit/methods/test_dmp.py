@@ -8,7 +8,7 @@ import torch
 from dmpctl.backbones.dit import DiT, shape_config
 from dmpctl.errors import UsageError
 from dmpctl.methods.dmp import DmpPatch, DmpShape, dmp_shape
-from dmpctl.settings.sections import Dmp
+from dmpctl.settings.methods import Dmp
 from dmpctl.types import BackboneSpec
 from tests.unit.methods.made import SPEC, B, D, L, N, T, X, Y, backbone, fresh, made, normal, routed, spec
 

@@ -8,7 +8,7 @@ import torch
 from dmpctl.backbones.dit import DiT
 from dmpctl.backbones.dit_weights import Weights, digest_of, dit_from
 from dmpctl.methods.full import FullPatch
-from dmpctl.settings.sections import Full
+from dmpctl.settings.methods import Full
 from tests.unit.methods.made import T, X, Y, backbone, normal
 
 MODELS = {"classes": {}, "classes-without-null": {"null_class": False}, "unconditional": {"num_classes": 0}}

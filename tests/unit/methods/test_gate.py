@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmpctl.methods.dmp import DmpPatch, DmpShape
-from dmpctl.settings.sections import Dmp
+from dmpctl.settings.methods import Dmp
 from tests.unit.methods.made import TOPK, B, D, L, N, fresh, made, normal, routed, spec
 
 

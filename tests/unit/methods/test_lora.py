@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dmpctl.backbones.dit import DiT
 from dmpctl.errors import UsageError
 from dmpctl.methods.lora import LoraPatch
-from dmpctl.settings.sections import Lora
+from dmpctl.settings.methods import Lora
 from tests.unit.methods.made import T, X, Y, backbone, normal
 
 ENDS = {"qkv": ["attn.qkv"], "proj": ["attn.proj"], "mlp": ["mlp.fc1", "mlp.fc2"]}

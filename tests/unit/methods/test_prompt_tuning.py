@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from dmpctl.methods.dmp import DmpPatch, dmp_shape
 from dmpctl.methods.prompt_tuning import PromptPatch
 from dmpctl.methods.prompts import prompt_shape
-from dmpctl.settings.sections import Dmp, PromptTuning
+from dmpctl.settings.methods import Dmp, PromptTuning
 from dmpctl.types import BackboneSpec
 from tests.unit.methods.made import SPEC, B, D, L, N, T, X, Y, backbone, normal, spec
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from dmpctl.errors import UsageError
 from dmpctl.methods.dmp import dmp_shape
 from dmpctl.methods.prompts import patched_blocks, prompt_shape
-from dmpctl.settings.sections import Dmp, PromptTuning
+from dmpctl.settings.methods import Dmp, PromptTuning
 from tests.unit.methods.made import SPEC, B, D, L, N, T, X, Y, backbone, fresh, made, normal, routed, spec
 
 

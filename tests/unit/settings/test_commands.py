@@ -7,8 +7,9 @@ from pydantic import Field
 
 from dmpctl.cli.app import COMMANDS as SHOWN
 from dmpctl.settings.commands import COMMANDS, Part, field_of, options_in, options_of, sections_of
+from dmpctl.settings.methods import Dmp
 from dmpctl.settings.model import Settings
-from dmpctl.settings.sections import Dmp, Section
+from dmpctl.settings.sections import Section
 
 
 class Other(Section):

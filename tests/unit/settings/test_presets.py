@@ -4,8 +4,8 @@ import pytest
 
 from dmpctl.settings.commands import options_of
 from dmpctl.settings.layers import resolve
+from dmpctl.settings.methods import METHODS
 from dmpctl.settings.presets import PRESETS, chosen_preset, preset_values
-from dmpctl.settings.sections import METHODS
 
 
 @pytest.mark.parametrize("method", METHODS)

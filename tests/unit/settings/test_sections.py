@@ -9,21 +9,8 @@ from pydantic import ValidationError
 
 from dmpctl.settings import sections
 from dmpctl.settings.commands import COMMANDS, every_option, options_of
-from dmpctl.settings.sections import (
-    METHODS,
-    Data,
-    Dmp,
-    Fid,
-    Launch,
-    Method,
-    Prompts,
-    PromptTuning,
-    Sampling,
-    Section,
-    Shape,
-    Train,
-    choices_of,
-)
+from dmpctl.settings.methods import METHODS, Dmp, Method, Prompts, PromptTuning
+from dmpctl.settings.sections import Data, Fid, Launch, Sampling, Section, Shape, Train, choices_of
 
 CLASSES = {kind for _, kind in inspect.getmembers(sections, inspect.isclass)}
 SECTIONS = sorted((kind for kind in CLASSES if issubclass(kind, Section) and kind is not Section), key=lambda kind: kind.__name__)

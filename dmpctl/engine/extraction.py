@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dmpctl.engine.assets import cached
+from dmpctl.engine.assets import cached, require
 from dmpctl.engine.feature_store import FeatureStore
 from dmpctl.engine.fid_images import ImageSet
 from dmpctl.errors import MissingError, UsageError
@@ -47,26 +47,23 @@ def build_extractor(options: Fid, shape: tuple[int, int, int], device: torch.dev
     if kind == "pixels":
         return Pixels(shape[0], shape[1])
     if kind == "inception":
-        return Inception(
-            weights or _weights_of("inception", "the Inception extractor", "weights-inception-2015-12-05-6726825d.pth"),
-            pinned=weights is None,
-            device=device,
-            preprocessing=protocol.preprocessing or "adm",
-        )
-    model = DINOV2 if kind == "dinov2" else kind.removeprefix("timm:")
-    if kind != "dinov2" and weights is None:
+        return Inception(weights or _inception(), weights is None, device, protocol.preprocessing or "adm")
+    if kind == "dinov2":
+        return TimmFeatures(DINOV2, weights or require("dinov2"), device)
+    if weights is None:
         raise MissingError(f"{kind} needs its weights", "add --extractor-weights FILE, in timm's layout")
-    return TimmFeatures(model, weights or _weights_of("dinov2", "DINOv2", "model.safetensors"), device)
+    return TimmFeatures(kind.removeprefix("timm:"), weights, device)
 
 
-def _weights_of(row: str, what: str, file: str) -> Path:
-    path = cached(row)
+def _inception() -> Path:
+    """Inception's weights in the cache; its hash is checked where they are read."""
+    path = cached("inception")
     if path is None:
         raise MissingError(
-            f"{what} needs its weights, {file}",
-            f"fetch them with dmpctl download {row}, add --extractor-weights FILE, or measure with --extractor pixels",
+            "the Inception extractor needs its weights, weights-inception-2015-12-05-6726825d.pth",
+            "fetch them with dmpctl download inception, add --extractor-weights FILE, or measure with --extractor pixels",
         )
-    return path / file if path.is_dir() else path
+    return path
 
 
 def features_in(

@@ -178,6 +178,15 @@ def test_inception_needs_its_weights(run, real, tmp_path, monkeypatch):
         fid(run, extractor="inception", extractor_weights=str(tmp_path / "nowhere.pth"))
 
 
+def test_other_networks_need_their_weights(real, tmp_path, monkeypatch):
+    monkeypatch.setenv("DMPCTL_CACHE_DIR", str(tmp_path / "cache"))
+    with pytest.raises(MissingError, match=r"dinov2 .* is not in the cache") as failure:
+        fid(real, reference="digits", protocol="dinov2", allow_small=True)
+    assert "dmpctl download dinov2" in failure.value.hint
+    with pytest.raises(MissingError, match="timm:resnet18 needs its weights"):
+        fid(real, reference="digits", extractor="timm:resnet18")
+
+
 def test_the_extractor_follows_the_size():
     options, device = settings_for("fid").fid, torch.device("cpu")
     assert extraction.build_extractor(options, (1, 31, 31), device).name == "pixels"

@@ -168,6 +168,12 @@ def test_our_own_format_is_checked(tmp_path, change, message):
         read_statistics(path)
 
 
+def test_our_own_file_without_its_number_of_images_is_refused(tmp_path):
+    write_tensors(tmp_path / "m.safetensors", {key: OWN[key] for key in ("mean", "scatter")}, {"schema_version": "1"})
+    with pytest.raises(IntegrityError, match="does not hold feature moments"):
+        read_statistics(tmp_path / "m.safetensors")
+
+
 @pytest.mark.parametrize(("version", "message"), [("2", "schema_version 2"), ("", "does not hold"), ("x", "does not hold")])
 def test_a_newer_or_absent_schema_is_refused(tmp_path, version, message):
     write_tensors(tmp_path / "m.safetensors", OWN, {"schema_version": version})

@@ -2,7 +2,7 @@
 
 import signal
 
-PREEMPTED = 75  # after SIGUSR1, by which schedulers give notice: the job may be put back into the queue
+PREEMPTED = 75  # under --requeue: the job may be put back into the queue, and goes on
 
 
 class DmpError(Exception):
@@ -54,8 +54,15 @@ class ThresholdError(DmpError):
 
 
 class Interrupted(DmpError):
-    """Stopped by a signal after saving: 130 for SIGINT, 143 for SIGTERM, 75 for SIGUSR1 (preempted, resumable)."""
+    """Stopped by a signal after saving: 130 for SIGINT, 143 for others; 75 (resumable) for those under --requeue."""
 
     def __init__(self, message: str, signal_number: int, hint: str | None = None) -> None:
         super().__init__(message, hint)
-        self.exit_code = PREEMPTED if signal_number == signal.SIGUSR1 else 128 + signal_number
+        self.signal_number = signal_number
+        self.exit_code = 128 + (signal.SIGINT if signal_number == signal.SIGINT else signal.SIGTERM)
+
+    def requeued(self) -> "Interrupted":
+        """The same where a scheduler is to put the job into its queue again."""
+        if self.signal_number != signal.SIGINT:
+            self.exit_code = PREEMPTED
+        return self

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import typer
 from pydantic.fields import FieldInfo
 
 from dmpctl.cli.help import WIDTH, Command
+from dmpctl.errors import Interrupted
 from dmpctl.settings.commands import Option, options_of
 from dmpctl.types import Progress, Report
 
@@ -70,14 +72,14 @@ def callback(name: str, body: Body, argument: Argument | None) -> Callable[..., 
             cache = resolved.settings.cache.cache_dir.expanduser().absolute()
             places = {"HF_HUB_CACHE": str(cache / "hub"), "HF_DATASETS_CACHE": str(cache / "datasets")}
             os.environ.update(DMPCTL_CACHE_DIR=str(cache), **places)
-        output = Output(console.json_output)
         if console.print_config:
-            output.result(config_report(name, resolved))
+            Output(console.json_output).result(config_report(name, resolved))
             return
-        report = body(Call(resolved.settings, positional, progress_for(console)))
-        output.result(report)
-        if report.exit_code:
-            raise typer.Exit(report.exit_code)
+        code = started(name, resolved.settings, positional)
+        if code is None:
+            code = perform(body, Call(resolved.settings, positional, progress_for(console)))
+        if code:
+            raise typer.Exit(code)
 
     context = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
     positional = [_argument(argument)] if argument else []
@@ -85,6 +87,32 @@ def callback(name: str, body: Body, argument: Argument | None) -> Callable[..., 
     call.__signature__ = inspect.Signature([context, *positional, *options, _config()])  # type: ignore[attr-defined]
     call.__name__, call.__doc__, call.__annotations__ = name, inspect.getdoc(body), {}
     return call
+
+
+def started(name: str, settings: "Settings", argument: Any) -> int | None:
+    """Exit code of the command in processes of its own; None where this process is to do it."""
+    if "num_processes" not in options_of(name) or settings.console.dry_run:
+        return None
+    if settings.launch.num_processes == 1 and settings.launch.nnodes == "1":  # needs no torch
+        return None
+    from dmpctl.engine.launcher import Job, processes_to_start, run_job
+
+    processes = processes_to_start(settings.launch)
+    return run_job(Job(name, settings, argument, sys.argv), processes) if processes else None
+
+
+def perform(body: Body, call: Call) -> int:
+    """Do the work in this process and print what it found; returns its exit code."""
+    from dmpctl.cli.console import Output
+    from dmpctl.engine.stop import ending_by_signals
+
+    try:
+        with ending_by_signals():
+            report = body(call)
+    except Interrupted as stop:
+        raise stop.requeued() if call.settings.launch.requeue else stop from None
+    Output(call.settings.console.json_output).result(report)
+    return report.exit_code
 
 
 def was_typed(ctx: typer.Context, name: str) -> bool:

@@ -25,9 +25,10 @@ from dmpctl.methods.lora import LoraPatch
 from dmpctl.methods.prompt_tuning import PromptPatch
 from dmpctl.methods.prompts import prompt_shape
 from dmpctl.settings.assets import AssetRow
+from dmpctl.settings.launch import Launch
 from dmpctl.settings.methods import Dmp, Full, Lora, Method, PromptTuning
 from dmpctl.settings.model import Settings
-from dmpctl.settings.sections import Base, Data, Launch
+from dmpctl.settings.sections import Base, Data
 from dmpctl.types import BackboneSpec, Codec, ScheduleSpec, Source
 
 BUNDLED = {"digits": "digits-dit.safetensors"}

@@ -1,5 +1,6 @@
 """Checkpoints: a folder that appears by one rename, complete and verified, or not at all. Nothing is pickled."""
 
+import copy
 import re
 import shutil
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from dmpctl.files import (
     read_tensors,
     sha256_of,
     sha256_of_bytes,
+    sha256_of_json,
     tensors_to_bytes,
     write_atomic,
     write_json,
@@ -42,6 +44,17 @@ class TrainerState:
     ema: dict[str, Tensor]
     optimizer: dict[str, dict[str, Tensor]]
     scaler: dict[str, Any]
+
+
+def copied(state: TrainerState) -> TrainerState:
+    """The same on the CPU, in memory of its own: training may go on."""
+    moments = {name: copied_tensors(values) for name, values in state.optimizer.items()}
+    return TrainerState(state.step, copied_tensors(state.raw), copied_tensors(state.ema), moments, copy.deepcopy(state.scaler))
+
+
+def copied_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors on the CPU, in memory of their own."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def capture(
@@ -79,11 +92,18 @@ def refuse_other_keys(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor],
 
 
 def save(
-    folder: Path, kind: str, weights: Mapping[str, Tensor], described: Mapping[str, Any], state: TrainerState, keep: int
+    folder: Path,
+    kind: str,
+    weights: Mapping[str, Tensor],
+    described: Mapping[str, Any],
+    state: TrainerState,
+    keep: int,
+    keep_every: int | None = None,
 ) -> Path:
-    """Write `step-NNNNNNN/` with {kind}.safetensors, {kind}.json and the trainer's files; keep the last `keep`.
+    """Write `step-NNNNNNN/` with {kind}.safetensors, {kind}.json and the trainer's files.
 
-    trainer.json is written last and holds the sha256 of all others. UsageError where the disk is full.
+    The last `keep` stay, and those of every multiple of `keep_every` (None: no others). trainer.json is written last and
+    holds the sha256 of all others. UsageError where the disk is full.
     """
     final = folder / name_of(state.step)
     for leftover in folder.glob("step-*.tmp"):  # of a save that was killed
@@ -97,7 +117,7 @@ def save(
         tensors |= {f"optimizer.{k}.{n}": v for n, moments in state.optimizer.items() for k, v in moments.items()}
         hashes["trainer.safetensors"] = write_tensors(temporary / "trainer.safetensors", tensors)
         manifest = {"schema_version": SCHEMA_VERSION, "step": state.step, "scaler": state.scaler, "sha256": hashes}
-        write_json(temporary / "trainer.json", manifest)
+        write_json(temporary / "trainer.json", {**manifest, "own_sha256": sha256_of_json(manifest)})
         with writing(final):
             fsync(temporary)
             shutil.rmtree(final, ignore_errors=True)
@@ -107,8 +127,41 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     for old in complete(folder)[:-keep]:
-        shutil.rmtree(old)
+        if keep_every is None or step_of(old) % keep_every:
+            remove(old)
     return final
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint; it is none from the first moment on."""
+    going = path.with_name(f"{path.name}.tmp")
+    path.rename(going)
+    shutil.rmtree(going)
+
+
+def newest(folder: Path) -> tuple[TrainerState | None, list[str]]:
+    """The newest checkpoint that is whole, None if there is none yet; and what is wrong with newer ones, which are put aside.
+
+    IntegrityError where none of several is whole.
+    """
+    wrong: list[str] = []
+    for path in reversed(complete(folder)):
+        try:
+            return load(path), wrong
+        except IntegrityError as error:
+            wrong.append(error.message)
+    if wrong:
+        raise IntegrityError(f"no checkpoint in {folder} is whole: {wrong[0]}", f"delete {folder} to begin anew")
+    return None, wrong
+
+
+def put_aside(folder: Path, step: int) -> None:
+    """Rename checkpoints after `step`, which are damaged: they count no more, and can be looked at."""
+    for path in complete(folder):
+        if step_of(path) > step:
+            aside = path.with_name(f"{path.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
 
 
 def name_of(step: int) -> str:
@@ -130,6 +183,9 @@ def complete(folder: Path) -> list[Path]:
 def load(path: Path) -> TrainerState:
     """Read and verify one checkpoint; IntegrityError naming the file whose bytes are not those that were written."""
     manifest = read_json(path / "trainer.json", SCHEMA_VERSION)
+    own = manifest.pop("own_sha256", None)
+    if own != sha256_of_json(manifest):
+        raise IntegrityError(f"{path / 'trainer.json'} is damaged", f"delete {path} to go on from the one before")
     for name, expected in manifest["sha256"].items():
         actual = sha256_of(path / name) if (path / name).is_file() else "no file"
         if actual != expected:

@@ -1,5 +1,6 @@
 """`dmpctl fid`: how far images are from real ones, by a stated protocol, how sure that is, and what a pipeline makes of it."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -7,7 +8,6 @@ from typing import Any
 
 import torch
 
-from dmpctl.engine.build import resolve_device
 from dmpctl.engine.cache import cache_dir
 from dmpctl.engine.extraction import build_extractor, features_in, protocol_for
 from dmpctl.engine.feature_store import FeatureStore
@@ -25,7 +25,8 @@ from dmpctl.engine.fid_record import (
 )
 from dmpctl.engine.fid_statistics import statistics_report
 from dmpctl.engine.patched import Patched, load_result, outputs_of
-from dmpctl.engine.reference import Reference, find_reference, open_reference
+from dmpctl.engine.ranks import Ranks, join
+from dmpctl.engine.reference import Reference, features_wanted, find_reference, open_reference
 from dmpctl.errors import ThresholdError, UsageError
 from dmpctl.metrics.frechet import (
     GROUPS,
@@ -52,7 +53,8 @@ MODELS = (".safetensors", ".pt")  # files that are models, where they are no sta
 
 def fid(settings: Settings, what: str, progress: Progress) -> Report:
     """Measure WHAT; for a run, recorded in its metrics/. The report fails (exit 6) where a threshold was not met."""
-    path, options, device = Path(what).expanduser(), settings.fid, resolve_device(settings.launch)
+    ranks = join(settings.launch)
+    path, options, device = Path(what).expanduser(), settings.fid, ranks.device
     if options.show:
         return history(path)
     if path.suffix in SUFFIXES and path.is_file() and is_statistics(path):
@@ -70,6 +72,11 @@ def fid(settings: Settings, what: str, progress: Progress) -> Report:
     if settings.console.dry_run:
         planned = {"dry_run": True, "n": images.count, "extractor": extractor.fingerprint, "protocol": protocol.name}
         return Report(planned, (), (f"would compare {images.count} images", "dry run: nothing was written"))
+    if ranks.world > 1:
+        wanted = features_wanted(real, extractor, protocol.name, settings)
+        _extract_together(path, images, other, wanted, extractor, settings, progress, ranks)
+        if not ranks.is_main:  # what is left is no collective
+            return Report({})
     reference = open_reference(real, images.shape, extractor, protocol.name, settings, progress)
     store = _features(path, images, extractor, settings, progress)
     record = record_of(images, reference, extractor, protocol, settings, str(device))
@@ -120,11 +127,41 @@ def reference_of(model: Patched) -> str | None:
     return model.backbone.data
 
 
-def _features(path: Path, images: ImageSet, extractor: Extractor, settings: Settings, progress: Progress) -> FeatureStore:
+def _features(
+    path: Path, images: ImageSet, extractor: Extractor, settings: Settings, progress: Progress, ranks: Ranks | None = None
+) -> FeatureStore:
     """Features of WHAT: kept in a run, else in the cache until they are measured."""
     wanted = settings.fid.wanted
     root = cache_dir() / "features" if images.model is None else outputs_of(path) / "metrics" / "features"
-    return features_in(root, images, extractor, progress, logits="is" in wanted, spatial="sfid" in wanted)
+    return features_in(root, images, extractor, progress, "is" in wanted, "sfid" in wanted, ranks)
+
+
+def _extract_together(
+    path: Path,
+    images: ImageSet,
+    other: ImageSet | None,
+    real: ImageSet | None,
+    extractor: Extractor,
+    settings: Settings,
+    progress: Progress,
+    ranks: Ranks,
+) -> None:
+    """All features that will be asked for, shared out over the processes; the main one then finds them made.
+
+    UsageError over several machines: rows in one file, written from several, are not safe on every network disk.
+    """
+    if int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world)) != ranks.world:
+        raise UsageError("fid runs on one machine, with all of its GPUs", "leave --nnodes out")
+    if real is not None:
+        spatial = "sfid" in settings.fid.wanted
+        features_in(cache_dir() / "features", real, extractor, progress, spatial=spatial, ranks=ranks)
+    _features(path, images, extractor, settings, progress, ranks)
+    if other is not None:
+        _features(path, other, extractor, _distance_only(settings), progress, ranks)
+
+
+def _distance_only(settings: Settings) -> Settings:
+    return settings.model_copy(update={"fid": settings.fid.model_copy(update={"metrics": "fid"})})
 
 
 def _measured(
@@ -216,8 +253,7 @@ def _difference(
     settings: Settings,
     progress: Progress,
 ) -> PairedDifference:
-    plain = settings.model_copy(update={"fid": settings.fid.model_copy(update={"metrics": "fid"})})
-    theirs = _features(path, other, extractor, plain, progress)
+    theirs = _features(path, other, extractor, _distance_only(settings), progress)
     gap = paired_difference(store.features, theirs.features, reference.features)
     if other.model is None:
         theirs.remove()

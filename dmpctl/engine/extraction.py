@@ -9,6 +9,8 @@ from torch import Tensor
 from dmpctl.engine.assets import cached, require
 from dmpctl.engine.feature_store import FeatureStore
 from dmpctl.engine.fid_images import ImageSet
+from dmpctl.engine.ranks import Ranks
+from dmpctl.engine.stop import Stop, interrupted
 from dmpctl.errors import MissingError, UsageError
 from dmpctl.metrics.features.inception import Inception
 from dmpctl.metrics.features.pixels import Pixels
@@ -67,12 +69,30 @@ def _inception() -> Path:
 
 
 def features_in(
-    root: Path, images: ImageSet, extractor: Extractor, progress: Progress, logits: bool = False, spatial: bool = False
+    root: Path,
+    images: ImageSet,
+    extractor: Extractor,
+    progress: Progress,
+    logits: bool = False,
+    spatial: bool = False,
+    ranks: Ranks | None = None,
 ) -> FeatureStore:
-    """What the extractor says of these images, kept under `root`; made where it is missing."""
+    """What the extractor says of these images, kept under `root`; made where it is missing.
+
+    `ranks`: processes that share the work and end it together; None: this one does it. Interrupted after a signal, with
+    all that was found until then kept.
+    """
     key = {"images": dict(images.identity), "extractor": extractor.fingerprint}
+    if ranks is None:
+        store = FeatureStore(root, key, images.count, logits, spatial)
+        fill(store, images, extractor, progress)
+        return store
+    if ranks.is_main:
+        FeatureStore(root, key, images.count, logits, spatial)
+    ranks.wait()  # until it is there
     store = FeatureStore(root, key, images.count, logits, spatial)
-    fill(store, images, extractor, progress)
+    fill(store, images, extractor, progress, ranks.rank, ranks.world)
+    ranks.wait()
     return store
 
 
@@ -89,9 +109,14 @@ def fill(
     missing = store.missing(rank, world)
     if not missing:
         return
-    with progress.track(f"{extractor.name} features of {images.name}", images.count, images.count - len(missing)) as task:
+    share = len(range(rank, images.count, world))
+    shown = progress.track(f"{extractor.name} features of {images.name}", share, share - len(missing))
+    with Stop() as stop, shown as task:
         for indices, pictures in images.read(missing):
             for first in range(0, len(indices), batch):
                 part, some = indices[first : first + batch], pictures[first : first + batch]
                 store.put(part, some, extractor.outputs(some))
                 task.advance(len(part))
+                if stop.got:
+                    kept = f"{images.count - len(store.missing())} of {images.count} images are measured"
+                    raise interrupted(stop.got, kept, "the same command goes on with them")

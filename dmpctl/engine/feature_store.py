@@ -8,6 +8,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,9 @@ class FeatureStore:
                 with half.open("r+b") as file:
                     os.posix_fallocate(file.fileno(), 0, half.stat().st_size)
             array.flush()
-            half.replace(path)
+            with suppress(FileExistsError):  # another process was faster: its rows stay
+                os.link(half, path)
+            half.unlink()
 
     def _map(self, name: str) -> NDArray[Any]:
         if name not in self._open:

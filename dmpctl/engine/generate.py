@@ -1,29 +1,33 @@
 """`dmpctl sample`: images from a backbone or its patch. Image k depends on (seed, k) alone."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.lib.format import open_memmap
 from torch import Tensor
 
 from dmpctl.diffusion.guidance import guide
 from dmpctl.diffusion.samplers import sample as run_sampler
 from dmpctl.diffusion.schedule import NoiseSchedule
-from dmpctl.engine.build import resolve_device
 from dmpctl.engine.codec import latent_record
 from dmpctl.engine.patched import Patched, load_result, outputs_of
 from dmpctl.engine.pictures import is_png, read_png, write_contact_sheet, write_npz, write_pngs
+from dmpctl.engine.ranks import Ranks, join
 from dmpctl.engine.stop import Stop, interrupted
 from dmpctl.errors import UsageError
-from dmpctl.files import make_folder, read_json, write_json
+from dmpctl.files import make_folder, read_json, write_json, writing
 from dmpctl.rng import ImageDraws, seed_of
 from dmpctl.settings.model import Settings
 from dmpctl.settings.sections import Sampling
 from dmpctl.types import Denoiser, Progress, Report
 
 SCHEMA_VERSION = 1
+BATCH = 256  # images held at once while an npz is put together
 
 
 def labels_of(indices: Sequence[int], seed: int, num_classes: int, label: int | None) -> Tensor | None:
@@ -87,26 +91,32 @@ def sample(settings: Settings, run: Path, progress: Progress) -> Report:
     wanted, sampling = settings.images, settings.sampling
     folder = (wanted.out or samples_folder(run, model, sampling)).absolute()
     about = samples_about(model, settings)
-    device = resolve_device(settings.launch)
-    denoiser_of(model, [0], sampling, device, wanted.image_label)  # what does not fit fails before anything is written
+    ranks = join(settings.launch)
+    denoiser_of(model, [0], sampling, ranks.device, wanted.image_label)  # what does not fit fails before anything is written
     if settings.console.dry_run:
         return Report(
             {"dry_run": True, "out": str(folder), **about},
             (),
             (f"would write {wanted.num_images} images to {folder}", "dry run: nothing was written"),
         )
-    begin_samples(folder, about)
+    if ranks.is_main:
+        begin_samples(folder, about)
+    ranks.wait()
     if wanted.image_format == "npz":
-        target = folder / f"{wanted.num_images}.npz"
-        batches = in_batches(model, range(wanted.num_images), sampling, device, progress, wanted.image_label)
-        write_npz(target, (images for _, images in batches), wanted.num_images)
-        made = wanted.num_images
+        made, target = wanted.num_images, folder / f"{wanted.num_images}.npz"
+        batches = in_batches(model, ranks.mine(range(made)), sampling, ranks.device, progress, wanted.image_label)
+        with images_of_all(target, batches, (made, *model.image_shape), ranks) as everything:
+            if ranks.is_main:
+                write_npz(target, everything, made)
     else:
         missing = [k for k in range(wanted.num_images) if not is_png(folder / f"{k:06d}.png")]
-        for part, images in in_batches(model, missing, sampling, device, progress, wanted.image_label):
+        ranks.wait()  # before one of them writes what another has not looked for yet
+        for part, images in in_batches(model, ranks.mine(missing), sampling, ranks.device, progress, wanted.image_label):
             write_pngs(folder, part, images)
+        ranks.wait()
         made, target = len(missing), folder / "contact-sheet.png"
-        write_contact_sheet(target, [read_png(folder / f"{k:06d}.png") for k in range(min(64, wanted.num_images))])
+        if ranks.is_main:
+            write_contact_sheet(target, [read_png(folder / f"{k:06d}.png") for k in range(min(64, wanted.num_images))])
     kept = wanted.num_images - made
     data = {"out": str(folder), "images": wanted.num_images, "made": made, "kept": kept, **about}
     row = {
@@ -116,6 +126,35 @@ def sample(settings: Settings, run: Path, progress: Progress) -> Report:
         "seed": str(sampling.sample_seed),
     }
     return Report(data, (row,), (f"images: {folder}", f"look at: {target}"))
+
+
+@contextmanager
+def images_of_all(
+    target: Path, batches: Iterable[tuple[Sequence[int], Tensor]], shape: tuple[int, ...], ranks: Ranks
+) -> Iterator[Iterator[Tensor]]:
+    """Images [N, C, H, W] of this `shape` in order, in batches, of which each process makes its own; through the disk.
+
+    One process has them in order already.
+    """
+    if ranks.world == 1:
+        yield (images for _, images in batches)
+        return
+    path = target.with_name(f".{target.name}.npy")
+    try:
+        if ranks.is_main:
+            with writing(path):
+                open_memmap(path, mode="w+", dtype=np.uint8, shape=shape).flush()
+        ranks.wait()
+        held = open_memmap(path, mode="r+")
+        for indices, images in batches:
+            held[np.asarray(indices)] = images.numpy()
+        held.flush()
+        ranks.wait()
+        yield (torch.from_numpy(held[first : first + BATCH]) for first in range(0, shape[0], BATCH))
+        ranks.wait()
+    finally:
+        if ranks.is_main:
+            path.unlink(missing_ok=True)
 
 
 def samples_folder(run: Path, model: Patched, sampling: Sampling) -> Path:
@@ -149,5 +188,7 @@ def begin_samples(folder: Path, about: dict[str, Any]) -> None:
             )
         return
     if folder.is_dir() and any(not leftover.name.startswith(".samples.json.") for leftover in folder.iterdir()):
+        if path.is_file():  # another process has just begun them
+            return begin_samples(folder, about)
         raise UsageError(f"{folder} is not empty and holds no samples of dmpctl", "name another --out")
     write_json(make_folder(folder) / path.name, about)

@@ -1,4 +1,4 @@
-"""How a command runs: on which device, through accelerate, and what makes two runs the same experiment."""
+"""How a command runs: through accelerate, in as many processes as were started, and what makes two runs the same experiment."""
 
 import os
 import shlex
@@ -8,22 +8,26 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from dmpctl.engine.build import resolve_device
+from dmpctl.engine.ranks import join
 from dmpctl.errors import UsageError
 from dmpctl.settings.model import Settings
 
 
 def accelerator_for(settings: Settings) -> Accelerator:
-    """The accelerator that training goes through, even on one CPU; UsageError for more than one process, or fp16 there."""
-    world = settings.launch.num_processes or int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        raise UsageError(f"{world} processes were asked for, this version trains in one", "leave --num-processes out")
-    device = resolve_device(settings.launch)
-    if settings.train.precision == "fp16" and device.type == "cpu":
+    """The accelerator that training goes through, even on one CPU: in all processes of this command at once.
+
+    UsageError for fp16 on a CPU, and where accelerate does not see the processes that were started.
+    """
+    ranks = join(settings.launch)
+    if settings.train.precision == "fp16" and ranks.device.type == "cpu":
         raise UsageError("--precision fp16 needs a GPU, this is a CPU", "use --precision bf16, or no")
     if settings.launch.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    return Accelerator(cpu=device.type == "cpu", mixed_precision=settings.train.precision)
+    accelerator = Accelerator(cpu=ranks.device.type == "cpu", mixed_precision=settings.train.precision)
+    if accelerator.num_processes != ranks.world:  # two worlds of one would both write
+        raise UsageError(f"{ranks.world} processes were started, accelerate sees {accelerator.num_processes}", "add --cpu")
+    return accelerator
 
 
 def again_command() -> str:

@@ -27,7 +27,7 @@ from dmpctl.engine.codec import latent_record
 from dmpctl.engine.generate import denoiser_of
 from dmpctl.engine.launch import accelerator_for
 from dmpctl.engine.paired_loss import error_profile
-from dmpctl.engine.patched import Patched, backbone_digest, describe_patch, lasting_name, load_patch, predict_patched
+from dmpctl.engine.patched import Patched, backbone_digest, describe_patch, lasting_name, load_patch, predict_patched, routing_of
 from dmpctl.engine.pictures import write_picture
 from dmpctl.engine.rundir import RunDir
 from dmpctl.engine.session import Session, Trained, train_in
@@ -57,11 +57,13 @@ def patch(settings: Settings, progress: Progress) -> Report:
     path = (settings.run.run or Path("runs") / Path(data_name(settings, loaded)).name).expanduser().absolute()
     if settings.console.dry_run:
         return _planned(settings, path, session)
-    with RunDir(path) as run:
-        accelerator = accelerator_for(settings)
+    accelerator = accelerator_for(settings)
+    with RunDir(path, accelerator.is_main_process) as run:
         loaded.model.to(accelerator.device)
         trained = train_in(run, session, settings, accelerator, progress)
         refuse_changed_backbone(loaded)
+        if not accelerator.is_main_process:  # what is left is rank 0's, and no collective
+            return Report({})
         return _report(settings, run, session, trained, progress)
 
 
@@ -96,7 +98,8 @@ def session_of(settings: Settings, loaded: Loaded, codec: Codec, source: Source)
         latent_record(codec),
     )
     predict = partial(predict_patched, loaded.model, module.time_only)
-    subject = Subject("patch", module, module.param_groups(), predict, module.penalty, module.noise_shape(), described)
+    route = partial(routing_of, loaded.model, module.time_only)
+    subject = Subject("patch", module, module.param_groups(), predict, route, module.penalty, module.noise_shape(), described)
     digests = {"backbone_sha256": loaded.digest, "data_fingerprint": source.fingerprint}
     profile = partial(error_profile, Patched(loaded, None, {}, codec), source, settings.run.seed)
     return Session("patch", subject, loaded.spec, codec, source, digests, {"backbone": loaded.origin}, profile=profile)

@@ -49,6 +49,14 @@ def predict_patched(
     return (made.backbone or backbone).denoise(x_t, t, cond, made.edit), made.routing
 
 
+def routing_of(
+    backbone: Backbone, time_only: bool, plan: nn.Module, t: Tensor, cond: Tensor | None, gate_noise: Tensor | None = None
+) -> Routing | None:
+    """The same routing alone: no block is run."""
+    routing: Routing | None = plan(backbone.embed_time(t) if time_only else backbone.embed(t, cond), gate_noise).routing
+    return routing
+
+
 @dataclass(frozen=True)
 class Patched:
     """A frozen backbone, and its patch (None: the backbone alone), with the codec of its images.

@@ -54,6 +54,10 @@ def predict(
     return module(x_t, t, cond), None
 
 
+def no_routing(module: nn.Module, t: Tensor, cond: Tensor | None, gate_noise: Tensor | None) -> None:
+    """A backbone alone: no gates."""
+
+
 def no_penalty(routing: Routing | None) -> dict[str, Tensor]:
     """A backbone alone has nothing to balance."""
     return {}
@@ -75,8 +79,9 @@ def pretrain(settings: Settings, progress: Progress) -> Report:
     session = session_of(settings, config, ScheduleSpec(settings.shape.schedule), codec, source)
     if settings.console.dry_run:
         return _planned(config, dict(session.facts), path)
-    with RunDir(path) as run:
-        return _finished(run, session, train_in(run, session, settings, accelerator_for(settings), progress))
+    accelerator = accelerator_for(settings)
+    with RunDir(path, accelerator.is_main_process) as run:
+        return _finished(run, session, train_in(run, session, settings, accelerator, progress))
 
 
 def session_of(settings: Settings, config: DiTConfig, schedule: ScheduleSpec, codec: Codec, source: Source) -> Session:
@@ -87,7 +92,7 @@ def session_of(settings: Settings, config: DiTConfig, schedule: ScheduleSpec, co
     facts = {"config": asdict(config), "schedule": asdict(schedule), "data": source.name, "images": len(source)}
     facts |= {} if record is None else {"codec": record}
     groups = [{"name": "backbone", "params": list(model.parameters()), "lr": settings.pretrain.lr}]
-    subject = Subject("backbone", model.train(), groups, predict, no_penalty, None, {"schema_version": 1, **facts})
+    subject = Subject("backbone", model.train(), groups, predict, no_routing, no_penalty, None, {"schema_version": 1, **facts})
     metadata = dit_metadata(config, schedule, lasting_name(settings.data.data or source.name), record)
     digests = {"data_fingerprint": source.fingerprint}
     return Session("pretrain", subject, model.spec, codec, source, digests, facts, metadata)

@@ -119,6 +119,30 @@ def _refuse_other_protocol(found: Statistics, extractor: Extractor, protocol: st
         raise UsageError(f"{found.path} was made in another way ({'; '.join(other)})", "measure both with one --protocol")
 
 
+def features_wanted(found: Path | ImageSet, extractor: Extractor, protocol: str, settings: Settings) -> ImageSet | None:
+    """The images that `open_reference` will ask features of, None where their statistics in the cache are enough."""
+    if isinstance(found, Path):
+        return None
+    _, path = _kept_as(found, extractor, protocol, "sfid" in settings.fid.wanted)
+    return found if not path.is_file() or _needs_vectors(settings) else None
+
+
+def _needs_vectors(settings: Settings) -> bool:
+    return settings.fid.noise_floor or bool(VECTORS & set(settings.fid.wanted))
+
+
+def _kept_as(images: ImageSet, extractor: Extractor, protocol: str, spatial: bool) -> tuple[dict[str, Any], Path]:
+    """What is said of the statistics of these images, and their file in the cache, named after all of it."""
+    about = {
+        "protocol": protocol,
+        "extractor": extractor.fingerprint,
+        "shape": list(images.shape),
+        "reference": {"name": images.name, **images.identity, "n": images.count},
+    }
+    key = sha256_of_json({"schema_version": SCHEMA_VERSION, **about, "spatial": spatial})
+    return about, cache_dir() / "statistics" / f"{key}.safetensors"
+
+
 def _from_images(
     images: ImageSet,
     extractor: Extractor,
@@ -128,15 +152,8 @@ def _from_images(
     progress: Progress,
 ) -> Reference:
     """Statistics from the cache, or from the images and into it."""
-    about = {
-        "protocol": protocol,
-        "extractor": extractor.fingerprint,
-        "shape": list(images.shape),
-        "reference": {"name": images.name, **images.identity, "n": images.count},
-    }
-    key = sha256_of_json({"schema_version": SCHEMA_VERSION, **about, "spatial": spatial})
-    path = cache_dir() / "statistics" / f"{key}.safetensors"
-    with nullcontext() if path.is_file() else locked(f"statistics-{key[:16]}"):
+    about, path = _kept_as(images, extractor, protocol, spatial)
+    with nullcontext() if path.is_file() else locked(f"statistics-{path.stem[:16]}"):
         if path.is_file():
             found = read_statistics(path, extractor.width)
             features, spatial_features = found.features, found.spatial
@@ -146,7 +163,7 @@ def _from_images(
             spatial_features = features_to_moments(split(store.spatial, BLOCK)) if spatial else None
             make_folder(path.parent)
             write_statistics(path, features, spatial_features, about)
-            if not settings.fid.noise_floor and not VECTORS & set(settings.fid.wanted):
+            if not _needs_vectors(settings):
                 store.remove()  # the statistics are all that is needed of them
     if settings.fid.save_stats is not None:
         write_atomic(settings.fid.save_stats.expanduser().absolute(), path.read_bytes())

@@ -5,7 +5,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -23,8 +23,9 @@ Kind = str  # "patch" or "backbone": what the run trains, and the name of the fi
 class RunDir:
     """One run on disk. Holds its lock while open as a context; reading needs none."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path.expanduser().absolute()
+    def __init__(self, path: Path, main: bool = True) -> None:
+        """`main` False: another process of the same command holds the lock and does all the writing."""
+        self.path, self.main = path.expanduser().absolute(), main
         self._lock: int | None = None
 
     @property
@@ -33,6 +34,8 @@ class RunDir:
 
     def __enter__(self) -> "RunDir":
         """Create the folder and take the lock; UsageError if another command holds it or the folder is something else."""
+        if not self.main:
+            return self
         with writing(self.path):
             if self.path.exists() and not self.path.is_dir():
                 raise UsageError(f"{self.path} is a file, a run is a folder", "name another --run")
@@ -72,15 +75,24 @@ class RunDir:
             raise IntegrityError(f"{self.path / 'config.json'} lacks {', '.join(sorted(missing))}", "name another --run")
         return found
 
-    def refuse_other(self, command: str, science: Mapping[str, Any]) -> None:
-        """UsageError if the run holds another experiment: `science` is flat name -> value of all that makes it this one."""
+    def refuse_other(self, command: str, science: Mapping[str, Any], allowed: Collection[str] = ()) -> None:
+        """UsageError if the run holds another experiment: `science` is flat name -> value of all that makes it this one.
+
+        `allowed`: names that may change; UsageError for one that does not exist.
+        """
+        if unknown := sorted(set(allowed) - set(science)):
+            raise UsageError(
+                f"--allow-change {unknown[0]}: there is no such setting of an experiment", "see science in config.json"
+            )
         if (self.path / "config.json").is_file():
             before = self.config()
             if before["command"] != command:
                 raise UsageError(f"{self.path} was made by dmpctl {before['command']}, not {command}", "name another --run")
             old = before["science"]
             newer = {key: value for key, value in defaults_of(command).items() if key in science and key not in old}
-            self._refuse_other_science(old | newer, dict(science))
+            now = json.loads(json.dumps(dict(science)))
+            kept = {key: now[key] for key in allowed}
+            self._refuse_other_science(old | newer | kept, now)
 
     def differences(self, settings: Mapping[str, Any]) -> list[str]:
         """What a resume asks for otherwise than the run did before: `save_every: 500 before, 50 now`."""
@@ -96,12 +108,11 @@ class RunDir:
         self._record(facts)
 
     def _refuse_other_science(self, old: dict[str, Any], new: dict[str, Any]) -> None:
-        new = json.loads(json.dumps(new))
         changed = [f"{key}: {old.get(key)} there, {new.get(key)} now" for key in old | new if old.get(key) != new.get(key)]
         if changed:
             raise UsageError(
                 f"{self.path} holds another experiment ({'; '.join(changed[:4])})",
-                "name another --run, or give the settings of that run",
+                "name another --run, give the settings of that run, or --allow-change what is named here",
             )
 
     def _record(self, facts: Mapping[str, Any]) -> None:
@@ -135,6 +146,12 @@ class RunDir:
         if path.is_file():
             kept = [line for line in path.read_text("utf-8").splitlines() if _step_of(line) <= step]
             write_atomic(path, "".join(line + "\n" for line in kept).encode())
+
+    def last_logged(self) -> int:
+        """The last step of metrics.jsonl, 0 if there is none; a torn line counts for nothing."""
+        path = self.path / "metrics.jsonl"
+        steps = map(_step_of, path.read_text("utf-8").splitlines()) if path.is_file() else ()
+        return int(max((step for step in steps if step < float("inf")), default=0))
 
     def metrics(self) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl; IntegrityError at a line that is not JSON."""

@@ -13,7 +13,9 @@ from dmpctl.engine import checkpoint
 from dmpctl.engine.importance import Profile, timestep_density
 from dmpctl.engine.latents import training_source
 from dmpctl.engine.launch import again_command, science_of
+from dmpctl.engine.ranks import ranks_of
 from dmpctl.engine.rundir import RunDir
+from dmpctl.engine.trackers import refuse_missing
 from dmpctl.engine.train import Subject, Trainer
 from dmpctl.settings.model import Settings
 from dmpctl.types import BackboneSpec, Codec, Progress, Source
@@ -92,30 +94,44 @@ def train_in(run: RunDir, session: Session, settings: Settings, accelerator: Acc
 
     UsageError if the run holds another experiment; Interrupted after saving on a signal.
     """
-    science = session.science(settings)
-    run.refuse_other(session.command, science)
+    ranks, science = ranks_of(accelerator), session.science(settings)
+    ranks.wait()  # until the main process has the lock
+    run.refuse_other(
+        session.command, science, tuple(filter(None, (settings.run.allow_change or "").replace("-", "_").split(",")))
+    )
+    refuse_missing(settings.save.track)
     source = training_source(settings, session.source, session.codec, accelerator.device, progress, again_command())
     density = timestep_density(run, session.profile, session.spec.schedule.steps, settings, accelerator, progress)
     trainer = Trainer(session.subject, session.spec, session.codec, source, settings, run, accelerator, density)
-    began, start = time.perf_counter(), trainer.resume()
+    began = time.perf_counter()
+    start, damaged = trainer.resume()
+    for line in damaged:
+        progress.say(f"warning: {line}; going on from step {start}")
     if start < settings.train.iters:
         for line in (*left_out_words(session.source), *run.differences(settings.to_dict())):
             progress.say(line)
         facts = {
             "device": str(accelerator.device),
+            "processes": ranks.world,
             "start_step": start,
+            **({"damaged": damaged} if damaged else {}),
             **session.facts,
             **session.identities,
             **left_out_of(session.source),
         }
-        run.begin(session.command, science, settings.to_dict(), facts)
+        ranks.wait()  # all have read what was there
+        if ranks.is_main:
+            run.begin(session.command, science, settings.to_dict(), facts)
+            trainer.trackers.start(settings.save.track, run, science, progress)
         known = left_out_of(session.source)
         try:
             trainer.train(progress, again_command())
         finally:
             found = left_out_of(session.source)
-            if accelerator.is_main_process and found != known:  # broken behind a good header
+            if ranks.is_main and found != known:  # broken behind a good header
                 run.amend(found)
-    checkpoint.publish(checkpoint.complete(run.checkpoints)[-1], session.subject.kind, run.path, session.metadata)
+    if ranks.is_main:
+        checkpoint.publish(checkpoint.complete(run.checkpoints)[-1], session.subject.kind, run.path, session.metadata)
+    ranks.wait()
     seconds = time.perf_counter() - began if start < trainer.step else 0.0
     return Trained(start, trainer.step, seconds)

@@ -1,9 +1,10 @@
 """Ctrl-C, SIGTERM and SIGUSR1 as a request: the step in hand is finished and saved first."""
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import current_thread, main_thread
 from types import FrameType, TracebackType
-
-import torch
 
 from dmpctl.errors import Interrupted
 
@@ -11,7 +12,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Stop:
-    """Context in which a signal sets a flag instead of ending the process; a second Ctrl-C ends at once."""
+    """Context in which a signal sets `got` instead of ending the process (0: none came); a second Ctrl-C ends at once."""
 
     def __init__(self) -> None:
         self.got = 0
@@ -25,17 +26,27 @@ class Stop:
             raise KeyboardInterrupt
         self.got = number
 
-    def agreed(self) -> int:
-        """The signal that some process got (0: none), the same answer on all of them. A collective."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return self.got
-        flag = torch.tensor(self.got)
-        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-        return int(flag)
-
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def ending_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGUSR1 raise Interrupted wherever the work is, outside of `Stop`: what was finished is kept."""
+    if current_thread() is not main_thread():  # only there are signals heard
+        yield
+        return
+    before = {number: signal.signal(number, _end) for number in SIGNALS if number != signal.SIGINT}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    raise Interrupted(f"stopped by {signal.Signals(number).name}", number, "the same command goes on with what is there")
 
 
 def interrupted(number: int, where: str, hint: str) -> Interrupted:

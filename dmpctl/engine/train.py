@@ -6,7 +6,7 @@ Everything random is a function of (seed, step, sample): resumed equals uninterr
 import math
 import time
 from collections.abc import Callable, Generator, Mapping
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,28 +20,34 @@ from dmpctl.diffusion.objective import HybridObjective
 from dmpctl.diffusion.schedule import NoiseSchedule
 from dmpctl.diffusion.timesteps import TimestepDensity
 from dmpctl.engine import checkpoint
+from dmpctl.engine.ranks import ranks_of
 from dmpctl.engine.rundir import RunDir
+from dmpctl.engine.saver import Saver
 from dmpctl.engine.stop import Stop, interrupted
-from dmpctl.errors import NumericalError
+from dmpctl.engine.trackers import Trackers, remember
+from dmpctl.errors import NumericalError, UsageError
 from dmpctl.rng import StepDraws
 from dmpctl.settings.model import Settings
 from dmpctl.types import BackboneSpec, Codec, Moments, Progress, ProgressTask, Routing, Source
 
 Predict = Callable[[nn.Module, Tensor, Tensor, "Tensor | None", "Tensor | None"], tuple[Tensor, "Routing | None"]]
+Route = Callable[[nn.Module, Tensor, "Tensor | None", "Tensor | None"], "Routing | None"]
 
 
 @dataclass(frozen=True)
 class Subject:
     """What is trained.
 
-    `predict(module, x_t, t, cond, gate_noise)` gives the prediction and the routing; `gate_noise_shape` is one sample's
-    gate noise, None if there is none; `described` goes into {kind}.json beside the weights.
+    `predict(module, x_t, t, cond, gate_noise)` gives the prediction and the routing, `route(module, t, cond, gate_noise)` the
+    routing alone; `gate_noise_shape` is one sample's gate noise, None if there is none; `described` goes into {kind}.json
+    beside the weights.
     """
 
     kind: str
     module: nn.Module
     groups: list[dict[str, Any]]
     predict: Predict
+    route: Route
     penalty: Callable[[Routing | None], dict[str, Tensor]]
     gate_noise_shape: tuple[int, ...] | None
     described: Mapping[str, Any]
@@ -57,6 +63,12 @@ class Noised:
     noise: Tensor
     cond: Tensor | None
     gate_noise: Tensor | None
+
+    def parts(self, count: int) -> "list[Noised]":
+        """So many equal batches, in order."""
+        size = len(self.t) // count
+        each = [[None] * count if value is None else value.split(size) for value in vars(self).values()]
+        return [self] if count == 1 else [Noised(*fields) for fields in zip(*each, strict=True)]
 
 
 class Averages:
@@ -106,22 +118,33 @@ class Trainer:
         self.schedule = NoiseSchedule.from_spec(spec.schedule).to(self.device)
         self.objective = HybridObjective(self.schedule, spec.learned_sigma, settings.objective)
         self.density = None if density is None else density.to(self.device)
-        rank, world = accelerator.process_index, accelerator.num_processes
-        self.draws = StepDraws(settings.run.seed, train.batch_size, rank, world)
-        self.step, self.bad_steps = 0, 0
+        self.ranks = ranks_of(accelerator)
+        parts = self.ranks.world * train.grad_accum
+        if train.batch_size % parts:
+            raise UsageError(
+                f"a batch of {train.batch_size} does not divide over {self.ranks.world} processes x {train.grad_accum} parts",
+                f"take a --batch-size that is a multiple of {parts}, another --num-processes or --grad-accum",
+            )
+        self.draws = StepDraws(settings.run.seed, train.batch_size, self.ranks.rank, self.ranks.world)
+        self.step, self.bad_steps, self.trackers = 0, 0, Trackers()
 
-    def resume(self) -> int:
-        """Go back to the newest checkpoint; returns its step, 0 if there is none."""
-        found = checkpoint.complete(self.run.checkpoints)
-        if found:
-            state = checkpoint.load(found[-1])
+    def resume(self) -> tuple[int, list[str]]:
+        """Go back to the newest checkpoint that is whole: its step (0 if there is none), and what is wrong with newer ones."""
+        state, wrong = checkpoint.newest(self.run.checkpoints)
+        self.ranks.wait()
+        if state is not None:
             checkpoint.restore(state, self.subject.module, self._plain_optimizer(), self.ema)
             if self.accelerator.scaler is not None and state.scaler:
                 self.accelerator.scaler.load_state_dict(state.scaler)
             self.step = state.step
-        if self.accelerator.is_main_process:
+        if self.ranks.largest(self.step, -self.step) != [self.step, -self.step]:
+            raise UsageError(f"not all processes find the same checkpoints in {self.run.path}", "put --run on a disk they share")
+        if self.ranks.is_main:
+            checkpoint.put_aside(self.run.checkpoints, self.step)
+            if self.settings.save.track is not None:
+                remember(self.run)
             self.run.cut_metrics(self.step)
-        return self.step
+        return self.step, wrong
 
     def train(self, progress: Progress, again: str) -> None:
         """Train to `--iters`, saving on the way; `again` is the command that goes on after an interruption.
@@ -130,34 +153,43 @@ class Trainer:
         among those no checkpoint is due, so that the last one is from before.
         """
         settings, averages = self.settings, Averages()
-        shown = progress.track(f"training the {self.subject.kind}", settings.train.iters, self.step)
-        with Stop() as stop, shown as task, closing(self._stream()) as stream:
+        save, iters = settings.save, settings.train.iters
+        shown = progress.track(f"training the {self.subject.kind}", iters, self.step)
+        saver = Saver(self.run.checkpoints, self.subject.kind, save.keep_last, save.keep_every)
+        with Stop() as stop, shown as task, saver, closing(self._stream()) as stream:
             clock = Clock(settings.train.batch_size)
-            while self.step < settings.train.iters:
+            while self.step < iters:
                 with clock.waiting():
                     images, labels = next(stream)
-                averages.add(self._one_step(images, labels))
+                figures, number = self._one_step(images, labels, stop)
+                averages.add(figures)
                 self.step += 1
                 clock.tick()
-                if self.step % settings.save.log_every == 0 or self.step == settings.train.iters:
+                if self.step % save.log_every == 0 or self.step == iters:
                     self._log(averages.take(), clock, task)
-                number = stop.agreed()
-                due = self.step % settings.save.save_every == 0 and not self.bad_steps
-                if number or due or self.step == settings.train.iters:
-                    self.save()
+                number = stop.got if self.ranks.world == 1 else number  # alone, nobody need be asked
+                due = self.step % save.save_every == 0 and not self.bad_steps
+                if number or due or self.step == iters:
+                    self.save(saver)
+                saver.check()
                 if number:
+                    saver.finish()
+                    self.trackers.finish()
+                    self.ranks.wait()
                     raise interrupted(number, f"saved at step {self.step}", f"go on with: {again}")
+            saver.finish()
+        self.trackers.finish()
+        self.ranks.wait()
 
     def _stream(self) -> Generator[tuple[Tensor, Tensor], None, None]:
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
         mirror = self.settings.data.hflip
         return batches(
             self.source,
             self.settings.train.batch_size,
             self.settings.run.seed,
             self.step,
-            rank,
-            world,
+            self.ranks.rank,
+            self.ranks.world,
             self.source.mirror if mirror is None else mirror,
             self.settings.data.num_workers,
         )
@@ -189,31 +221,67 @@ class Trainer:
         """Posterior of a batch of images, or of what they were encoded into before (`data.latents`)."""
         return unpack(images) if images.is_floating_point() else self.codec.encode(images)
 
-    def _one_step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """One optimizer step; returns scalars to log. A loss or gradient that is not finite is counted and skipped."""
+    def _one_step(self, images: Tensor, labels: Tensor, stop: Stop) -> tuple[dict[str, Tensor], int]:
+        """One optimizer step: scalars to log, and the signal that some process got (0: none).
+
+        A loss or gradient that is not finite on any of them is counted and skipped by all.
+        """
         batch = self._noised(images, labels)
-        with self.accelerator.autocast():
-            prediction, routing = self.subject.predict(self.module, batch.x_t, batch.t, batch.cond, batch.gate_noise)
-        losses = self.objective(prediction, batch.x0, batch.x_t, batch.t, batch.noise)
-        balance = self.subject.penalty(routing)
-        each = losses.loss if self.density is None else losses.loss * self.density.weights[batch.t]
-        loss = each.mean() + sum(balance.values(), torch.zeros((), device=self.device))
-        if not math.isfinite(self.accelerator.reduce(loss.detach(), "mean").item()):
-            return self._skip(batch)
+        figures = self._backward(batch)
+        clip = self.settings.train.grad_clip
+        norm = self.accelerator.clip_grad_norm_(self.parameters.values(), math.inf if clip is None else clip)
+        figures["grad_norm"] = torch.as_tensor(norm, device=self.device)
+        finite = figures["loss"].isfinite()
+        if self.accelerator.scaler is None:  # a scaler skips such steps by itself
+            finite = finite & figures["grad_norm"].isfinite()
+        bad, number = self.ranks.largest(int(not finite), stop.got)
+        if bad:
+            self._skip(batch)
+            return {}, number
         factor = self._rate_factor()
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
-        self.accelerator.backward(loss)
-        clip = self.settings.train.grad_clip
-        norm = self.accelerator.clip_grad_norm_(self.parameters.values(), math.inf if clip is None else clip)
-        if self.accelerator.scaler is None and not math.isfinite(norm):  # a scaler skips such steps by itself
-            return self._skip(batch)
         self.bad_steps = 0
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._average()
-        figures = {"loss": loss, "mse": losses.mse.mean(), "grad_norm": torch.as_tensor(norm), **balance}
-        return figures if losses.vb is None else {**figures, "vb": losses.vb.mean()}
+        return figures, number
+
+    def _backward(self, batch: Noised) -> dict[str, Tensor]:
+        """Gradients of the global batch's loss, in --grad-accum parts; the loss and what it is made of, to log."""
+        parts, subject = batch.parts(self.settings.train.grad_accum), self.subject
+        figures: dict[str, Tensor] = {}
+        if len(parts) > 1:  # balance is of all samples, so their gates are made once more, without a block
+            with self.accelerator.no_sync(self.module), self.accelerator.autocast():
+                balance = self._balance(subject.route(self.module, batch.t, batch.cond, batch.gate_noise))
+                if balance:
+                    self.accelerator.backward(self._penalty(balance))
+            figures |= {"loss": self._total(balance), **balance}
+        for number, part in enumerate(parts, 1):
+            last = number == len(parts)
+            with nullcontext() if last else self.accelerator.no_sync(self.module):
+                with self.accelerator.autocast():
+                    prediction, routing = subject.predict(self.module, part.x_t, part.t, part.cond, part.gate_noise)
+                losses = self.objective(prediction, part.x0, part.x_t, part.t, part.noise)
+                each = losses.loss if self.density is None else losses.loss * self.density.weights[part.t]
+                balance = self._balance(routing) if len(parts) == 1 else {}
+                mean = each.mean() / len(parts)
+                self.accelerator.backward(mean + self._penalty(balance))
+            found = {"loss": mean + self._total(balance), "mse": losses.mse.mean() / len(parts), **balance}
+            found |= {} if losses.vb is None else {"vb": losses.vb.mean() / len(parts)}
+            figures |= {name: (figures[name] + value if name in figures else value).detach() for name, value in found.items()}
+        return figures
+
+    def _balance(self, routing: Routing | None) -> dict[str, Tensor]:
+        """Balance losses of the global batch."""
+        return self.subject.penalty(self.ranks.gathered(routing))
+
+    def _total(self, balance: Mapping[str, Tensor]) -> Tensor:
+        return sum(balance.values(), torch.zeros((), device=self.device))
+
+    def _penalty(self, balance: Mapping[str, Tensor]) -> Tensor:
+        """What is differentiated: gradients are averaged over the processes, and each has those of its own samples only."""
+        return self._total(balance) * self.ranks.world
 
     def _rate_factor(self) -> float:
         """Learning rate at this step as a share of the full one: linear warm-up, then constant or half a cosine."""
@@ -231,9 +299,11 @@ class Trainer:
             decay = min(self.settings.train.ema, (1 + self.step) / (10 + self.step))
             torch._foreach_lerp_(list(self.ema.values()), list(self.parameters.values()), 1 - decay)
 
-    def _skip(self, batch: Noised) -> dict[str, Tensor]:
+    def _skip(self, batch: Noised) -> None:
         """Count a step that is not finite and leave the weights alone; NumericalError after --max-bad-steps in a row."""
         self.bad_steps += 1
+        if self.accelerator.scaler is not None:  # it has looked at these gradients, and wants to be told of their end
+            self.accelerator.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.bad_steps >= self.settings.train.max_bad_steps:
             where = f"last at step {self.step} with timesteps {batch.t[:8].tolist()}"
@@ -241,27 +311,22 @@ class Trainer:
                 f"the loss or its gradient was not finite {self.bad_steps} steps in a row, {where}",
                 "lower the learning rates; the last checkpoint is good",
             )
-        return {}
 
     def _log(self, means: dict[str, float], clock: "Clock", task: ProgressTask) -> None:
-        speed = clock.take()
+        speed, means = clock.take(), self.ranks.mean(means)
         task.advance(int(speed.pop("steps")), loss=means.get("loss", math.nan), **{"steps/s": speed["steps_per_sec"]})
-        if self.accelerator.is_main_process:
+        if self.ranks.is_main:
             line = {"step": self.step, **means, "lr": [g["lr"] for g in self.optimizer.param_groups], **speed}
-            self.run.log_metrics({k: v for k, v in line.items() if not isinstance(v, float) or math.isfinite(v)})
+            line = {k: v for k, v in line.items() if not isinstance(v, float) or math.isfinite(v)}
+            self.run.log_metrics(line)
+            self.trackers.log(line)
 
-    def save(self) -> None:
-        """Write a checkpoint of this step (main process) and let the others wait for it."""
-        if self.accelerator.is_main_process:
+    def save(self, saver: Saver) -> None:
+        """Write a checkpoint of this step (main process)."""
+        if self.ranks.is_main:
             described = {**self.subject.described, "step": self.step, "weights": "ema" if self.ema else "raw"}
-            checkpoint.save(
-                self.run.checkpoints, self.subject.kind, self.weights(), described, self._state(), self.settings.save.keep_last
-            )
-        self.accelerator.wait_for_everyone()
-
-    def weights(self) -> dict[str, Tensor]:
-        """What is used afterwards: the average where one is kept, else the trained weights; every key of the module."""
-        return dict(self.subject.module.state_dict()) | self.ema
+            untrained = {n: v for n, v in self.subject.module.state_dict().items() if n not in self.parameters}
+            saver.save(self._state(), untrained, described)
 
     def _state(self) -> checkpoint.TrainerState:
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}

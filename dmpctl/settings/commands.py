@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
+from dmpctl.settings.launch import Launch
 from dmpctl.settings.methods import METHODS
 from dmpctl.settings.sections import (
     Base,
@@ -23,7 +24,6 @@ from dmpctl.settings.sections import (
     Gates,
     Images,
     Importing,
-    Launch,
     Objective,
     Pretrain,
     Result,
@@ -102,7 +102,7 @@ COMMANDS: dict[str, tuple[Part, ...]] = {
     ),
     "sample": (*_parts(Images, Sampling), DECODER, *_parts(Result, Launch, Cache, Console)),
     "fid": (*_parts(Fid, Sampling), DECODER, *_parts(Result, Launch, Cache, Console)),
-    "compare": _parts(Launch, Console),
+    "compare": (Part(Launch, ("device", "cpu", "deterministic", "requeue")), Part(Console)),
     "inspect-gates": (Part(Gates), Part(Images, ("out",), "Gates"), *_parts(Result, Console)),
     "import": (Part(Importing), Part(Data, ("data",), "Import"), Part(Console)),
     "export": (Part(Exporting), Part(Images, ("out",), "Export"), *_parts(Result, Console)),

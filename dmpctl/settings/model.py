@@ -8,6 +8,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from dmpctl.errors import IntegrityError
 from dmpctl.settings.assets import Assets
+from dmpctl.settings.launch import Launch
 from dmpctl.settings.methods import Dmp, Method
 from dmpctl.settings.sections import (
     Base,
@@ -22,7 +23,6 @@ from dmpctl.settings.sections import (
     Gates,
     Images,
     Importing,
-    Launch,
     Objective,
     Pretrain,
     Result,

@@ -48,26 +48,23 @@ class Console(Section):
     print_config: Annotated[bool, Field(description="Print every value and where it came from, then stop.")] = False
 
 
-class Launch(Section):
-    panel: ClassVar[str] = "Launch"
-    science: ClassVar[bool] = False
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:N or mps.")] = "auto"
-    cpu: Annotated[bool, Field(description="Same as --device cpu.")] = False
-    num_processes: Annotated[int | None, Field(ge=1, description="Processes on this machine; default: one per GPU.")] = None
-    deterministic: Annotated[bool, Field(description="Deterministic kernels (slower on a GPU).")] = False
-
-    @model_validator(mode="after")
-    def _one_device(self) -> Self:
-        if self.cpu and self.device not in ("auto", "cpu"):
-            raise ValueError(f"cpu and device {self.device} contradict each other, give one of the two")
-        return self
-
-
 class Run(Section):
     panel: ClassVar[str] = "Run"
-    free: ClassVar[frozenset[str]] = frozenset({"run"})
+    free: ClassVar[frozenset[str]] = frozenset({"run", "allow_change"})
     run: Annotated[Path | None, Field(description="Run directory; default: runs/<data>.")] = None
     seed: Annotated[int, Field(ge=0, description="Seed of training: order, timesteps, noise.")] = 0
+    allow_change: Annotated[
+        str | None,
+        Field(
+            pattern=r"^[a-z0-9_-]+(,[a-z0-9_-]+)*$",
+            description="What an unfinished run may go on with otherwise, such as prompt_lr,ema; default: nothing.",
+        ),
+    ] = None
+
+    @property
+    def allowed(self) -> tuple[str, ...]:
+        """The names after --allow-change, as fields are called."""
+        return tuple(filter(None, (self.allow_change or "").replace("-", "_").split(",")))
 
 
 class Base(Section):
@@ -145,7 +142,7 @@ class Objective(Section):
 
 class Train(Section):
     panel: ClassVar[str] = "Training"
-    free: ClassVar[frozenset[str]] = frozenset({"max_bad_steps"})
+    free: ClassVar[frozenset[str]] = frozenset({"max_bad_steps", "grad_accum", "grad_checkpoint", "fsdp"})
     iters: Annotated[int, Field(ge=1, description="Optimizer steps in all.")] = 50_000
     batch_size: Annotated[int, Field(ge=1, description="Global batch size, over all processes.")] = 128
     beta1: Annotated[float, Field(ge=0, lt=1, description="AdamW beta 1.")] = 0.9
@@ -156,6 +153,9 @@ class Train(Section):
     ema: Annotated[float, Field(ge=0, lt=1, description="Decay of the average of the trained weights; 0: off.")] = 0.0
     grad_clip: Annotated[float | None, Field(gt=0, description="Largest gradient norm; default: no clipping.")] = None
     precision: Annotated[Literal["no", "bf16", "fp16"], Field(description="Mixed precision of the backbone.")] = "no"
+    grad_accum: Annotated[int, Field(ge=1, description="Parts to take a batch in, for less memory.")] = 1
+    grad_checkpoint: Annotated[bool, Field(description="Compute blocks twice, for less memory.")] = False
+    fsdp: Annotated[bool, Field(description="Share the weights of the backbone out over the processes (FSDP2).")] = False
     max_bad_steps: Annotated[int, Field(ge=1, description="Steps in a row with a loss that is not finite before giving up.")] = 10
 
     @model_validator(mode="after")
@@ -175,6 +175,14 @@ class Save(Section):
     science: ClassVar[bool] = False
     save_every: Annotated[int, Field(ge=1, description="Steps between checkpoints.")] = 5_000
     keep_last: Annotated[int, Field(ge=1, description="Checkpoints kept.")] = 3
+    keep_every: Annotated[int | None, Field(ge=1, description="Steps whose multiples are kept for good; default: none.")] = None
+    track: Annotated[
+        str | None,
+        Field(
+            pattern=r"^(tensorboard|wandb|trackio)(,(tensorboard|wandb|trackio))*$",
+            description="Trackers beside metrics.jsonl: tensorboard, wandb, trackio, or some; default: none.",
+        ),
+    ] = None
     log_every: Annotated[int, Field(ge=1, description="Steps between lines of metrics.jsonl.")] = 100
 
 

@@ -14,9 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dmpctl.errors import MissingError, UsageError
 from dmpctl.settings.commands import options_of
+from dmpctl.settings.launch import Launch
 from dmpctl.settings.layers import Found, did_you_mean, from_preset, read_toml, validated
 from dmpctl.settings.model import Settings
-from dmpctl.settings.sections import Console, Launch, Sampling
+from dmpctl.settings.sections import Console, Sampling
 
 Seed = Annotated[int, Field(ge=0)]
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+-]*")  # of a stage or a variant: they name folders

@@ -172,7 +172,7 @@ def test_4_a_signal_in_the_middle_changes_nothing(tmp_path, straight, number):
     settings = settings_for("patch", **SMALL | LONG, run=tmp_path / "run", evaluate=False)
     with pytest.raises(Interrupted, match="saved at step 5") as failure:
         patch.patch(settings, Cut(5, number))
-    assert failure.value.exit_code == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 75}[number]
+    assert failure.value.exit_code == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}[number]
     assert failure.value.hint.startswith("go on with: dmpctl")
     assert not (tmp_path / "run" / "patch.safetensors").exists()
     patch.patch(settings, Silent())
@@ -192,10 +192,10 @@ def test_4_steps_after_the_last_checkpoint_are_taken_again(tmp_path, straight, m
     """As after a kill: stopped at step 12 with a checkpoint at step 7, and lines up to 12."""
     save = checkpoint.save
 
-    def fail_at_14(folder, kind, weights, described, state, keep):
+    def fail_at_14(folder, kind, weights, described, state, *keep):
         if state.step == 14:
             raise KeyboardInterrupt
-        return save(folder, kind, weights, described, state, keep)
+        return save(folder, kind, weights, described, state, *keep)
 
     with monkeypatch.context() as patched:
         patched.setattr(checkpoint, "save", fail_at_14)

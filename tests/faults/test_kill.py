@@ -58,13 +58,15 @@ def test_kill_at_any_moment(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [("INT", 130), ("TERM", 143), ("USR1", 75)])
-def test_a_signal_to_the_real_process(tmp_path, number, code):
+@pytest.mark.parametrize(
+    ("number", "code", "more"), [("INT", 130, ()), ("TERM", 143, ()), ("USR1", 75, ("--requeue",)), ("TERM", 75, ("--requeue",))]
+)
+def test_a_signal_to_the_real_process(tmp_path, number, code, more):
     """It saves, says how to go on, and ends with its documented code."""
     import signal
 
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "dmpctl", "patch", "--run", str(run), *map(str, LINE)]
+    command = [sys.executable, "-m", "dmpctl", "patch", "--run", str(run), *map(str, LINE), *more]
     process = subprocess.Popen(
         command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

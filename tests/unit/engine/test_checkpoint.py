@@ -104,7 +104,19 @@ def test_a_damaged_manifest_is_named(tmp_path):
         checkpoint.load(path)
     digest = json.loads(whole)["sha256"]["patch.json"]
     (path / "trainer.json").write_bytes(whole.replace(digest.encode(), digest[::-1].encode()))
-    with pytest.raises(IntegrityError, match=r"patch\.json is damaged"):
+    with pytest.raises(IntegrityError, match=r"trainer\.json is damaged"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize(
+    "change", [(b'"step"', b'"stap"'), (b'"step": 1', b'"step": 3'), (b'"schema_version": 1', b'"schema_version": 0')]
+)
+def test_a_manifest_vouches_for_itself(tmp_path, change):
+    path = Subject().train(1).save(tmp_path, 1)
+    whole = (path / "trainer.json").read_bytes()
+    assert change[0] in whole
+    (path / "trainer.json").write_bytes(whole.replace(*change))
+    with pytest.raises(IntegrityError, match=r"trainer\.json"):
         checkpoint.load(path)
 
 

@@ -8,7 +8,8 @@ import torch
 
 from dmpctl.engine import checkpoint, patch, train
 from dmpctl.errors import IntegrityError, NumericalError, UsageError
-from tests.helpers import flip, patch_run, tensors_of
+from dmpctl.files import sha256_of
+from tests.helpers import flip, patch_run, tensors_of, tree
 
 
 def lines(run):
@@ -133,11 +134,26 @@ def test_a_rate_far_too_high_never_leaves_nan_in_a_checkpoint(tmp_path):
         assert all(value.isfinite().all() for value in checkpoint.load(path).raw.values())
 
 
-def test_a_damaged_checkpoint_stops_the_resume(tmp_path):
+def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_taken(tmp_path):
+    patch_run(tmp_path / "straight", iters=9)
     patch_run(tmp_path / "run")
     flip(tmp_path / "run" / "checkpoints" / "step-0000006" / "trainer.safetensors")
-    with pytest.raises(IntegrityError, match=r"trainer\.safetensors is damaged"):
+    patch_run(tmp_path / "run", iters=9)
+    assert (tmp_path / "run" / "checkpoints" / "step-0000006.damaged").is_dir()
+    sessions = json.loads((tmp_path / "run" / "provenance.json").read_text())["sessions"]
+    assert "trainer.safetensors is damaged" in sessions[-1]["damaged"][0]
+    assert sessions[-1]["start_step"] == 3
+    assert sha256_of(tmp_path / "run" / "patch.safetensors") == sha256_of(tmp_path / "straight" / "patch.safetensors")
+
+
+def test_without_a_whole_checkpoint_nothing_is_begun_anew(tmp_path):
+    patch_run(tmp_path / "run")
+    for path in checkpoint.complete(tmp_path / "run" / "checkpoints"):
+        flip(path / "trainer.safetensors")
+    before = tree(tmp_path / "run")
+    with pytest.raises(IntegrityError, match=r"no checkpoint in .* is whole: .*trainer\.safetensors is damaged"):
         patch_run(tmp_path / "run", iters=9)
+    assert tree(tmp_path / "run") == before | {".lock": tree(tmp_path / "run")[".lock"]}
 
 
 def test_a_batch_of_one_and_more_than_the_data(tmp_path):

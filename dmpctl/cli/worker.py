@@ -1,0 +1,102 @@
+"""One of the processes of a command, started by `engine.launcher`: `python -m dmpctl.cli.worker FOLDER`.
+
+FOLDER/job.json says what to do. How it ends goes into FOLDER/attempt-A/rank-R.json; nothing is said on the terminal but by
+rank 0, and a failure by the launcher alone.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from dmpctl.cli.app import module_of
+from dmpctl.cli.console import progress_for
+from dmpctl.cli.options import Call, perform
+from dmpctl.errors import DmpError, Interrupted
+from dmpctl.files import make_folder, read_json, write_atomic, write_json
+
+LOSSES = ("closed by peer", "connection reset", "connection closed", "broken pipe", "timed out", "timeout", "aborted")
+
+
+def end_with_launcher() -> None:
+    """The launcher starts us in a session of our own: without this, killing it would leave us at work (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def work(folder: Path) -> int:
+    """Do the job and say how it ended; returns this process's exit code: 0 after a stop, or it would be started again."""
+    rank, attempt = int(os.environ["RANK"]), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    place = make_folder(folder / f"attempt-{attempt}") / f"rank-{rank}.json"
+    write_atomic(place.with_suffix(".pid"), str(os.getpid()).encode())
+    outcome = {"rank": rank, "expected": True, "echo": False, "message": "", "hint": None, "exit_code": 0, "signal": 0}
+    code, debug = 0, False
+    try:
+        from dmpctl.engine.launcher import Job
+
+        job = Job.from_dict(read_json(folder / "job.json"))
+        debug = job.settings.console.debug
+        sys.argv[:] = job.argv
+        body = getattr(import_module(module_of(job.command)), job.command)
+        with leaving():
+            outcome["exit_code"] = perform(body, Call(job.settings, job.argument, progress_for(job.settings.console)))
+    except Interrupted as stop:
+        outcome |= _said(stop) | {"signal": stop.signal_number}
+    except DmpError as error:
+        outcome |= _said(error)
+        code = error.exit_code
+        _trace(error, debug)
+    except KeyboardInterrupt:
+        outcome |= {"message": "stopped by SIGINT at once", "signal": int(signal.SIGINT), "exit_code": 128 + signal.SIGINT}
+    except BaseException as error:
+        outcome |= _unexpected(error)
+        code = DmpError.exit_code
+        _trace(error, debug or rank > 0)  # ranks above 0 write to a log, which the launcher names
+    write_json(place, {**outcome, "at": time.time()})
+    return code
+
+
+@contextmanager
+def leaving() -> Iterator[None]:
+    """Leave the group of processes after an orderly end; after a failure the others may never come to do so, too."""
+    from dmpctl.engine.ranks import leave
+
+    try:
+        yield
+    except Interrupted:
+        leave()
+        raise
+    leave()
+
+
+def _said(error: DmpError) -> dict[str, Any]:
+    return {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}
+
+
+def _unexpected(error: BaseException) -> dict[str, Any]:
+    """What is no DmpError: our bug, or (`echo`) what the loss of another process looks like from here."""
+    text = f"{type(error).__name__}: {error}".rstrip(": ")
+    echo = isinstance(error, RuntimeError) and any(loss in text.lower() for loss in LOSSES)
+    if echo:
+        text = f"lost the other processes ({' '.join(text.split())[:300]})"
+    hint = "see what the others say, or raise --rank-timeout" if echo else "run it again with --debug to see where"
+    return {"message": text, "hint": hint, "exit_code": DmpError.exit_code, "expected": False, "echo": echo}
+
+
+def _trace(error: BaseException, wanted: bool) -> None:
+    if wanted:
+        sys.stderr.write("".join(traceback.format_exception(error)))
+
+
+if __name__ == "__main__":
+    end_with_launcher()
+    ended = work(Path(sys.argv[1]))
+    sys.stdout.flush()
+    sys.exit(ended)

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,12 +48,15 @@ class Job:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; `from_dict` gives the same job back."""
-        argument = str(self.argument) if isinstance(self.argument, Path) else self.argument
+        path = isinstance(self.argument, Path)
+        argument = {"value": str(self.argument) if path else self.argument, "path": path}
         return {"command": self.command, "settings": self.settings.to_dict(), "argument": argument, "argv": self.argv}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> "Job":
-        return cls(value["command"], Settings.from_dict(value["settings"]), value["argument"], list(value["argv"]))
+        argument = value["argument"]["value"]
+        argument = Path(argument) if value["argument"]["path"] else argument
+        return cls(value["command"], Settings.from_dict(value["settings"]), argument, list(value["argv"]))
 
 
 def processes_to_start(launch: Launch) -> int:
@@ -73,21 +76,19 @@ def run_job(job: Job, processes: int) -> int:
     Raises what the first process to fail raised, with its rank, and Interrupted after a signal. No process is left.
     """
     folder = Path(tempfile.mkdtemp(prefix="dmpctl-"))
-    write_json(folder / "job.json", job.to_dict())
-    failed = True
+    keep = False
     try:
-        with ending_the_rest(folder):
+        write_json(folder / "job.json", job.to_dict())
+        with ending_the_rest(folder) as hung:
             caught = _started(job.settings.launch, processes, folder)
         for attempt in folder.glob("attempt-*"):  # after a second Ctrl-C
             kill(_running(attempt))
-        code = _outcome(folder, caught)
-        failed = False
-        return code
-    except Interrupted:
-        failed = False
+        return _outcome(folder, caught, hung)
+    except DmpError as error:
+        keep = error.exit_code == DmpError.exit_code  # a failure that nobody expected: its logs are needed
         raise
     finally:
-        if not failed:  # else the logs are needed
+        if not keep:
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -130,34 +131,39 @@ def _started(launch: Launch, processes: int, folder: Path) -> "dict[int, Any] | 
     return {}
 
 
-def _outcome(folder: Path, caught: "dict[int, Any] | signal.Signals") -> int:
-    """The exit code of the job, or the failure to raise: the one that was first, not what the others said of its loss."""
+def _outcome(folder: Path, caught: "dict[int, Any] | signal.Signals", hung: Collection[int]) -> int:
+    """The exit code of the job, or the failure to raise: the one that was first, not what the others said of its loss.
+
+    `hung`: pids of processes that had to be killed after another's failure.
+    """
     found = outcomes(folder)
-    stopped = [outcome for outcome in found if outcome.get("signal")]
-    if stopped:
-        raise _again(min(stopped, key=lambda outcome: outcome["rank"]))
+    if stopped := [outcome for outcome in found if outcome["signal"]]:
+        raise _again(stopped[0])
     if isinstance(caught, signal.Signals):
         raise Interrupted(f"stopped by {caught.name}", caught.value, "the same command goes on with what is there")
     if not caught:
         return max((int(outcome["exit_code"]) for outcome in found), default=0)
-    said = [outcome for outcome in found if outcome["message"]]
-    said.sort(key=lambda outcome: (outcome["echo"], not outcome["expected"], outcome["at"]))
-    killed = {rank: failure for rank, failure in caught.items() if failure.exitcode < 0 and rank not in {o["rank"] for o in said}}
-    if said and not (killed and said[0]["echo"]):
-        raise _again(said[0], len(said) == len(caught) > 1 and len({outcome["message"] for outcome in said}) == 1)
-    where = f"its log: {folder / 'logs'}"
-    if killed:
-        rank, failure = min(killed.items(), key=lambda item: item[1].timestamp)
-        memory = ", which is how a machine out of memory ends one" if failure.signal_name() == "SIGKILL" else ""
-        raise DmpError(f"rank {rank} (pid {failure.pid}) was ended by {failure.signal_name()}{memory}", where)
-    rank, failure = min(caught.items())
-    raise DmpError(f"rank {rank} (pid {failure.pid}) ended with exit code {failure.exitcode} and said nothing", where)
+    where = f"logs: {folder / 'logs'}"
+    said = sorted((o for o in found if o["message"]), key=lambda o: (o["echo"], not o["expected"], o["at"]))
+    died = {rank: failure for rank, failure in sorted(caught.items()) if rank not in {outcome["rank"] for outcome in said}}
+    if said and not (said[0]["echo"] and died):
+        alike = len(said) > 1 and len({outcome["message"] for outcome in said}) == 1
+        raise _again(said[0], alike, None if said[0]["expected"] else where)
+    rank, failure = next(iter(died.items()), next(iter(caught.items())))
+    who = f"rank {rank} (pid {failure.pid})"
+    if failure.pid in hung:
+        raise DmpError(f"{who} hangs: the others waited for it for --rank-timeout seconds", where)
+    if failure.exitcode >= 0:
+        raise DmpError(f"{who} ended with exit code {failure.exitcode} and said nothing", where)
+    memory = ", as where memory runs out" if failure.signal_name() == "SIGKILL" else ""
+    raise DmpError(f"{who} was ended by {failure.signal_name()}{memory}", where)
 
 
-def _again(outcome: Mapping[str, Any], all_alike: bool = False) -> DmpError:
-    """The failure that a process wrote down; `all_alike`: all of them say this, so it is nobody's own."""
-    who = "" if all_alike or outcome.get("signal") else f"rank {outcome['rank']}: "
-    error = DmpError(who + outcome["message"], outcome["hint"])
+def _again(outcome: Mapping[str, Any], all_alike: bool = False, hint: str | None = None) -> DmpError:
+    """The failure that a process wrote down; `all_alike`: all say this, so it is nobody's own. `hint` None: its own."""
+    message, hint, number = outcome["message"], hint or outcome["hint"], outcome["signal"]
+    who = "" if all_alike else f"rank {outcome['rank']}: "
+    error = Interrupted(message, number, hint) if number else DmpError(who + message, hint)
     error.exit_code = int(outcome["exit_code"])
     return error
 
@@ -171,25 +177,29 @@ def outcomes(folder: Path) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def ending_the_rest(folder: Path) -> Iterator[None]:
-    """Kill processes that still run some seconds after another has failed: one that waits for it may never hear a signal."""
-    done = Event()
-    thread = Thread(target=_watch, args=(folder, done), daemon=True)
+def ending_the_rest(folder: Path) -> Iterator[set[int]]:
+    """Kill processes that still run some seconds after another has failed: one that waits for it may never hear a signal.
+
+    Gives the pids of those that were killed.
+    """
+    done, killed = Event(), set[int]()
+    thread = Thread(target=_watch, args=(folder, done, killed), daemon=True)
     thread.start()
     try:
-        yield
+        yield killed
     finally:
         done.set()
         thread.join()
 
 
-def _watch(folder: Path, done: Event) -> None:
+def _watch(folder: Path, done: Event, killed: set[int]) -> None:
     since: dict[Path, float] = {}
     while not done.wait(POLL):
         for attempt in folder.glob("attempt-*"):
             if attempt not in since and _has_failed(attempt):
                 since[attempt] = time.monotonic()
             if time.monotonic() - since.get(attempt, math.inf) > GRACE:
+                killed.update(_running(attempt))
                 kill(_running(attempt))
 
 
@@ -200,7 +210,7 @@ def _has_failed(attempt: Path) -> bool:
         if not outcome.is_file():
             if not alive(_pid_in(path)) and not outcome.is_file():
                 return True
-        elif json.loads(outcome.read_text("utf-8"))["message"] and not json.loads(outcome.read_text("utf-8")).get("signal"):
+        elif (said := json.loads(outcome.read_text("utf-8")))["message"] and not said["signal"]:
             return True
     return False
 

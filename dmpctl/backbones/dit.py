@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dmpctl.errors import UsageError
 from dmpctl.types import BackboneSpec, Edit, ScheduleSpec, Site
@@ -195,9 +196,13 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """The published DiT; satisfies `types.Backbone`. Freezing is the caller's (`engine.build`)."""
+    """The published DiT; satisfies `types.Backbone`. Freezing is the caller's (`engine.build`).
+
+    `recompute`: blocks keep their input alone and are run again in the backward pass.
+    """
 
     pos_embed: Tensor
+    recompute: bool = False
 
     def __init__(self, config: DiTConfig, schedule: ScheduleSpec | None = None) -> None:
         super().__init__()
@@ -231,15 +236,14 @@ class DiT(nn.Module):
         """Ends of the names of the linear layers inside the blocks, by what they are for."""
         return {"qkv": ("attn.qkv",), "proj": ("attn.proj",), "mlp": ("mlp.fc1", "mlp.fc2")}
 
+    # Each of the next four is entered from outside; none calls another, as each may be wrapped (engine.sharding).
+
     def embed(self, t: Tensor, cond: Tensor | None) -> Tensor:
         """c = t_emb + y_emb [B, D]; an unconditional model adds its single row of the label table.
 
         ValueError for a class-conditional model without labels.
         """
-        if cond is None and self.config.num_classes:
-            raise ValueError("a class-conditional backbone needs labels")
-        row = self.y_embedder.embedding_table.weight[0] if cond is None else self.y_embedder(cond)
-        return self.embed_time(t) + row
+        return self._embed(t, cond)
 
     def embed_time(self, t: Tensor) -> Tensor:
         """t_emb [B, D] alone."""
@@ -247,18 +251,28 @@ class DiT(nn.Module):
 
     def denoise(self, x: Tensor, t: Tensor, cond: Tensor | None, edit: Edit | None = None) -> Tensor:
         """Prediction [B, C or 2C, H, W] for noised x [B, C, H, W] at timesteps t [B]."""
-        c = self.embed(t, cond)
+        return self._denoise(x, t, cond, edit)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor | None, edit: Edit | None = None) -> Tensor:
+        """`denoise`, so that the module can be wrapped for many processes when it is trained."""
+        return self._denoise(x, t, cond, edit)
+
+    def _embed(self, t: Tensor, cond: Tensor | None) -> Tensor:
+        if cond is None and self.config.num_classes:
+            raise ValueError("a class-conditional backbone needs labels")
+        row = self.y_embedder.embedding_table.weight[0] if cond is None else self.y_embedder(cond)
+        return self.t_embedder(t) + row  # type: ignore[no-any-return]
+
+    def _denoise(self, x: Tensor, t: Tensor, cond: Tensor | None, edit: Edit | None) -> Tensor:
+        c = self._embed(t, cond)
         tokens: Tensor = self.x_embedder(x) + self.pos_embed
         for site, block in enumerate(self.blocks):
             if edit is not None:
                 tokens = edit(site, tokens)
-            tokens = block(tokens, c)
+            again = self.recompute and tokens.requires_grad
+            tokens = checkpoint(block, tokens, c, use_reentrant=False) if again else block(tokens, c)
         squares = self.final_layer(tokens, c)[:, -self.config.tokens :]  # prepended prompts fall away
         return self._unpatchify(squares)
-
-    def forward(self, x: Tensor, t: Tensor, cond: Tensor | None, edit: Edit | None = None) -> Tensor:
-        """`denoise`, so that the module can be wrapped for many processes when it is trained."""
-        return self.denoise(x, t, cond, edit)
 
     def _unpatchify(self, squares: Tensor) -> Tensor:
         """[B, T, p * p * C] to [B, C, H, W]; inside a token the order is row, column, channel."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dmpctl.engine.sharding import shared_like, whole
 from dmpctl.errors import IntegrityError
 from dmpctl.files import (
     fsync,
@@ -60,12 +61,15 @@ def copied_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def capture(
     step: int, module: nn.Module, optimizer: torch.optim.Optimizer, ema: Mapping[str, Tensor], scaler: dict[str, Any]
 ) -> TrainerState:
-    """The state of training after `step` steps."""
+    """The state of training after `step` steps; a collective where the module is shared out."""
     parameters = dict(module.named_parameters())
     moments = {
-        n: {k: torch.as_tensor(v) for k, v in optimizer.state[p].items()} for n, p in parameters.items() if p in optimizer.state
+        n: {k: whole(torch.as_tensor(v)) for k, v in optimizer.state[p].items()}
+        for n, p in parameters.items()
+        if p in optimizer.state
     }
-    return TrainerState(step, {n: p.detach() for n, p in parameters.items()}, dict(ema), moments, scaler)
+    raw, averages = ({n: whole(v) for n, v in tensors.items()} for tensors in (parameters, ema))
+    return TrainerState(step, raw, averages, moments, scaler)
 
 
 @torch.no_grad()
@@ -75,9 +79,10 @@ def restore(state: TrainerState, module: nn.Module, optimizer: torch.optim.Optim
     for found, wanted in ((state.raw, parameters), (state.ema, ema)):
         refuse_other_keys(found, wanted, "this checkpoint")
         for name, tensor in wanted.items():
-            tensor.copy_(found[name])
+            tensor.copy_(shared_like(found[name], tensor))
     for name, moments in state.optimizer.items():
-        optimizer.state[parameters[name]] = {k: v if k == "step" else v.to(parameters[name].device) for k, v in moments.items()}
+        parameter = parameters[name]
+        optimizer.state[parameter] = {k: v if k == "step" else shared_like(v, parameter) for k, v in moments.items()}
 
 
 def refuse_other_keys(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what: str) -> None:

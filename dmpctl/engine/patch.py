@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from dmpctl.backbones.dit import DiT
 from dmpctl.engine import before_after
@@ -34,6 +35,8 @@ from dmpctl.engine.session import Session, Trained, train_in
 from dmpctl.engine.train import Subject
 from dmpctl.errors import IntegrityError
 from dmpctl.files import make_folder, read_json, write_json
+from dmpctl.methods.full import FullPatch
+from dmpctl.methods.lora import LoraPatch
 from dmpctl.settings.model import Settings
 from dmpctl.types import Codec, Progress, Report, Source
 
@@ -87,6 +90,7 @@ def data_name(settings: Settings, loaded: Loaded) -> str:
 
 def session_of(settings: Settings, loaded: Loaded, codec: Codec, source: Source) -> Session:
     """The training of a fresh patch on this backbone."""
+    loaded.model.recompute = settings.train.grad_checkpoint
     module = build_patch(loaded.model, settings.method, settings.run.seed)
     described = describe_patch(
         loaded,
@@ -99,7 +103,16 @@ def session_of(settings: Settings, loaded: Loaded, codec: Codec, source: Source)
     )
     predict = partial(predict_patched, loaded.model, module.time_only)
     route = partial(routing_of, loaded.model, module.time_only)
-    subject = Subject("patch", module, module.param_groups(), predict, route, module.penalty, module.noise_shape(), described)
+    match module:
+        case FullPatch():
+            network: nn.Module | None = module.changed
+        case LoraPatch():
+            network = None
+        case _:
+            network = loaded.model
+    subject = Subject(
+        "patch", module, network, module.param_groups(), predict, route, module.penalty, module.noise_shape(), described
+    )
     digests = {"backbone_sha256": loaded.digest, "data_fingerprint": source.fingerprint}
     profile = partial(error_profile, Patched(loaded, None, {}, codec), source, settings.run.seed)
     return Session("patch", subject, loaded.spec, codec, source, digests, {"backbone": loaded.origin}, profile=profile)

@@ -18,6 +18,7 @@ from dmpctl.engine import checkpoint
 from dmpctl.engine.build import BUNDLED, Loaded, PatchModule, build_codec, build_patch, freeze, load_backbone
 from dmpctl.engine.checkpoint import refuse_other_keys
 from dmpctl.engine.rundir import version_of
+from dmpctl.engine.sharding import whole
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.files import read_json, read_tensors, sha256_of, sha256_of_bytes, tensors_to_bytes
 from dmpctl.settings.methods import Method
@@ -298,4 +299,4 @@ def outputs_of(run: Path) -> Path:
 
 def backbone_digest(loaded: Loaded) -> str:
     """The backbone's identity now; after training it must equal `loaded.digest`."""
-    return digest_of(loaded.model.state_dict())
+    return digest_of({name: whole(tensor) for name, tensor in loaded.model.state_dict().items()})

@@ -88,11 +88,14 @@ def session_of(settings: Settings, config: DiTConfig, schedule: ScheduleSpec, co
     """The training of a fresh backbone on latents of these images."""
     model = DiT(config, schedule)
     model.initialise(torch.Generator().manual_seed(seed_of(settings.run.seed, "initialise")))
+    model.recompute = settings.train.grad_checkpoint
     record = latent_record(codec)
     facts = {"config": asdict(config), "schedule": asdict(schedule), "data": source.name, "images": len(source)}
     facts |= {} if record is None else {"codec": record}
     groups = [{"name": "backbone", "params": list(model.parameters()), "lr": settings.pretrain.lr}]
-    subject = Subject("backbone", model.train(), groups, predict, no_routing, no_penalty, None, {"schema_version": 1, **facts})
+    subject = Subject(
+        "backbone", model.train(), model, groups, predict, no_routing, no_penalty, None, {"schema_version": 1, **facts}
+    )
     metadata = dit_metadata(config, schedule, lasting_name(settings.data.data or source.name), record)
     digests = {"data_fingerprint": source.fingerprint}
     return Session("pretrain", subject, model.spec, codec, source, digests, facts, metadata)

@@ -23,6 +23,7 @@ from dmpctl.engine import checkpoint
 from dmpctl.engine.ranks import ranks_of
 from dmpctl.engine.rundir import RunDir
 from dmpctl.engine.saver import Saver
+from dmpctl.engine.sharding import is_sharded, shard, whole
 from dmpctl.engine.stop import Stop, interrupted
 from dmpctl.engine.trackers import Trackers, remember
 from dmpctl.errors import NumericalError, UsageError
@@ -38,13 +39,14 @@ Route = Callable[[nn.Module, Tensor, "Tensor | None", "Tensor | None"], "Routing
 class Subject:
     """What is trained.
 
-    `predict(module, x_t, t, cond, gate_noise)` gives the prediction and the routing, `route(module, t, cond, gate_noise)` the
-    routing alone; `gate_noise_shape` is one sample's gate noise, None if there is none; `described` goes into {kind}.json
-    beside the weights.
+    `network` is the backbone whose weights --fsdp shares out, None where it cannot. `predict(module, x_t, t, cond, gate_noise)`
+    gives the prediction and the routing, `route(module, t, cond, gate_noise)` the routing alone; `gate_noise_shape` is one
+    sample's gate noise, None if there is none; `described` goes into {kind}.json beside the weights.
     """
 
     kind: str
     module: nn.Module
+    network: nn.Module | None
     groups: list[dict[str, Any]]
     predict: Predict
     route: Route
@@ -108,17 +110,20 @@ class Trainer:
         """`density`: of timesteps, None: uniform."""
         self.subject, self.spec, self.codec, self.source = subject, spec, codec, source
         self.settings, self.run, self.accelerator = settings, run, accelerator
-        train = settings.train
+        train, self.ranks = settings.train, ranks_of(accelerator)
         self.device = accelerator.device
-        optimizer = torch.optim.AdamW(subject.groups, betas=(train.beta1, train.beta2), weight_decay=train.weight_decay)
+        groups = shard(subject.network, subject.module, subject.groups, self.ranks) if train.fsdp else subject.groups
+        optimizer = torch.optim.AdamW(groups, betas=(train.beta1, train.beta2), weight_decay=train.weight_decay)
         self.rates = [group["lr"] for group in optimizer.param_groups]
-        self.module, self.optimizer = accelerator.prepare(subject.module, optimizer)
+        if is_sharded(subject.module):  # nothing of it is left for accelerate to wrap
+            self.module, self.optimizer = subject.module, accelerator.prepare_optimizer(optimizer)
+        else:
+            self.module, self.optimizer = accelerator.prepare(subject.module, optimizer)
         self.parameters = {n: p for n, p in subject.module.named_parameters() if p.requires_grad}
         self.ema = {n: p.detach().clone() for n, p in self.parameters.items()} if train.ema else {}
         self.schedule = NoiseSchedule.from_spec(spec.schedule).to(self.device)
         self.objective = HybridObjective(self.schedule, spec.learned_sigma, settings.objective)
         self.density = None if density is None else density.to(self.device)
-        self.ranks = ranks_of(accelerator)
         parts = self.ranks.world * train.grad_accum
         if train.batch_size % parts:
             raise UsageError(
@@ -230,7 +235,7 @@ class Trainer:
         figures = self._backward(batch)
         clip = self.settings.train.grad_clip
         norm = self.accelerator.clip_grad_norm_(self.parameters.values(), math.inf if clip is None else clip)
-        figures["grad_norm"] = torch.as_tensor(norm, device=self.device)
+        figures["grad_norm"] = whole(torch.as_tensor(norm, device=self.device))
         finite = figures["loss"].isfinite()
         if self.accelerator.scaler is None:  # a scaler skips such steps by itself
             finite = finite & figures["grad_norm"].isfinite()
@@ -322,11 +327,12 @@ class Trainer:
             self.trackers.log(line)
 
     def save(self, saver: Saver) -> None:
-        """Write a checkpoint of this step (main process)."""
-        if self.ranks.is_main:
+        """Write a checkpoint of this step (main process); what is shared out is put together by all."""
+        state = self._state() if self.ranks.is_main or is_sharded(self.subject.module) else None
+        if state is not None and self.ranks.is_main:
             described = {**self.subject.described, "step": self.step, "weights": "ema" if self.ema else "raw"}
             untrained = {n: v for n, v in self.subject.module.state_dict().items() if n not in self.parameters}
-            saver.save(self._state(), untrained, described)
+            saver.save(state, untrained, described)
 
     def _state(self) -> checkpoint.TrainerState:
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}

@@ -20,6 +20,11 @@ class ChangedBackbone(nn.Module):
         self.lr = lr
         self._changed = (changed,)  # in a tuple it is no submodule
 
+    @property
+    def changed(self) -> nn.Module:
+        """The backbone that is run."""
+        return self._changed[0]
+
     def train(self, mode: bool = True) -> Self:
         """The patch alone changes its mode: a backbone is always in eval mode, trained or not; no dropout, ever."""
         self.training = mode
@@ -44,7 +49,7 @@ class ChangedBackbone(nn.Module):
 
     def plan(self, c: Tensor, noise: Tensor | None = None) -> Plan:
         """The changed backbone in place of the frozen one; neither c nor noise has a part in it."""
-        return Plan(backbone=cast(Backbone, self._changed[0]))
+        return Plan(backbone=cast(Backbone, self.changed))
 
     def param_groups(self) -> list[dict[str, Any]]:
         """All that is trained at one rate."""

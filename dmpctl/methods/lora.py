@@ -41,7 +41,7 @@ class LoraPatch(ChangedBackbone):
     def merged(self) -> dict[str, Tensor]:
         """The backbone's state dict, with W + (alpha / rank)·B·A (summed in float32) in the target layers."""
         tensors: dict[str, Tensor] = dict(self._frozen[0].state_dict())
-        for name, layer in adapted(self._changed[0]):
+        for name, layer in adapted(self.changed):
             weight = tensors[f"{name}.weight"]
             tensors[f"{name}.weight"] = (weight.float() + layer.get_delta_weight(ADAPTER)).to(weight.dtype)
         return tensors

@@ -1,0 +1,55 @@
+"""`--fsdp`: the weights of a backbone shared out over the processes, block by block, through torch's FSDP2.
+
+For backbones that do not fit into one device. A patch itself is small and whole on every process.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from dmpctl.engine.ranks import Ranks
+from dmpctl.errors import UsageError
+
+ENTRIES = ("denoise", "embed", "embed_time")  # what is called of a backbone beside its forward
+
+
+def shard(network: nn.Module | None, module: nn.Module, groups: list[dict[str, Any]], ranks: Ranks) -> list[dict[str, Any]]:
+    """Share out `network`; returns the parameter groups of `module`, with what is sharded in them in place of what was.
+
+    UsageError for one process, and where `network` is None: a method whose weights cannot be shared out.
+    """
+    if network is None:
+        raise UsageError("--fsdp shares out a backbone, which LoRA has tied its own weights to", "leave --fsdp out")
+    if ranks.world == 1:
+        raise UsageError("--fsdp shares weights out over several processes, this is one", "add --num-processes, or leave it out")
+    names = {id(tensor): name for name, tensor in module.named_parameters()}
+    network.to(ranks.device)
+    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+    for block in network.get_submodule("blocks").children():
+        fully_shard(block, mesh=mesh)
+    fully_shard(network, mesh=mesh)
+    for entry in ENTRIES:
+        register_fsdp_forward_method(network, entry)
+    tensors = dict(module.named_parameters())
+    return [{**group, "params": [tensors[names[id(tensor)]] for tensor in group["params"]]} for group in groups]
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether some of its own parameters are shared out."""
+    return any(isinstance(tensor, DTensor) for tensor in module.parameters())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor with what other processes have of it, detached; a collective where it is shared out."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shared_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor shared out as another one is, on its device."""
+    if isinstance(like, DTensor):
+        return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+    return tensor.to(like.device)

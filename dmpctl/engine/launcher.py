@@ -81,8 +81,6 @@ def run_job(job: Job, processes: int) -> int:
         write_json(folder / "job.json", job.to_dict())
         with ending_the_rest(folder) as hung:
             caught = _started(job.settings.launch, processes, folder)
-        for attempt in folder.glob("attempt-*"):  # after a second Ctrl-C
-            kill(_running(attempt))
         return _outcome(folder, caught, hung)
     except DmpError as error:
         keep = error.exit_code == DmpError.exit_code  # a failure that nobody expected: its logs are needed
@@ -180,25 +178,35 @@ def outcomes(folder: Path) -> list[dict[str, Any]]:
 def ending_the_rest(folder: Path) -> Iterator[set[int]]:
     """Kill processes that still run some seconds after another has failed: one that waits for it may never hear a signal.
 
-    Gives the pids of those that were killed.
+    So after a second Ctrl-C, at once. Gives the pids of those that were killed.
     """
     done, killed = Event(), set[int]()
-    thread = Thread(target=_watch, args=(folder, done, killed), daemon=True)
+    heard, hearing = os.pipe()
+    os.set_blocking(heard, False)
+    os.set_blocking(hearing, False)
+    before = signal.set_wakeup_fd(hearing, warn_on_full_buffer=False)  # the launcher's own handlers say nothing to us
+    thread = Thread(target=_watch, args=(folder, heard, done, killed), daemon=True)
     thread.start()
     try:
         yield killed
     finally:
         done.set()
         thread.join()
+        signal.set_wakeup_fd(before)
+        os.close(heard)
+        os.close(hearing)
 
 
-def _watch(folder: Path, done: Event, killed: set[int]) -> None:
+def _watch(folder: Path, heard: int, done: Event, killed: set[int]) -> None:
     since: dict[Path, float] = {}
+    interrupts = 0
     while not done.wait(POLL):
+        with suppress(BlockingIOError):
+            interrupts += os.read(heard, 64).count(signal.SIGINT)
         for attempt in folder.glob("attempt-*"):
             if attempt not in since and _has_failed(attempt):
                 since[attempt] = time.monotonic()
-            if time.monotonic() - since.get(attempt, math.inf) > GRACE:
+            if interrupts > 1 or time.monotonic() - since.get(attempt, math.inf) > GRACE:
                 killed.update(_running(attempt))
                 kill(_running(attempt))
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from dmpctl.engine import checkpoint
 from dmpctl.engine.pictures import read_png
 from dmpctl.engine.rundir import RunDir
 from dmpctl.files import sha256_of
-from tests.helpers import copied, digit_folder, environment, patch_run, run_cli, tensors_of
+from tests.helpers import copied, digit_folder, environment, patch_run, pretrain_run, run_cli, tensors_of
 
 TWO = ("--cpu", "--num-processes", 2)
 STEPS = ("--batch-size", 12, "--save-every", 4, "--keep-last", 9, "--log-every", 1, "--no-evaluate")
@@ -221,3 +222,81 @@ def test_under_torchrun_a_command_takes_part(tmp_path):
     patch_run(tmp_path / "one", iters=8, **GIVEN)
     close(tmp_path / "one", tmp_path / "run", 1e-5)
     assert done.stdout.count("trained 8 steps") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["pretrain", "patch"])
+def test_a_backbone_shared_out_trains_as_one_that_is_whole(tmp_path, command):
+    """FSDP2, in parts of a batch, resumed half-way: pretraining, and a patch beside a frozen backbone."""
+    given = {"batch_size": 12, "save_every": 3, "ema": 0.9}
+    shape = (
+        ("--data", "digits", "--hidden-size", 16, "--depth", 2, "--num-heads", 2) if command == "pretrain" else ("--no-evaluate",)
+    )
+    line = (command, *shape, "--run", tmp_path / "two", "--batch-size", 12, "--save-every", 3, "--ema", 0.9, *TWO)
+    for iters in (4, 8):
+        done = run_cli(*line, "--fsdp", "--grad-accum", 2, "--iters", iters, cwd=tmp_path)
+        assert done.code == 0, done.err
+    if command == "pretrain":
+        pretrain_run(tmp_path / "one", iters=8, **given)
+    else:
+        patch_run(tmp_path / "one", iters=8, **given)
+    name = "backbone.safetensors" if command == "pretrain" else "patch.safetensors"
+    one, two = (tensors_of(tmp_path / run / name) for run in ("one", "two"))
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_a_command_that_is_killed_leaves_no_process_and_a_second_ctrl_c_does_not_wait(tmp_path):
+    line = ("patch", "--run", tmp_path / "run", "--iters", 100000, *STEPS, *TWO)
+    started = Started(*line, cwd=tmp_path, tmp=tmp_path / "one")
+    started.until(logged(tmp_path / "run", 3))
+    pids = started.pids()
+    started.process.kill()
+    started.process.communicate()
+    limit = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < limit:
+        time.sleep(0.1)
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    assert checkpoint.load(checkpoint.complete(tmp_path / "run" / "checkpoints")[-1]).step >= 3  # they have saved before
+    started = Started(*line, cwd=tmp_path, tmp=tmp_path / "two")
+    started.until(lambda: len(started.pids()) == 2)
+    os.kill(started.pid(1), signal.SIGSTOP)  # it will hear nothing
+    started.process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    started.process.send_signal(signal.SIGINT)
+    code, _, err = started.end()
+    assert code == 130
+    assert "error: stopped by SIGINT" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_is_started_again_where_that_is_allowed(tmp_path):
+    straight = run_cli("patch", "--run", tmp_path / "straight", "--iters", 60, *STEPS, *TWO, cwd=tmp_path)
+    assert straight.code == 0, straight.err
+    run = tmp_path / "run"
+    started = Started("patch", "--run", run, "--iters", 60, *STEPS, *TWO, "--max-restarts", 2, cwd=tmp_path, tmp=tmp_path / "tmp")
+    started.until(logged(run, 6))
+    os.kill(started.pid(1), signal.SIGKILL)
+    code, _, err = started.end()
+    assert code == 0, err
+    assert sha256_of(run / "patch.safetensors") == sha256_of(tmp_path / "straight" / "patch.safetensors")
+    assert len(json.loads((run / "provenance.json").read_text())["sessions"]) == 2
+
+
+@pytest.mark.slow
+def test_two_machines_are_one_world(tmp_path):
+    """The same command twice, as on two machines that share a disk, meeting on this one."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    line = ("patch", "--run", tmp_path / "run", "--iters", 12, *STEPS, "--cpu", "--num-processes", 1, "--nnodes", 2)
+    line = (*line, "--rdzv-endpoint", f"localhost:{port}")
+    nodes = [Started(*line, "--node-rank", n, cwd=tmp_path, tmp=tmp_path / f"tmp{n}") for n in range(2)]
+    ended = [node.end() for node in nodes]
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    assert json.loads((tmp_path / "run" / "provenance.json").read_text())["sessions"][0]["processes"] == 2
+    patch_run(tmp_path / "one", iters=12, **GIVEN)
+    close(tmp_path / "one", tmp_path / "run", 1e-5)

@@ -8,6 +8,7 @@ import pytest
 
 from dmpctl.engine.rundir import RunDir, version_of
 from dmpctl.errors import IntegrityError, MissingError, UsageError
+from tests.helpers import patch_run
 
 SCIENCE = {"seed": 0, "prompt_lr": 1e-3, "backbone_sha256": "abc", "size": None}
 
@@ -184,3 +185,17 @@ def test_a_resume_says_what_is_asked_for_otherwise(tmp_path: Path) -> None:
     with run:
         run.begin("patch", {}, {"save": {"save_every": 5, "keep_last": 3}}, {})
     assert run.differences({"save": {"save_every": 7, "keep_last": 3}}) == ["save_every: 5 before, 7 now"]
+
+
+def test_a_change_that_is_allowed_by_name_is_taken_and_recorded(tmp_path: Path) -> None:
+    patch_run(tmp_path / "run", iters=3)
+    with pytest.raises(UsageError, match=r"prompt_lr: .* there, 0\.5 now") as failure:
+        patch_run(tmp_path / "run", prompt_lr=0.5)
+    assert "--allow-change" in failure.value.hint
+    with pytest.raises(UsageError, match="prompt_lr"):
+        patch_run(tmp_path / "run", prompt_lr=0.5, allow_change="gate_lr")
+    with pytest.raises(UsageError, match="--allow-change nonsense: there is no such setting"):
+        patch_run(tmp_path / "run", prompt_lr=0.5, allow_change="prompt-lr,nonsense")
+    patch_run(tmp_path / "run", prompt_lr=0.5, allow_change="prompt-lr")
+    assert RunDir(tmp_path / "run").metrics()[-1]["lr"][0] == 0.5
+    patch_run(tmp_path / "run", prompt_lr=0.5, iters=7)  # from now on it is this experiment

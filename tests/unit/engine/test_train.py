@@ -156,6 +156,39 @@ def test_without_a_whole_checkpoint_nothing_is_begun_anew(tmp_path):
     assert tree(tmp_path / "run") == before | {".lock": tree(tmp_path / "run")[".lock"]}
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"gate": "topk", "topk": 4, "balance": "shazeer", "importance_weight": 0.5, "load_weight": 0.5},
+        {"balance": "per-sample", "importance_weight": 1.0, "timestep_sampling": "importance"},
+        {"method": "full", "lr": 1e-4, "grad_clip": 0.05},
+        {"method": "lora", "lr": 1e-2},
+    ],
+)
+def test_parts_of_a_batch_and_blocks_that_run_twice_change_nothing(tmp_path, given):
+    """Balance is of the whole batch whatever it is taken in; recomputed blocks give the very same bits."""
+    patch_run(tmp_path / "whole", **given)
+    patch_run(tmp_path / "parts", grad_accum=4, **given)
+    patch_run(tmp_path / "twice", grad_checkpoint=True, **given)
+    whole, parts = (tensors_of(tmp_path / name / "patch.safetensors") for name in ("whole", "parts"))
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=1e-4, atol=5e-6)
+    assert sha256_of(tmp_path / "twice" / "patch.safetensors") == sha256_of(tmp_path / "whole" / "patch.safetensors")
+    for one, other in zip(lines(tmp_path / "whole"), lines(tmp_path / "parts"), strict=True):
+        for name in {"loss", "mse", "grad_norm", "importance", "load"} & set(one):
+            assert other[name] == pytest.approx(one[name], rel=2e-4)
+
+
+def test_a_batch_that_does_not_divide_into_parts_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="a batch of 8 does not divide over 1 processes x 3 parts"):
+        patch_run(tmp_path / "run", grad_accum=3)
+
+
+def test_fsdp_needs_several_processes(tmp_path):
+    with pytest.raises(UsageError, match="--fsdp shares weights out over several processes"):
+        patch_run(tmp_path / "run", fsdp=True)
+
+
 def test_a_batch_of_one_and_more_than_the_data(tmp_path):
     patch_run(tmp_path / "one", batch_size=1, iters=2)
     patch_run(tmp_path / "all", batch_size=2000, iters=1)

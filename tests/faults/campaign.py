@@ -1,9 +1,10 @@
 """Faults by the hundred: kill -9, SIGTERM, files that end early, flipped bits and disks that are full, in every phase.
 
-`python -m tests.faults --tries 200 --seed 0` prints what came of them. Every moment, byte and bit is drawn from the seed. After each
-fault, all that is there must be whole; after a few, the same command must end with the very bytes of an undisturbed run.
+`python -m tests.faults --tries 200 --seed 0` prints what came of them; every moment, byte and bit is drawn from the seed. After
+each fault, all that is there must be whole; after a few, the same command must end with the bytes of an undisturbed run.
 """
 
+import json
 import random
 import resource
 import shutil
@@ -23,21 +24,7 @@ from tests.helpers import colour_folder, environment, flip, patch_run
 from tests.latent_helpers import TINY_SIDE, tiny_vae
 
 PER_CHAIN = 5  # faults before a command is left to end
-PATCH = (
-    "patch",
-    "--cpu",
-    "--iters",
-    200,
-    "--batch-size",
-    8,
-    "--save-every",
-    2,
-    "--keep-last",
-    3,
-    "--log-every",
-    1,
-    "--no-evaluate",
-)
+PATCH = ("patch", "--cpu", "--iters", 200, "--batch-size", 8, "--save-every", 2, "--log-every", 1, "--no-evaluate")
 ENDS = {signal.SIGKILL: {-9}, signal.SIGTERM: {143}}
 
 
@@ -129,7 +116,7 @@ def phases(shared: Path) -> list[Phase]:
                 ),
             ),
             lambda place: None,
-            lambda place: {path.name: value_of(path) for path in sorted((place / "run" / "metrics").glob("fid*.json"))},
+            lambda place: {path.name: value_of(path) for path in sorted((place / "run" / "metrics").glob("*.json"))},
         ),
     ]
 
@@ -142,8 +129,6 @@ def linked(trained: Path, place: Path) -> Path:
 
 
 def value_of(path: Path) -> str:
-    import json
-
     found = json.loads(path.read_text("utf-8"))
     return f"{found['value']:.6f} of {found['n']}"
 

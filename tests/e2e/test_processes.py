@@ -300,3 +300,52 @@ def test_two_machines_are_one_world(tmp_path):
     assert json.loads((tmp_path / "run" / "provenance.json").read_text())["sessions"][0]["processes"] == 2
     patch_run(tmp_path / "one", iters=12, **GIVEN)
     close(tmp_path / "one", tmp_path / "run", 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code", "more"), [(signal.SIGINT, 130, ()), (signal.SIGUSR1, 75, ("--requeue",))])
+def test_a_signal_to_the_launcher_is_obeyed_by_all(tmp_path, number, code, more):
+    run = tmp_path / "run"
+    started = Started("patch", "--run", run, "--iters", 100000, *STEPS, *TWO, *more, cwd=tmp_path, tmp=tmp_path / "tmp")
+    started.until(logged(run, 5))
+    started.process.send_signal(number)
+    found, out, err = started.end()
+    assert (found, out) == (code, ""), err
+    assert f"error: stopped by {number.name}, saved at step " in err
+    assert err.count("error: ") == 1
+    checkpoint.load(checkpoint.complete(run / "checkpoints")[-1])
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from dmpctl.engine import patch
+from dmpctl.engine.build import load_backbone
+from dmpctl.engine.launch import accelerator_for
+from dmpctl.engine.rundir import RunDir
+from dmpctl.engine.train import Trainer
+from dmpctl.codecs.identity import Identity
+from dmpctl.data.bundled import Digits
+from tests.helpers import SMALL, settings_for
+
+settings = settings_for("patch", run=Path(sys.argv[1]), **SMALL)
+accelerator, loaded = accelerator_for(settings), load_backbone(settings.base)
+session = patch.session_of(settings, loaded, Identity(), Digits())
+trainer = Trainer(session.subject, loaded.spec, session.codec, session.source, settings, RunDir(settings.run.run), accelerator)
+reduced = trainer.module._get_ddp_logging_data()["total_parameter_size_bytes"]
+own = sum(p.numel() * p.element_size() for p in session.subject.module.parameters() if p.requires_grad)
+assert not any(p.requires_grad for p in loaded.model.parameters())
+print(f"{accelerator.num_processes} {reduced} {own}", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_what_is_reduced_between_processes_is_the_patch_alone(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", tmp_path / "script.py", tmp_path / "x"]
+    done = subprocess.run([*map(str, command)], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    found = {tuple(map(int, line.split())) for line in done.stdout.splitlines()}
+    [(world, reduced, own)] = found
+    assert world == 2
+    assert reduced == own < 10_000  # a backbone has 78 816 bytes

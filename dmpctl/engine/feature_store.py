@@ -56,7 +56,7 @@ class FeatureStore:
             if not torch.isfinite(values).all():
                 raise NumericalError(f"{name} of images {rows[0]} to {rows[-1]} are not finite", "look at these images")
             if name not in self._open and not (self.folder / f"{name}.npy").is_file():
-                self._begin(name, np.float32, values.shape[1])
+                self._begin(name, np.float32, values.shape[1], replace=False)
             self._map(name)[rows] = values.float().cpu().numpy()
         self._hashes[rows] = [_hash(image) for image in images]
         self._done[rows] = 1  # after the rows themselves
@@ -87,8 +87,11 @@ class FeatureStore:
         with writing(self.folder):
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _begin(self, name: str, dtype: type[np.generic], *width: int) -> None:
-        """Make a map of zeros under its name; its place on disk is taken now, as a full disk later would end the process."""
+    def _begin(self, name: str, dtype: type[np.generic], *width: int, replace: bool = True) -> None:
+        """Make a map of zeros under its name; its place on disk is taken now, as a full disk later would end the process.
+
+        `replace` False: one that another process has made meanwhile stays.
+        """
         path, half = self.folder / f"{name}.npy", self.folder / f".{name}.{os.getpid()}.npy"
         with writing(path):
             array = open_memmap(half, mode="w+", dtype=dtype, shape=(self.count, *width))
@@ -96,7 +99,10 @@ class FeatureStore:
                 with half.open("r+b") as file:
                     os.posix_fallocate(file.fileno(), 0, half.stat().st_size)
             array.flush()
-            with suppress(FileExistsError):  # another process was faster: its rows stay
+            if replace:
+                half.replace(path)
+                return
+            with suppress(FileExistsError):
                 os.link(half, path)
             half.unlink()
 

@@ -14,6 +14,7 @@ from dmpctl.data.stored import StoredImages
 from dmpctl.engine.generate import begin_samples, in_batches, samples_about, samples_folder
 from dmpctl.engine.patched import Patched
 from dmpctl.engine.pictures import png_if_whole, read_png, write_pngs
+from dmpctl.engine.speed import compile_blocks
 from dmpctl.errors import MissingError, UsageError
 from dmpctl.files import read_json
 from dmpctl.metrics.npz import NpzImages, npz_images
@@ -135,6 +136,7 @@ def run_images(path: Path, model: Patched, settings: Settings, device: torch.dev
     They are written where `dmpctl sample` writes them; with --stream none is.
     """
     about, sampling = samples_about(model, settings), settings.sampling
+    compile_blocks(model.network, settings.launch)
     folder = samples_folder(path, model, sampling)
     identity, seeds = {key: about[key] for key in IDENTITY}, {key: about[key] for key in SEEDS}
     read = partial(_made, folder, about, model, settings, device)

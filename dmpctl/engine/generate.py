@@ -11,13 +11,14 @@ import torch
 from numpy.lib.format import open_memmap
 from torch import Tensor
 
-from dmpctl.diffusion.guidance import guide
+from dmpctl.diffusion.guidance import Predict, guide
 from dmpctl.diffusion.samplers import sample as run_sampler
 from dmpctl.diffusion.schedule import NoiseSchedule
 from dmpctl.engine.codec import latent_record
 from dmpctl.engine.patched import Patched, load_result, outputs_of
 from dmpctl.engine.pictures import is_png, read_png, write_contact_sheet, write_npz, write_pngs
 from dmpctl.engine.ranks import Ranks, join
+from dmpctl.engine.speed import compile_blocks
 from dmpctl.engine.stop import Stop, interrupted
 from dmpctl.errors import UsageError
 from dmpctl.files import make_folder, read_json, write_json, writing
@@ -48,7 +49,13 @@ def denoiser_of(
     spec = model.backbone.spec
     labels = labels_of(indices, settings.sample_seed, spec.num_classes, label)
     cond = None if labels is None else labels.to(device)
-    return guide(model.predict, cond, spec.null_class, settings.cfg, settings.cfg_channels)
+    predict = at_one_time(model.predict) if cond is None else model.predict
+    return guide(predict, cond, spec.null_class, settings.cfg, settings.cfg_channels)
+
+
+def at_one_time(predict: Predict) -> Predict:
+    """The same for images that are all at one timestep and have no labels: what depends on these is computed once for all."""
+    return lambda x, t, cond: predict(x, t[:1], cond)
 
 
 @torch.inference_mode()
@@ -99,6 +106,7 @@ def sample(settings: Settings, run: Path, progress: Progress) -> Report:
             (),
             (f"would write {wanted.num_images} images to {folder}", "dry run: nothing was written"),
         )
+    compile_blocks(model.network, settings.launch)
     if ranks.is_main:
         begin_samples(folder, about)
     ranks.wait()

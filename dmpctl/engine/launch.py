@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from dmpctl.engine.ranks import join
+from dmpctl.engine.speed import allow_tf32
 from dmpctl.errors import UsageError
 from dmpctl.settings.model import Settings
 
@@ -21,6 +22,7 @@ def accelerator_for(settings: Settings) -> Accelerator:
     ranks = join(settings.launch)
     if settings.train.precision == "fp16" and ranks.device.type == "cpu":
         raise UsageError("--precision fp16 needs a GPU, this is a CPU", "use --precision bf16, or no")
+    allow_tf32(settings.launch)
     if settings.launch.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from dmpctl.backbones.dit import DiT
+from dmpctl.backbones.dit_weights import digest_of
 from dmpctl.engine import before_after
 from dmpctl.engine.assets import resolve_weights
 from dmpctl.engine.build import (
@@ -32,6 +32,7 @@ from dmpctl.engine.patched import Patched, backbone_digest, describe_patch, last
 from dmpctl.engine.pictures import write_picture
 from dmpctl.engine.rundir import RunDir
 from dmpctl.engine.session import Session, Trained, train_in
+from dmpctl.engine.speed import frozen_weights
 from dmpctl.engine.train import Subject
 from dmpctl.errors import IntegrityError
 from dmpctl.files import make_folder, read_json, write_json
@@ -63,8 +64,9 @@ def patch(settings: Settings, progress: Progress) -> Report:
     accelerator = accelerator_for(settings)
     with RunDir(path, accelerator.is_main_process) as run:
         loaded.model.to(accelerator.device)
+        expected = digest_as_cast(loaded, settings)
         trained = train_in(run, session, settings, accelerator, progress)
-        refuse_changed_backbone(loaded)
+        refuse_changed_backbone(loaded, expected)
         if not accelerator.is_main_process:  # what is left is rank 0's, and no collective
             return Report({})
         return _report(settings, run, session, trained, progress)
@@ -103,25 +105,30 @@ def session_of(settings: Settings, loaded: Loaded, codec: Codec, source: Source)
     )
     predict = partial(predict_patched, loaded.model, module.time_only)
     route = partial(routing_of, loaded.model, module.time_only)
-    match module:
-        case FullPatch():
-            network: nn.Module | None = module.changed
-        case LoraPatch():
-            network = None
-        case _:
-            network = loaded.model
-    subject = Subject(
-        "patch", module, network, module.param_groups(), predict, route, module.penalty, module.noise_shape(), described
-    )
+    network = module.changed if isinstance(module, FullPatch | LoraPatch) else loaded.model
+    groups, noise, whole = module.param_groups(), module.noise_shape(), not isinstance(module, LoraPatch)
+    subject = Subject("patch", module, network, groups, predict, route, module.penalty, noise, described, whole)
     digests = {"backbone_sha256": loaded.digest, "data_fingerprint": source.fingerprint}
     profile = partial(error_profile, Patched(loaded, None, {}, codec), source, settings.run.seed)
     return Session("patch", subject, loaded.spec, codec, source, digests, {"backbone": loaded.origin}, profile=profile)
 
 
-def refuse_changed_backbone(loaded: Loaded) -> None:
-    """Invariant 2: every tensor of the backbone is what it was, and none has a gradient."""
+def digest_as_cast(loaded: Loaded, settings: Settings) -> str:
+    """The backbone's digest with those weights in bf16 that --backbone-dtype casts."""
+    if settings.base.backbone_dtype == "float32":
+        return loaded.digest
+    cast = set(frozen_weights(loaded.model))
+    tensors = loaded.model.state_dict()
+    return digest_of({name: value.to(torch.bfloat16) if name in cast else value for name, value in tensors.items()})
+
+
+def refuse_changed_backbone(loaded: Loaded, expected: str | None = None) -> None:
+    """Invariant 2: every tensor of the backbone is what it was, and none has a gradient.
+
+    `expected`: its digest, None: the one it was loaded with.
+    """
     touched = [name for name, p in loaded.model.named_parameters() if p.requires_grad or p.grad is not None]
-    if touched or backbone_digest(loaded) != loaded.digest:
+    if touched or backbone_digest(loaded) != (expected or loaded.digest):
         raise IntegrityError(
             f"the backbone changed while its patch was trained{': ' + touched[0] if touched else ''}", "please report this"
         )

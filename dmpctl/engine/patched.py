@@ -21,6 +21,7 @@ from dmpctl.engine.rundir import version_of
 from dmpctl.engine.sharding import whole
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.files import read_json, read_tensors, sha256_of, sha256_of_bytes, tensors_to_bytes
+from dmpctl.methods.changed import ChangedBackbone
 from dmpctl.settings.methods import Method
 from dmpctl.settings.model import Settings
 from dmpctl.settings.sections import Base
@@ -75,6 +76,11 @@ class Patched:
         if self.patch is None:
             return self.backbone.model.denoise(x, t, cond)
         return predict_patched(self.backbone.model, self.patch.time_only, self.patch, x, t, cond)[0]
+
+    @property
+    def network(self) -> nn.Module:
+        """The backbone that is run: the frozen one, or a changed one."""
+        return self.patch.changed if isinstance(self.patch, ChangedBackbone) else self.backbone.model
 
     def to(self, device: torch.device) -> "Patched":
         """Both parts on `device`."""

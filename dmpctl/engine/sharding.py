@@ -3,7 +3,7 @@
 For backbones that do not fit into one device. A patch itself is small and whole on every process.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -13,15 +13,19 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from dmpctl.engine.ranks import Ranks
 from dmpctl.errors import UsageError
 
+if TYPE_CHECKING:
+    from dmpctl.engine.train import Subject
+
 ENTRIES = ("denoise", "embed", "embed_time")  # what is called of a backbone beside its forward
 
 
-def shard(network: nn.Module | None, module: nn.Module, groups: list[dict[str, Any]], ranks: Ranks) -> list[dict[str, Any]]:
-    """Share out `network`; returns the parameter groups of `module`, with what is sharded in them in place of what was.
+def shard(subject: "Subject", ranks: Ranks) -> list[dict[str, Any]]:
+    """Share out the subject's network; returns its parameter groups, with what is sharded in them in place of what was.
 
-    UsageError for one process, and where `network` is None: a method whose weights cannot be shared out.
+    UsageError for one process, and for a method whose network cannot be shared out.
     """
-    if network is None:
+    network, module = subject.network, subject.module
+    if not subject.shardable:
         raise UsageError("--fsdp shares out a backbone, which LoRA has tied its own weights to", "leave --fsdp out")
     if ranks.world == 1:
         raise UsageError("--fsdp shares weights out over several processes, this is one", "add --num-processes, or leave it out")
@@ -34,7 +38,7 @@ def shard(network: nn.Module | None, module: nn.Module, groups: list[dict[str, A
     for entry in ENTRIES:
         register_fsdp_forward_method(network, entry)
     tensors = dict(module.named_parameters())
-    return [{**group, "params": [tensors[names[id(tensor)]] for tensor in group["params"]]} for group in groups]
+    return [{**group, "params": [tensors[names[id(tensor)]] for tensor in group["params"]]} for group in subject.groups]
 
 
 def is_sharded(module: nn.Module) -> bool:

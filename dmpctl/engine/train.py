@@ -24,6 +24,7 @@ from dmpctl.engine.ranks import ranks_of
 from dmpctl.engine.rundir import RunDir
 from dmpctl.engine.saver import Saver
 from dmpctl.engine.sharding import is_sharded, shard, whole
+from dmpctl.engine.speed import cast_frozen, compile_blocks
 from dmpctl.engine.stop import Stop, interrupted
 from dmpctl.engine.trackers import Trackers, remember
 from dmpctl.errors import NumericalError, UsageError
@@ -39,20 +40,21 @@ Route = Callable[[nn.Module, Tensor, "Tensor | None", "Tensor | None"], "Routing
 class Subject:
     """What is trained.
 
-    `network` is the backbone whose weights --fsdp shares out, None where it cannot. `predict(module, x_t, t, cond, gate_noise)`
-    gives the prediction and the routing, `route(module, t, cond, gate_noise)` the routing alone; `gate_noise_shape` is one
-    sample's gate noise, None if there is none; `described` goes into {kind}.json beside the weights.
+    `network` is the backbone that is run. `predict(module, x_t, t, cond, gate_noise)` gives the prediction and the routing,
+    `route(module, t, cond, gate_noise)` the routing alone; `gate_noise_shape` is one sample's gate noise, None if there is
+    none; `described` goes into {kind}.json beside the weights; `shardable`: --fsdp can share the network out.
     """
 
     kind: str
     module: nn.Module
-    network: nn.Module | None
+    network: nn.Module
     groups: list[dict[str, Any]]
     predict: Predict
     route: Route
     penalty: Callable[[Routing | None], dict[str, Tensor]]
     gate_noise_shape: tuple[int, ...] | None
     described: Mapping[str, Any]
+    shardable: bool = True
 
 
 @dataclass(frozen=True)
@@ -112,13 +114,15 @@ class Trainer:
         self.settings, self.run, self.accelerator = settings, run, accelerator
         train, self.ranks = settings.train, ranks_of(accelerator)
         self.device = accelerator.device
-        groups = shard(subject.network, subject.module, subject.groups, self.ranks) if train.fsdp else subject.groups
+        cast_frozen(subject.network, settings)
+        groups = shard(subject, self.ranks) if train.fsdp else subject.groups
         optimizer = torch.optim.AdamW(groups, betas=(train.beta1, train.beta2), weight_decay=train.weight_decay)
         self.rates = [group["lr"] for group in optimizer.param_groups]
         if is_sharded(subject.module):  # nothing of it is left for accelerate to wrap
             self.module, self.optimizer = subject.module, accelerator.prepare_optimizer(optimizer)
         else:
             self.module, self.optimizer = accelerator.prepare(subject.module, optimizer)
+        compile_blocks(subject.network, settings.launch)
         self.parameters = {n: p for n, p in subject.module.named_parameters() if p.requires_grad}
         self.ema = {n: p.detach().clone() for n, p in self.parameters.items()} if train.ema else {}
         self.schedule = NoiseSchedule.from_spec(spec.schedule).to(self.device)

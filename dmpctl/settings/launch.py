@@ -13,6 +13,8 @@ class Launch(Section):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:N or mps.")] = "auto"
     cpu: Annotated[bool, Field(description="Same as --device cpu.")] = False
     deterministic: Annotated[bool, Field(description="Deterministic kernels (slower on a GPU).")] = False
+    compile: Annotated[bool, Field(description="Compile the blocks with torch.compile; pays on a GPU.")] = False
+    tf32: Annotated[bool, Field(description="TF32 for float32 matrix products on a GPU, as published.")] = True
     num_processes: Annotated[int | None, Field(ge=1, description="Processes on this machine; default: one per GPU.")] = None
     nnodes: Annotated[
         str, Field(pattern=r"^[1-9]\d*(:[1-9]\d*)?$", description="Machines, or at least:at most; the same command on each.")

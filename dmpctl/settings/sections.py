@@ -69,9 +69,14 @@ class Run(Section):
 
 class Base(Section):
     panel: ClassVar[str] = "Backbone"
-    free: ClassVar[frozenset[str]] = frozenset({"base", "weights", "preset"})  # the backbone's sha256 is compared instead
+    # the backbone's sha256 is compared instead
+    free: ClassVar[frozenset[str]] = frozenset({"base", "weights", "preset", "backbone_dtype"})
     base: Annotated[str, Field(description="Backbone: digits (bundled), a shape (DiT-L/2), a file or a run.")] = "digits"
     weights: Annotated[Path | None, Field(description="Weights of a shape: a .pt or .safetensors file; default: none.")] = None
+    backbone_dtype: Annotated[
+        Literal["float32", "bf16"],
+        Field(description="Linear layers of frozen blocks; bf16 halves their memory, needs --precision bf16 and changes no bit."),
+    ] = "float32"
     preset: Annotated[
         Literal["auto", "dmp", "dmp+", "digits"],
         Field(

@@ -191,9 +191,15 @@ def test_a_description_that_is_no_json(run, cli):
 
 
 def test_a_damaged_checkpoint(run, cli):
-    flip(run / "checkpoints" / "step-0000006" / "trainer.safetensors")
-    again = cli("patch", "--run", run, *FEW, "--iters", 9, "--prompt-lr", 0.05, "--gate-lr", 0.05, "--ema", 0)
-    failed(again, 4, "trainer.safetensors is damaged", hint="go on from the one before")
+    line = ("patch", "--run", run, *FEW, "--iters", 9, "--prompt-lr", 0.05, "--gate-lr", 0.05, "--ema", 0)
+    for path in (run / "checkpoints").iterdir():
+        flip(path / "trainer.safetensors")
+    failed(cli(*line), 4, "no checkpoint in", "trainer.safetensors is damaged", hint="to begin anew")
+    flip(run / "checkpoints" / "step-0000003" / "trainer.safetensors")  # whole again
+    again = cli(*line)
+    assert again.code == 0
+    assert "trainer.safetensors is damaged" in again.err
+    assert "going on from step 3" in again.err
 
 
 def test_a_patch_on_another_backbone(tmp_path, cli, conditional, run):

@@ -10,7 +10,7 @@ from dmpctl.codecs.vae import Vae
 from dmpctl.data.folder import ImageFolder
 from dmpctl.engine.latents import build_latents
 from dmpctl.engine.launch import accelerator_for
-from dmpctl.engine.pretrain import no_penalty, predict
+from dmpctl.engine.pretrain import no_penalty, no_routing, predict
 from dmpctl.engine.rundir import RunDir
 from dmpctl.engine.session import Session, train_in
 from dmpctl.engine.train import Subject, Trainer
@@ -57,7 +57,7 @@ def trained(run, source, codec, **given):
     model = DiT(config).train()
     model.initialise(torch.Generator().manual_seed(0))
     group = {"params": list(model.parameters()), "lr": 1e-3}
-    subject = Subject("backbone", model, [group], predict, no_penalty, None, {"schema_version": 1})
+    subject = Subject("backbone", model, model, [group], predict, no_routing, no_penalty, None, {"schema_version": 1})
     session = Session("pretrain", subject, model.spec, codec, source, {}, {})
     with RunDir(run) as opened:
         train_in(opened, session, settings, accelerator_for(settings), Silent())

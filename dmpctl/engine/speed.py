@@ -1,0 +1,45 @@
+"""What makes the same arithmetic faster: compiled blocks, TF32, weights of frozen blocks in the format they are computed in."""
+
+import torch
+from torch import nn
+
+from dmpctl.errors import UsageError
+from dmpctl.settings.launch import Launch
+from dmpctl.settings.model import Settings
+
+
+def compile_blocks(network: nn.Module, launch: Launch) -> None:
+    """Under --compile: each block as one graph, compiled when it is first run; what happens between blocks stays as it is."""
+    if launch.compile:
+        for block in network.get_submodule("blocks").children():
+            block.compile(fullgraph=True)
+
+
+def allow_tf32(launch: Launch) -> None:
+    """TF32 in matrix products and convolutions of float32 on a GPU, or not at all."""
+    wanted = launch.tf32 and not launch.deterministic
+    torch.set_float32_matmul_precision("high" if wanted else "highest")
+    torch.backends.cudnn.allow_tf32 = wanted
+
+
+def cast_frozen(network: nn.Module, settings: Settings) -> None:
+    """Under --backbone-dtype bf16: weights of the linear layers in the blocks, which autocast would cast in every step.
+
+    Nothing is computed otherwise, bit for bit. UsageError without --precision bf16, where it would be.
+    """
+    if settings.base.backbone_dtype == "float32":
+        return
+    if settings.train.precision != "bf16":
+        raise UsageError("--backbone-dtype bf16 goes with --precision bf16", "add it, or leave --backbone-dtype out")
+    names = frozen_weights(network)
+    if not names:
+        raise UsageError("--backbone-dtype bf16 is for a frozen backbone, and here it is trained", "leave it out")
+    for name in names:
+        tensor = network.get_parameter(name)
+        tensor.data = tensor.data.to(torch.bfloat16)
+
+
+def frozen_weights(network: nn.Module) -> list[str]:
+    """Names of the frozen weights and biases of linear layers in the blocks."""
+    layers = ((f"blocks.{name}", m) for name, m in network.get_submodule("blocks").named_modules() if isinstance(m, nn.Linear))
+    return [f"{name}.{key}" for name, m in layers for key, tensor in m.named_parameters() if not tensor.requires_grad]

@@ -1,0 +1,90 @@
+"""What makes it faster changes nothing: not a bit (weights in bf16), nor by a graph that breaks (compiled blocks)."""
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from dmpctl.engine.build import build_patch, load_backbone
+from dmpctl.engine.patched import backbone_digest, predict_patched
+from dmpctl.engine.speed import allow_tf32, compile_blocks, frozen_weights
+from dmpctl.errors import UsageError
+from dmpctl.files import sha256_of
+from dmpctl.settings.methods import Dmp
+from dmpctl.settings.sections import Base
+from tests.helpers import patch_run, settings_for
+
+
+@pytest.fixture(autouse=True)
+def other_precisions():
+    """accelerate keeps one precision per process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("given", [{}, {"method": "prompt", "position": "prepend", "prompts": 3}, {"method": "lora", "lr": 1e-2}])
+def test_weights_in_bf16_train_the_very_same_patch(tmp_path, given):
+    for name, dtype in (("one", "float32"), ("two", "bf16")):
+        patch_run(tmp_path / name, precision="bf16", backbone_dtype=dtype, **given)
+    assert sha256_of(tmp_path / "one" / "patch.safetensors") == sha256_of(tmp_path / "two" / "patch.safetensors")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    patch_run(tmp_path / "float32", **given)
+    assert sha256_of(tmp_path / "one" / "patch.safetensors") != sha256_of(tmp_path / "float32" / "patch.safetensors")
+
+
+def test_most_of_a_backbone_is_in_those_weights():
+    model = load_backbone(Base()).model
+    held = dict(model.named_parameters())
+    names = frozen_weights(model)
+    assert {"blocks.0.attn.qkv.weight", "blocks.2.adaLN_modulation.1.bias"} <= set(names)
+    assert not [name for name in names if not name.startswith("blocks.")]
+    assert sum(held[name].numel() for name in names) == sum(p.numel() for name, p in held.items() if name.startswith("blocks."))
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [({}, "goes with --precision bf16"), ({"precision": "bf16", "method": "full", "lr": 1e-4}, "here it is trained")],
+)
+def test_where_it_would_change_something_it_is_refused(tmp_path, given, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        patch_run(tmp_path / "run", backbone_dtype="bf16", **given)
+
+
+def test_a_patched_block_is_one_graph():
+    """fullgraph=True raises at the first break; nothing of what stands between blocks is compiled."""
+    loaded = load_backbone(Base())
+    patch = build_patch(loaded.model, Dmp())
+    x, t = torch.randn(4, *loaded.spec.latent_shape), torch.tensor([3, 100, 500, 900])
+    plain = predict_patched(loaded.model, False, patch, x, t, None)[0]
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    for block in loaded.model.blocks:
+        block.compile(fullgraph=True, backend=counting)
+    assert torch.equal(predict_patched(loaded.model, False, patch, x, t, None)[0], plain)
+    assert len(graphs) == 1  # the blocks are alike
+
+
+def test_blocks_are_compiled_only_where_that_was_asked_for(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append(options))
+    model = load_backbone(Base()).model
+    compile_blocks(model, settings_for("patch").launch)
+    assert compiled == []
+    compile_blocks(model, settings_for("patch", compile=True).launch)
+    assert compiled == [{"fullgraph": True}] * 3
+    assert backbone_digest(load_backbone(Base())) == load_backbone(Base()).digest
+
+
+def test_tf32_is_a_choice_and_never_deterministic():
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        for given, expected in (({}, "high"), ({"tf32": False}, "highest"), ({"deterministic": True}, "highest")):
+            allow_tf32(settings_for("patch", **given).launch)
+            assert torch.get_float32_matmul_precision() == expected
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]

@@ -1,9 +1,13 @@
-"""Timings as JSON, medians and ratios from one process: `python -m tests.bench [--rounds N] [--batch B]`.
+"""Timings as JSON: medians of actions that are taken in turn in one process, and their ratios.
 
-- frozen step over forward, DiT-S/2 on 32x32x4 latents (the arithmetic's floor is 2: a forward and an input gradient);
-- the same for a step that trains the whole backbone, for scale;
-- activations that a frozen step and a full step keep for their backward pass;
-- `dmpctl --help`, as a whole process.
+`python -m tests.bench [--shape DiT-S/2] [--batch 8] [--rounds 5] [--device cpu|cuda] [--precision no|bf16] [--compile] [--vae]`
+
+- a step of DMP on a frozen backbone, of full fine-tuning, of the published code (tests/bench/published.py), each over a forward;
+  the arithmetic's floor is 2 for a frozen step (a forward and an input gradient) and 3 for the others;
+- gate and prompts alone, over a step;
+- activations that a step keeps for its backward pass, and the GPU's peak memory;
+- one sampling step of a patched and of an unpatched backbone;
+- `dmpctl --help` as a whole process.
 """
 
 import argparse
@@ -12,72 +16,182 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from statistics import median
 
 import torch
 from torch import Tensor
 
 from dmpctl.backbones.dit import DiT, shape_config
+from dmpctl.backbones.dit_weights import digest_of
 from dmpctl.diffusion.objective import HybridObjective
 from dmpctl.diffusion.schedule import NoiseSchedule
-from dmpctl.engine.build import build_patch, freeze
-from dmpctl.engine.patched import predict_patched
+from dmpctl.engine.build import Loaded, build_patch, freeze
+from dmpctl.engine.generate import denoiser_of
+from dmpctl.engine.patched import Patched, predict_patched
 from dmpctl.settings.methods import Dmp
-from dmpctl.settings.sections import Objective
+from dmpctl.settings.sections import Objective, Sampling
+from tests.bench.published import PublishedPatch, published_forward
 
 
-def interleaved(actions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each action, taken in turn so that a drift of the machine hits all alike; one warm-up each."""
+def interleaved(actions: dict[str, Callable[[], object]], rounds: int, device: str = "cpu") -> dict[str, float]:
+    """Median seconds of each action, taken in turn so that a drift of the machine hits all alike; two warm-ups each."""
     times: dict[str, list[float]] = {name: [] for name in actions}
-    for number in range(rounds + 1):
+    for number in range(rounds + 2):
         for name, action in actions.items():
+            finish(device)
             start = time.perf_counter()
             action()
-            if number:
+            finish(device)
+            if number > 1:
                 times[name].append(time.perf_counter() - start)
     return {name: median(values) for name, values in times.items()}
+
+
+def finish(device: str) -> None:
+    """Wait until the device has done all that it was asked to."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 class Case:
     """One model and one batch, and the actions that are timed."""
 
-    def __init__(self, name: str, batch: int) -> None:
+    def __init__(self, name: str, batch: int, device: str = "cpu", precision: str = "no", compiled: bool = False) -> None:
         config = shape_config(name)
         if config is None:
             raise SystemExit(f"{name} is no shape")
         generator = torch.Generator().manual_seed(0)
+        self.device, self.precision = device, precision
         self.backbone = DiT(config)
         self.backbone.initialise(generator)
+        self.trained = DiT(config)  # as it is, or it would be compiled twice
+        self.trained.load_state_dict(self.backbone.state_dict())
         spec = self.backbone.spec
-        self.patch = build_patch(self.backbone, Dmp())
-        self.schedule = NoiseSchedule.from_spec(spec.schedule)
+        self.patch = build_patch(self.backbone, Dmp()).to(device)
+        self.published = PublishedPatch(self.backbone).to(device)
+        self.loaded = Loaded(freeze(self.backbone).to(device), digest_of(self.backbone.state_dict()), name, None)
+        self.trained.to(device)
+        if compiled:
+            for block in (*self.backbone.blocks, *self.trained.blocks):
+                block.compile(fullgraph=True)
+        self.schedule = NoiseSchedule.from_spec(spec.schedule).to(device)
         self.objective = HybridObjective(self.schedule, spec.learned_sigma, Objective())
-        self.x0 = torch.randn(batch, *spec.latent_shape, generator=generator)
-        self.noise = torch.randn(self.x0.shape, generator=generator)
-        self.t = torch.randint(spec.schedule.steps, (batch,), generator=generator)
+        self.x0 = torch.randn(batch, *spec.latent_shape, generator=generator).to(device)
+        self.noise = torch.randn(self.x0.shape, generator=generator).to(device)
+        self.t = torch.randint(spec.schedule.steps, (batch,), generator=generator).to(device)
         self.x_t = self.schedule.add_noise(self.x0, self.t, self.noise)
-        self.gate_noise = torch.randn(batch, *(self.patch.noise_shape() or ()), generator=generator)
+        self.gate_noise = torch.randn(batch, *(self.patch.noise_shape() or ()), generator=generator).to(device)
         self.frozen = torch.optim.AdamW(self.patch.param_groups())
-        self.full = torch.optim.AdamW(self.backbone.parameters(), 1e-4)
+        self.full = torch.optim.AdamW(self.trained.parameters(), 1e-4)
+        self.prompts = torch.optim.AdamW(self.published.parameters(), 1e-4)
+        sampling = Sampling(sampler="ddim", steps=50)
+        place = torch.device(device)
+        self.denoisers = {
+            name: denoiser_of(Patched(self.loaded, patch, {}), range(batch), sampling, place)
+            for name, patch in (("patched", self.patch), ("unpatched", None))
+        }
+
+    def autocast(self) -> AbstractContextManager[object]:
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16")
 
     @torch.no_grad()
     def forward(self) -> Tensor:
-        return freeze(self.backbone).denoise(self.x_t, self.t, None)
+        with self.autocast():
+            return self.backbone.denoise(self.x_t, self.t, None)
+
+    def loss(self, prediction: Tensor) -> Tensor:
+        return self.objective(prediction.float(), self.x0, self.x_t, self.t, self.noise).loss.mean()
 
     def frozen_step(self) -> None:
-        freeze(self.backbone)
-        prediction, routing = predict_patched(self.backbone, False, self.patch, self.x_t, self.t, None, self.gate_noise)
-        loss = self.objective(prediction, self.x0, self.x_t, self.t, self.noise).loss.mean()
-        sum(self.patch.penalty(routing).values(), loss).backward()
+        with self.autocast():
+            prediction, routing = predict_patched(self.backbone, False, self.patch, self.x_t, self.t, None, self.gate_noise)
+        sum(self.patch.penalty(routing).values(), self.loss(prediction)).backward()
         self.frozen.step()
         self.frozen.zero_grad()
 
+    def gates_and_prompts(self) -> None:
+        """All that a patch adds to a step, forward and backward, without a block."""
+        plan = self.patch(self.c, self.gate_noise)
+        total = sum(plan.edit(site, self.tokens).float().mean() for site in range(len(self.backbone.spec.sites)))
+        (total + sum(self.patch.penalty(plan.routing).values())).backward()
+        self.frozen.zero_grad()
+
     def full_step(self) -> None:
-        self.backbone.requires_grad_(True)
-        prediction = self.backbone.denoise(self.x_t, self.t, None)
-        self.objective(prediction, self.x0, self.x_t, self.t, self.noise).loss.mean().backward()
+        with self.autocast():
+            prediction = self.trained.denoise(self.x_t, self.t, None)
+        self.loss(prediction).backward()
         self.full.step()
         self.full.zero_grad()
+
+    def published_step(self) -> None:
+        with self.autocast():
+            prediction, importance = published_forward(self.trained, self.published, self.x_t, self.t)
+        (self.loss(prediction) + importance).backward()
+        self.prompts.step()
+        self.prompts.zero_grad()
+        self.trained.zero_grad()
+
+    @torch.inference_mode()
+    def sampling_step(self, which: str) -> None:
+        with self.autocast():
+            self.denoisers[which](self.x_t, torch.full_like(self.t, 500))
+
+    def measure(self, rounds: int) -> dict[str, object]:
+        """Seconds of all actions, ratios and memory."""
+        with torch.no_grad(), self.autocast():
+            self.c = self.backbone.embed(self.t, None).float()
+            self.tokens = self.backbone.x_embedder(self.x_t) + self.backbone.pos_embed
+        steps: dict[str, Callable[[], object]] = {
+            "forward": self.forward,
+            "frozen_step": self.frozen_step,
+            "full_step": self.full_step,
+            "published_step": self.published_step,
+            "gates_and_prompts": self.gates_and_prompts,
+            "sampling_unpatched": lambda: self.sampling_step("unpatched"),
+            "sampling_patched": lambda: self.sampling_step("patched"),
+        }
+        held = [*self.backbone.parameters(), *self.trained.parameters(), *self.patch.parameters(), *self.published.parameters()]
+        memory = {n: saved_bytes(steps[n], held) / 2**20 for n in ("frozen_step", "full_step", "published_step")}
+        seconds = interleaved(steps, rounds, self.device)
+        ratios = {
+            "frozen_step / forward": seconds["frozen_step"] / seconds["forward"],
+            "full_step / forward": seconds["full_step"] / seconds["forward"],
+            "frozen_step / published_step": seconds["frozen_step"] / seconds["published_step"],
+            "gates_and_prompts / frozen_step": seconds["gates_and_prompts"] / seconds["frozen_step"],
+            "sampling patched / unpatched": seconds["sampling_patched"] / seconds["sampling_unpatched"],
+            "saved frozen / published": memory["frozen_step"] / memory["published_step"],
+        }
+        found: dict[str, object] = {"seconds": seconds, "ratios": ratios, "saved_mib": memory}
+        if self.device == "cuda":
+            found["peak_mib"] = {name: self.peak(steps[name]) for name in ("frozen_step", "full_step", "published_step")}
+        return found
+
+    def peak(self, action: Callable[[], object]) -> float:
+        """MiB above what lies on the GPU before."""
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        action()
+        finish(self.device)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def vae_seconds(batch: int, rounds: int, device: str, precision: str) -> float:
+    """Seconds that Stable Diffusion's VAE (random weights) takes to encode 256x256 images, as the published step does."""
+    from diffusers import AutoencoderKL
+
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    vae = (
+        AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, **blocks).to(device).eval()
+    )
+    images = torch.rand(batch, 3, 256, 256, device=device)
+
+    @torch.no_grad()
+    def encode() -> None:
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+            vae.encode(images)
+
+    return interleaved({"encode": encode}, rounds, device)["encode"]
 
 
 def saved_bytes(action: Callable[[], object], weights: Iterable[Tensor]) -> int:
@@ -112,24 +226,19 @@ def main() -> None:
     parser.add_argument("--shape", default="DiT-S/2")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--precision", choices=["no", "bf16"], default="no")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--vae", action="store_true")
     args = parser.parse_args()
-    case = Case(args.shape, args.batch)
-    weights = sum(p.numel() * p.element_size() for p in case.backbone.parameters())
-    held = [*case.backbone.parameters(), *case.patch.parameters()]
-    memory = {"frozen_step": saved_bytes(case.frozen_step, held), "full_step": saved_bytes(case.full_step, held)}
-    seconds = interleaved({"forward": case.forward, "frozen_step": case.frozen_step, "full_step": case.full_step}, args.rounds)
-    result = {
-        "shape": args.shape,
-        "batch": args.batch,
-        "rounds": args.rounds,
-        "threads": torch.get_num_threads(),
-        "seconds": seconds,
-        "frozen_step_over_forward": seconds["frozen_step"] / seconds["forward"],
-        "full_step_over_forward": seconds["full_step"] / seconds["forward"],
-        "saved_mib": {name: size / 2**20 for name, size in memory.items()},
-        "weights_mib": weights / 2**20,
-        "help_seconds": help_seconds(args.rounds),
-    }
+    card = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    found = Case(args.shape, args.batch, args.device, args.precision, args.compile).measure(args.rounds)
+    if args.vae:
+        seconds = vae_seconds(args.batch, args.rounds, args.device, args.precision)
+        step: dict[str, float] = found["seconds"]  # type: ignore[assignment]
+        ratio = step["frozen_step"] / (step["published_step"] + seconds)
+        found |= {"vae_seconds": seconds, "frozen_step / published_step with VAE": ratio}
+    result = {**vars(args), "on": card, "torch": torch.__version__, **found, "help_seconds": help_seconds(args.rounds)}
     sys.stdout.write(json.dumps(result, indent=1) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""What dmpctl adds to a bare loop: `python -m tests.bench.overhead [--shape DiT-S/2] [--batch 8] [--steps 4] [--rounds 5]`, JSON.
+"""What dmpctl adds to a bare loop: `python -m tests.bench.overhead [--shape DiT-S/2] [--batch 8] [--device cuda] ...`, JSON.
 
 - In one process, taken in turn: the arithmetic alone (forward, backward, AdamW of the patch, on noise that is at hand), and the
   whole trainer with order, noise, guards, average, log lines and a checkpoint per round: medians of seconds per step.
@@ -66,11 +66,12 @@ def backbone_of(shape: str) -> Loaded:
     return Loaded(freeze(model), digest_of(model.state_dict()), shape, None)
 
 
-def steps(shape: str, batch: int, count: int, rounds: int, folder: Path) -> dict[str, float]:
+def steps(shape: str, batch: int, count: int, rounds: int, device: str, folder: Path) -> dict[str, float]:
     """Seconds per step of the bare loop and of the trainer, and what a checkpoint costs."""
-    given = {"run": folder / "run", "batch_size": batch, "save_every": count, "log_every": 1, "ema": 0.99, "cpu": True}
+    given = {"run": folder / "run", "batch_size": batch, "save_every": count, "log_every": 1, "ema": 0.99, "device": device}
     settings = settings_for("patch", **given)
     loaded, source = backbone_of(shape), Noise()
+    loaded.model.to(device)
     session = patch.session_of(settings, loaded, Identity(), source)
     run = RunDir(folder / "run")
     run.path.mkdir()
@@ -91,7 +92,7 @@ def steps(shape: str, batch: int, count: int, rounds: int, folder: Path) -> dict
         trainer.settings = trainer.settings.model_copy(update={"train": train})
         trainer.train(Silent(), "")
 
-    seconds = interleaved({"bare": bare, "trainer": whole}, rounds)
+    seconds = interleaved({"bare": bare, "trainer": whole}, rounds, device)
     state, waits, writes = trainer._state(), [], []
     for _ in range(max(rounds, 5)):
         with Saver(folder / "saves", "patch", 2) as saver:
@@ -130,12 +131,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         result = {
             **vars(args),
             "threads": torch.get_num_threads(),
-            **steps(args.shape, args.batch, args.steps, args.rounds, Path(name)),
+            **steps(args.shape, args.batch, args.steps, args.rounds, args.device, Path(name)),
             **commands(args.rounds, Path(name)),
         }
     sys.stdout.write(json.dumps(result, indent=1) + "\n")

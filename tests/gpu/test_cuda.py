@@ -1,20 +1,33 @@
 """The same commands on a GPU."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
+from dmpctl.engine import checkpoint
 from dmpctl.engine.generate import generate
 from dmpctl.engine.patched import load_patch
+from dmpctl.files import sha256_of
 from dmpctl.settings.sections import Sampling
-from tests.helpers import patch_run
+from tests.helpers import environment, patch_run, tensors_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
 GPU = {"cpu": False, "device": "cuda"}
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.fixture(autouse=True)
+def other_precisions():
+    """accelerate keeps one precision per process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 def test_a_patch_trains_on_the_gpu_and_leaves_its_backbone_alone(tmp_path: Path, precision: str) -> None:
     report = patch_run(tmp_path / "run", precision=precision, **GPU)
     assert report.data["step"] == 6
@@ -30,3 +43,39 @@ def test_images_are_those_of_the_cpu(tmp_path: Path) -> None:
     cpu, cuda = (generate(load_patch(tmp_path / "run").to(device), range(8), settings, device) for device in devices)
     difference = (cpu.int() - cuda.int()).abs()
     assert difference.float().mean() < 1
+
+
+def test_resumed_is_uninterrupted_to_the_bit_with_deterministic_kernels(tmp_path: Path) -> None:
+    given = {"deterministic": True, "prompt_lr": 0.05, "ema": 0.9, **GPU}
+    try:
+        patch_run(tmp_path / "straight", iters=12, **given)
+        for iters in (7, 12):
+            patch_run(tmp_path / "run", iters=iters, **given)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    one, other = (sha256_of(tmp_path / name / "patch.safetensors") for name in ("straight", "run"))
+    assert one == other
+
+
+def test_a_scaler_survives_a_resume(tmp_path: Path) -> None:
+    for iters in (4, 9):
+        patch_run(tmp_path / "run", iters=iters, precision="fp16", **GPU)
+    assert checkpoint.load(checkpoint.complete(tmp_path / "run" / "checkpoints")[-1]).scaler["scale"] > 0
+
+
+@pytest.mark.parametrize("given", [{"compile": True}, {"precision": "bf16", "backbone_dtype": "bf16"}, {"grad_checkpoint": True}])
+def test_what_makes_it_faster_or_smaller_trains_the_same_patch(tmp_path: Path, given: dict[str, object]) -> None:
+    plain = {"precision": given["precision"]} if "precision" in given else {}
+    patch_run(tmp_path / "one", prompt_lr=0.05, **plain, **GPU)
+    patch_run(tmp_path / "two", prompt_lr=0.05, **given, **GPU)
+    one, two = (tensors_of(tmp_path / name / "patch.safetensors") for name in ("one", "two"))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=2e-2, atol=2e-3)
+
+
+def test_one_process_in_a_group_of_its_own(tmp_path: Path) -> None:
+    """The way of many GPUs (gloo and NCCL, DDP left out by accelerate) with one."""
+    line = ["-m", "torch.distributed.run", "--nproc-per-node", "1", "-m", "--", "dmpctl", "patch", "--run", str(tmp_path / "run")]
+    line += ["--iters", "6", "--batch-size", "8", "--device", "cuda", "--no-evaluate"]
+    done = subprocess.run([sys.executable, *line], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr

@@ -103,23 +103,25 @@ def _started(launch: Launch, processes: int, folder: Path) -> "dict[int, Any] | 
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
     hosts = {} if launch.node_rank is None else {"is_host": launch.node_rank == 0}
-    config = LaunchConfig(
-        min_nodes=low,
-        max_nodes=high,
-        nproc_per_node=processes,
-        run_id=uuid.uuid4().hex if high == 1 else os.environ.get("SLURM_JOB_ID", MEETING),
-        rdzv_backend="c10d",
-        rdzv_endpoint=launch.rdzv_endpoint or "localhost:0",
-        rdzv_configs=hosts,
-        local_addr="localhost" if high == 1 else None,
-        max_restarts=launch.max_restarts,
-        monitor_interval=POLL,
-        shutdown_timeout=SAVING,
-        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
-        logs_specs=DefaultLogsSpecs(
+    wanted: dict[str, Any] = {
+        "min_nodes": low,
+        "max_nodes": high,
+        "nproc_per_node": processes,
+        "run_id": uuid.uuid4().hex if high == 1 else os.environ.get("SLURM_JOB_ID", MEETING),
+        "rdzv_backend": "c10d",
+        "rdzv_endpoint": launch.rdzv_endpoint or "localhost:0",
+        "rdzv_configs": hosts,
+        "local_addr": "localhost" if high == 1 else None,
+        "max_restarts": launch.max_restarts,
+        "monitor_interval": POLL,
+        "shutdown_timeout": SAVING,
+        "signals_to_handle": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+        "logs_specs": DefaultLogsSpecs(
             log_dir=str(folder / "logs"), redirects={rank: Std.NONE if rank == 0 else Std.ALL for rank in range(processes)}
         ),
-    )
+    }
+    there = LaunchConfig.__dataclass_fields__  # older releases of torch wait 30 sec after a signal, whatever is asked for
+    config = LaunchConfig(**{name: value for name, value in wanted.items() if name in there})
     try:
         elastic_launch(config, sys.executable)("-m", "dmpctl.cli.worker", str(folder))
     except ChildFailedError as error:

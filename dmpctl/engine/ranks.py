@@ -81,7 +81,7 @@ def join(launch: Launch) -> Ranks:
     """Take part in the group that this process was started for, or be alone. UsageError for a device that is not there."""
     if not launched():
         device = resolve_device(launch)
-        if device.type == "cuda":
+        if device.index is not None:
             torch.cuda.set_device(device)  # accelerate takes the current one
         return Ranks(0, 1, device)
     device = own_device(launch)

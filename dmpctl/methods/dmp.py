@@ -22,9 +22,9 @@ from dmpctl.methods.gate import (
     softmax_of_best,
     squared_cv,
 )
-from dmpctl.methods.prompts import PromptModule, PromptShape, prompt_edit, prompt_shape
+from dmpctl.methods.prompts import PromptModule, PromptShape, gated_edit, prompt_edit, prompt_shape
 from dmpctl.settings.methods import Dmp
-from dmpctl.types import BackboneSpec, Plan, Routing
+from dmpctl.types import BackboneSpec, Edit, Plan, Routing
 
 NOISE_FLOOR = 0.01  # smallest standard deviation of the gate noise (Shazeer et al. 2017, eq. 4)
 
@@ -122,7 +122,7 @@ class DmpPatch(PromptModule):
         """Gates and edit of all blocks for conditioning c [B, D]; noise [B, L, K] in training only."""
         with torch.autocast(c.device.type, enabled=False):
             routing = self.route(c.float(), noise)
-            return Plan(prompt_edit(self.shape, self.settings.position, self._mixed(routing.gates)), routing)
+            return Plan(self._edit(routing.gates), routing)
 
     def route(self, c: Tensor, noise: Tensor | None = None) -> Routing:
         """Gates [L, B, K] of c [B, D] (eq. 2-3; noisy top-k after Shazeer et al. 2017, eq. 3-5)."""
@@ -140,6 +140,13 @@ class DmpPatch(PromptModule):
     def _kept(self, logits: Tensor) -> Tensor:
         """Gates [L, B, K] of logits."""
         return one_hot_of_best(logits) if self.settings.gate == "hard" else softmax_of_best(logits, self.shape.kept)
+
+    def _edit(self, gates: Tensor) -> Edit:
+        """What these gates [L, B, K] do to the tokens of the patched blocks."""
+        shape, position = self.shape, self.settings.position
+        if position == "add" and self.gate is not None and shape.sets is None:
+            return gated_edit(shape, (gates * self.scale).unbind(), self.all_prompts().unbind())
+        return prompt_edit(shape, position, self._mixed(gates))
 
     def _mixed(self, gates: Tensor) -> Callable[[int], Tensor]:
         """Gated prompts [B, N, D] of the `number`-th patched block, made when it is reached; [N, D] for a uniform gate."""

@@ -3,12 +3,13 @@
 DMP and prompt tuning share all of this; they differ in what the prompts are multiplied with.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, assert_never
+from typing import Any, Literal, assert_never
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from dmpctl.errors import UsageError
 from dmpctl.rng import seed_of
@@ -132,6 +133,46 @@ class PromptModule(nn.Module):
     def prompt_parameters(self) -> list[nn.Parameter]:
         """The parameters that hold the prompts."""
         return [self.prompt_embeddings] if self._full else [self.prompt_rows, self.prompt_columns]
+
+
+class GatedAdd(torch.autograd.Function):
+    """tokens + gates * prompts (eq. 2), in one pass over the tokens [B, N, D]; gates [B or 1, N], prompts [N, D].
+
+    The backward pass reads the gradient once for the gates and once for the prompts, as batched matrix products over the
+    tokens; autograd's own would write and read several tensors as large as the tokens. Sums are float32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, gates: Tensor, prompts: Tensor) -> Tensor:
+        ctx.save_for_backward(gates, prompts)
+        return torch.addcmul(tokens.float(), gates.unsqueeze(-1), prompts).to(tokens.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        gates, prompts = ctx.saved_tensors
+        by_token = grad.float().transpose(0, 1)  # [N, B, D]
+        for_gates = for_prompts = None
+        if ctx.needs_input_grad[1]:
+            for_gates = torch.bmm(by_token, prompts.unsqueeze(2)).squeeze(2).t().sum_to_size(gates.shape)
+        if ctx.needs_input_grad[2]:
+            for_prompts = torch.bmm(gates.expand(len(grad), -1).t().unsqueeze(1), by_token).squeeze(1)
+        return grad, for_gates, for_prompts
+
+
+def gated_edit(shape: PromptShape, gates: Sequence[Tensor], prompts: Sequence[Tensor]) -> Edit:
+    """The edit that adds the gated prompts [N, D] of each patched block, with gates [B or 1, N], to its tokens."""
+    number_of = {block: number for number, block in enumerate(shape.blocks)}
+
+    def edit(site: int, tokens: Tensor) -> Tensor:
+        number = number_of.get(site)
+        if number is None:
+            return tokens
+        with torch.autocast(tokens.device.type, enabled=False):
+            added: Tensor = GatedAdd.apply(tokens, gates[number], prompts[number])
+        return added
+
+    return edit
 
 
 def prompt_edit(shape: PromptShape, position: Literal["add", "prepend"], prompts_at: Callable[[int], Tensor]) -> Edit:

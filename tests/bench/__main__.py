@@ -29,6 +29,7 @@ from dmpctl.diffusion.schedule import NoiseSchedule
 from dmpctl.engine.build import Loaded, build_patch, freeze
 from dmpctl.engine.generate import denoiser_of
 from dmpctl.engine.patched import Patched, predict_patched
+from dmpctl.engine.speed import frozen_weights
 from dmpctl.settings.methods import Dmp
 from dmpctl.settings.sections import Objective, Sampling
 from tests.bench.published import PublishedPatch, published_forward
@@ -72,6 +73,10 @@ class Case:
         self.published = PublishedPatch(self.backbone).to(device)
         self.loaded = Loaded(freeze(self.backbone).to(device), digest_of(self.backbone.state_dict()), name, None)
         self.trained.to(device)
+        if precision == "bf16":  # as under --backbone-dtype bf16
+            for weight in frozen_weights(self.backbone):
+                tensor = self.backbone.get_parameter(weight)
+                tensor.data = tensor.data.to(torch.bfloat16)
         if compiled:
             for block in (*self.backbone.blocks, *self.trained.blocks):
                 block.compile(fullgraph=True)

@@ -30,7 +30,6 @@ from dmpctl.engine.train import Trainer
 from dmpctl.types import Silent
 from tests.bench.__main__ import interleaved
 from tests.helpers import environment, settings_for
-from tests.random_inception import random_images
 
 SIDE, COUNT = 32, 512
 
@@ -41,7 +40,7 @@ class Noise:
     name, num_classes, mirror, fingerprint = "noise", 0, False, "0" * 64
 
     def __init__(self) -> None:
-        self._images = random_images(COUNT, SIDE, SIDE)
+        self._images = torch.randint(256, (COUNT, 3, SIDE, SIDE), dtype=torch.uint8)
 
     def __len__(self) -> int:
         return COUNT

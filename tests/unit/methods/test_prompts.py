@@ -252,3 +252,25 @@ def test_prompts_are_mixed_in_float32_under_autocast(settings):
         plan = patch.plan(c)
         found = [plan.edit(block, tokens) for block in range(L)]
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_gated_sum_and_its_gradients_are_those_of_the_formula(rows, dtype):
+    """tokens + gates * prompts written out, in the tokens' own format, with gradients by autograd; gates of one row serve all."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(5, 4, 6, generator=generator).to(dtype).requires_grad_()
+    gates = torch.rand(rows, 4, generator=generator).requires_grad_()
+    prompts = torch.randn(4, 6, generator=generator).requires_grad_()
+    weight = torch.randn(5, 4, 6, generator=generator)
+    found = GatedAdd.apply(tokens, gates, prompts)
+    expected = (tokens.float() + gates.unsqueeze(-1) * prompts).to(dtype)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+    one, two = (
+        torch.autograd.grad((out.float() * weight).sum(), [tokens, gates, prompts], retain_graph=True)
+        for out in (found, expected)
+    )
+    for mine, theirs in zip(one, two, strict=True):
+        assert mine.shape == theirs.shape
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""`python -m tests.faults [--tries 200] [--seed 0] [--out FILE.md]`: see tests/faults/campaign.py."""
+"""`python -m tests.faults [--tries 200] [--seed 0] [--only PHASE] [--out FILE.md]`: see tests/faults/campaign.py."""
 
 import argparse
 import sys
@@ -13,13 +13,14 @@ def main() -> int:
     parser.add_argument("--tries", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", help="one phase: 'fid', 'sampling', ...")
     options = parser.parse_args()
 
     def report(row: Row) -> None:
         sys.stderr.write(f"{row}\n")
 
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-        rows = campaign(options.tries, options.seed, Path(folder), report)
+        rows = campaign(options.tries, options.seed, Path(folder), report, options.only)
     text = table(rows)
     sys.stdout.write(text + "\n")
     if options.out is not None:

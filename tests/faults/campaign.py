@@ -116,7 +116,7 @@ def phases(shared: Path) -> list[Phase]:
                 ),
             ),
             lambda place: None,
-            lambda place: {path.name: value_of(path) for path in sorted((place / "run" / "metrics").glob("*.json"))},
+            lambda place: {path.stem.rsplit("-", 1)[0]: value_of(path) for path in (place / "run" / "metrics").glob("*.json")},
         ),
     ]
 
@@ -254,13 +254,18 @@ def damaged(tries: int, draw: random.Random, folder: Path) -> Iterator[Row]:
         yield row
 
 
-def campaign(tries: int, seed: int, folder: Path, report: Callable[[Row], None]) -> list[Row]:
-    """`tries` kills over all phases, and in proportion the other faults. Each row is reported as it is finished."""
+def campaign(tries: int, seed: int, folder: Path, report: Callable[[Row], None], only: str | None = None) -> list[Row]:
+    """`tries` kills over all phases, and in proportion the other faults. Each row is reported as it is finished.
+
+    `only`: the phase to disturb, None: all of them.
+    """
     draw, rows = random.Random(seed), []
     every = phases(folder / "shared")
     shares = (0.55, 0.15, 0.15, 0.15)
     work: list[Callable[[Path], Row]] = []
     for phase, share in zip(every, shares, strict=True):
+        if only not in (None, phase.name):
+            continue
         kills, terms, disks = max(1, round(share * tries)), max(1, round(share * tries / 5)), max(1, round(share * tries / 8))
         work.append(lambda f, phase=phase, n=kills: signalled(phase, signal.SIGKILL, n, draw, f))  # type: ignore[misc]
         work.append(lambda f, phase=phase, n=terms: signalled(phase, signal.SIGTERM, n, draw, f))  # type: ignore[misc]
@@ -269,7 +274,7 @@ def campaign(tries: int, seed: int, folder: Path, report: Callable[[Row], None])
         rows.append(act(folder / f"work-{number}"))
         report(rows[-1])
         shutil.rmtree(folder / f"work-{number}", ignore_errors=True)
-    for row in damaged(max(1, tries // 4), draw, folder / "damaged"):
+    for row in damaged(max(1, tries // 4), draw, folder / "damaged") if only is None else ():
         rows.append(row)
         report(row)
     return rows

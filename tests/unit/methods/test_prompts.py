@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dmpctl.errors import UsageError
 from dmpctl.methods.dmp import dmp_shape
-from dmpctl.methods.prompts import patched_blocks, prompt_shape
+from dmpctl.methods.prompts import GatedAdd, patched_blocks, prompt_shape
 from dmpctl.settings.methods import Dmp, PromptTuning
 from tests.unit.methods.made import SPEC, B, D, L, N, T, X, Y, backbone, fresh, made, normal, routed, spec
 
@@ -267,10 +267,8 @@ def test_the_gated_sum_and_its_gradients_are_those_of_the_formula(rows, dtype):
     expected = (tokens.float() + gates.unsqueeze(-1) * prompts).to(dtype)
     assert found.dtype == dtype
     torch.testing.assert_close(found, expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
-    one, two = (
-        torch.autograd.grad((out.float() * weight).sum(), [tokens, gates, prompts], retain_graph=True)
-        for out in (found, expected)
-    )
+    inputs = [tokens, gates, prompts]
+    one, two = (torch.autograd.grad((out.float() * weight).sum(), inputs, retain_graph=True) for out in (found, expected))
     for mine, theirs in zip(one, two, strict=True):
         assert mine.shape == theirs.shape
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)

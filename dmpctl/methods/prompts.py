@@ -136,7 +136,7 @@ class PromptModule(nn.Module):
 
 
 class GatedAdd(torch.autograd.Function):
-    """tokens + gates * prompts (eq. 2), in one pass over the tokens [B, N, D]; gates [B or 1, N], prompts [N, D].
+    """tokens + gates * prompts (eq. 2), in one pass over the tokens [B, N, D]; gates [B, N], prompts [N, D].
 
     The backward pass reads the gradient once for the gates and once for the prompts, as batched matrix products over the
     tokens; autograd's own would write and read several tensors as large as the tokens. Sums are float32.
@@ -154,9 +154,9 @@ class GatedAdd(torch.autograd.Function):
         by_token = grad.float().transpose(0, 1)  # [N, B, D]
         for_gates = for_prompts = None
         if ctx.needs_input_grad[1]:
-            for_gates = torch.bmm(by_token, prompts.unsqueeze(2)).squeeze(2).t().sum_to_size(gates.shape)
+            for_gates = torch.bmm(by_token, prompts.unsqueeze(2)).squeeze(2).t()
         if ctx.needs_input_grad[2]:
-            for_prompts = torch.bmm(gates.expand(len(grad), -1).t().unsqueeze(1), by_token).squeeze(1)
+            for_prompts = torch.bmm(gates.t().unsqueeze(1), by_token).squeeze(1)
         return grad, for_gates, for_prompts
 
 
@@ -169,6 +169,8 @@ def gated_edit(shape: PromptShape, gates: Sequence[Tensor], prompts: Sequence[Te
         if number is None:
             return tokens
         with torch.autocast(tokens.device.type, enabled=False):
+            if len(gates[number]) == 1:  # the same for all samples: mixed once
+                return tokens + (gates[number][0].unsqueeze(-1) * prompts[number]).to(tokens.dtype)
             added: Tensor = GatedAdd.apply(tokens, gates[number], prompts[number])
         return added
 

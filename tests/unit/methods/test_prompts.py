@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dmpctl.errors import UsageError
 from dmpctl.methods.dmp import dmp_shape
-from dmpctl.methods.prompts import GatedAdd, patched_blocks, prompt_shape
+from dmpctl.methods.prompts import PromptShape, gated_edit, patched_blocks, prompt_shape
 from dmpctl.settings.methods import Dmp, PromptTuning
 from tests.unit.methods.made import SPEC, B, D, L, N, T, X, Y, backbone, fresh, made, normal, routed, spec
 
@@ -263,7 +263,7 @@ def test_the_gated_sum_and_its_gradients_are_those_of_the_formula(rows, dtype):
     gates = torch.rand(rows, 4, generator=generator).requires_grad_()
     prompts = torch.randn(4, 6, generator=generator).requires_grad_()
     weight = torch.randn(5, 4, 6, generator=generator)
-    found = GatedAdd.apply(tokens, gates, prompts)
+    found = gated_edit(PromptShape(1, 4, 6), [gates], [prompts])(0, tokens)
     expected = (tokens.float() + gates.unsqueeze(-1) * prompts).to(dtype)
     assert found.dtype == dtype
     torch.testing.assert_close(found, expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)

@@ -170,7 +170,7 @@ def gated_edit(shape: PromptShape, gates: Sequence[Tensor], prompts: Sequence[Te
             return tokens
         with torch.autocast(tokens.device.type, enabled=False):
             if len(gates[number]) == 1:  # the same for all samples: mixed once
-                return tokens + (gates[number][0].unsqueeze(-1) * prompts[number]).to(tokens.dtype)
+                return (tokens.float() + gates[number][0].unsqueeze(-1) * prompts[number]).to(tokens.dtype)
             added: Tensor = GatedAdd.apply(tokens, gates[number], prompts[number])
         return added
 

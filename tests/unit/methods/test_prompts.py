@@ -266,7 +266,9 @@ def test_the_gated_sum_and_its_gradients_are_those_of_the_formula(rows, dtype):
     found = gated_edit(PromptShape(1, 4, 6), [gates], [prompts])(0, tokens)
     expected = (tokens.float() + gates.unsqueeze(-1) * prompts).to(dtype)
     assert found.dtype == dtype
-    torch.testing.assert_close(found, expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        found, expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=2e-2 if dtype == torch.bfloat16 else 1e-6
+    )
     inputs = [tokens, gates, prompts]
     one, two = (torch.autograd.grad((out.float() * weight).sum(), inputs, retain_graph=True) for out in (found, expected))
     for mine, theirs in zip(one, two, strict=True):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dmpctl.diffusion.schedule import NoiseSchedule, split_prediction
-from dmpctl.settings.sections import Objective
+from dmpctl.settings.training import Objective
 
 
 @dataclass(frozen=True)

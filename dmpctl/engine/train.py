@@ -4,7 +4,6 @@ Everything random is a function of (seed, step, sample): resumed equals uninterr
 """
 
 import math
-import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from dmpctl.diffusion.objective import HybridObjective
 from dmpctl.diffusion.schedule import NoiseSchedule
 from dmpctl.diffusion.timesteps import TimestepDensity
 from dmpctl.engine import checkpoint
+from dmpctl.engine.clock import Averages, Clock
 from dmpctl.engine.ranks import ranks_of
 from dmpctl.engine.rundir import RunDir
 from dmpctl.engine.saver import Saver
@@ -73,26 +73,6 @@ class Noised:
         size = len(self.t) // count
         each = [[None] * count if value is None else value.split(size) for value in vars(self).values()]
         return [self] if count == 1 else [Noised(*fields) for fields in zip(*each, strict=True)]
-
-
-class Averages:
-    """Running means of a few scalars between two log lines, without waiting for the device."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._count = 0
-
-    def add(self, figures: Mapping[str, Tensor]) -> None:
-        """One step's figures; none: a step that was skipped, which the means leave out."""
-        for name, value in figures.items():
-            self._sums[name] = self._sums.get(name, torch.zeros((), device=value.device)) + value.detach()
-        self._count += bool(figures)
-
-    def take(self) -> dict[str, float]:
-        """Means since the last call."""
-        means = {name: float(total) / max(self._count, 1) for name, total in self._sums.items()}
-        self._sums, self._count = {}, 0
-        return means
 
 
 class Trainer:
@@ -321,7 +301,7 @@ class Trainer:
                 "lower the learning rates; the last checkpoint is good",
             )
 
-    def _log(self, means: dict[str, float], clock: "Clock", task: ProgressTask) -> None:
+    def _log(self, means: dict[str, float], clock: Clock, task: ProgressTask) -> None:
         speed, means = clock.take(), self.ranks.mean(means)
         task.advance(int(speed.pop("steps")), loss=means.get("loss", math.nan), **{"steps/s": speed["steps_per_sec"]})
         if self.ranks.is_main:
@@ -346,57 +326,3 @@ class Trainer:
         """The optimizer inside accelerate's wrapper, whose state is keyed by the parameters themselves."""
         plain: torch.optim.Optimizer = self.optimizer.optimizer
         return plain
-
-
-class Clock:
-    """Speed and data wait between two log lines."""
-
-    def __init__(self, batch_size: int) -> None:
-        self._batch = batch_size
-        self._reset()
-
-    def _reset(self) -> None:
-        self._start, self._wait, self._steps = time.perf_counter(), 0.0, 0
-
-    def tick(self) -> None:
-        self._steps += 1
-
-    def waiting(self) -> "_Wait":
-        return _Wait(self)
-
-    def add_wait(self, seconds: float) -> None:
-        self._wait += seconds
-
-    def take(self) -> dict[str, float]:
-        """steps/sec, images/sec, share of time spent waiting for data, and peak memory in MiB; starts anew."""
-        elapsed = max(time.perf_counter() - self._start, 1e-9)
-        rate = self._steps / elapsed
-        figures = {
-            "steps": float(self._steps),
-            "steps_per_sec": round(rate, 3),
-            "images_per_sec": round(rate * self._batch, 1),
-            "data_wait": round(self._wait / elapsed, 4),
-            "peak_memory_mib": peak_memory_mib(),
-        }
-        self._reset()
-        return figures
-
-
-class _Wait:
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-
-    def __enter__(self) -> None:
-        self._since = time.perf_counter()
-
-    def __exit__(self, *exc: object) -> None:
-        self._clock.add_wait(time.perf_counter() - self._since)
-
-
-def peak_memory_mib() -> float:
-    """Peak memory of this process in MiB: of the GPU where one is used, else resident."""
-    if torch.cuda.is_available():
-        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
-    import resource
-
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)

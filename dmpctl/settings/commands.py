@@ -24,17 +24,14 @@ from dmpctl.settings.sections import (
     Gates,
     Images,
     Importing,
-    Objective,
-    Pretrain,
     Result,
     Run,
     Sampling,
-    Save,
     Section,
     Shape,
-    Train,
     choices_of,
 )
+from dmpctl.settings.training import Objective, Pretrain, Save, Train
 
 VARIABLE_PREFIX = "DMPCTL_"
 

@@ -23,16 +23,13 @@ from dmpctl.settings.sections import (
     Gates,
     Images,
     Importing,
-    Objective,
-    Pretrain,
     Result,
     Run,
     Sampling,
-    Save,
     Section,
     Shape,
-    Train,
 )
+from dmpctl.settings.training import Objective, Pretrain, Save, Train
 
 
 class Settings(BaseSettings):

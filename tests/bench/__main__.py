@@ -31,7 +31,8 @@ from dmpctl.engine.generate import denoiser_of
 from dmpctl.engine.patched import Patched, predict_patched
 from dmpctl.engine.speed import frozen_weights
 from dmpctl.settings.methods import Dmp
-from dmpctl.settings.sections import Objective, Sampling
+from dmpctl.settings.sections import Sampling
+from dmpctl.settings.training import Objective
 from tests.bench.published import PublishedPatch, published_forward
 
 

@@ -28,7 +28,7 @@ from dmpctl.files import read_json, read_tensors
 from dmpctl.methods.dmp import DmpPatch, dmp_shape
 from dmpctl.methods.gate import per_sample_importance
 from dmpctl.settings.methods import Dmp
-from dmpctl.settings.sections import Objective
+from dmpctl.settings.training import Objective
 from dmpctl.types import ScheduleSpec
 
 WEIGHTS, TENSORS, RESPACED = ".weights.safetensors", ".tensors.safetensors", "respaced_timesteps.json"

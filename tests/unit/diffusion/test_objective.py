@@ -14,7 +14,7 @@ from torch.distributions import Normal, kl_divergence
 
 from dmpctl.diffusion.objective import HybridObjective, discretised_log_likelihood
 from dmpctl.diffusion.schedule import NoiseSchedule
-from dmpctl.settings.sections import Objective
+from dmpctl.settings.training import Objective
 from dmpctl.types import ScheduleSpec
 
 GOLDEN = Path(__file__).parents[2] / "golden"

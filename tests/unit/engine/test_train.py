@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from dmpctl.engine import checkpoint, patch, train
+from dmpctl.engine import checkpoint, patch
+from dmpctl.engine.clock import Averages
 from dmpctl.errors import IntegrityError, NumericalError, UsageError
 from dmpctl.files import sha256_of
 from tests.helpers import flip, patch_run, tensors_of, tree
@@ -201,7 +202,7 @@ def test_guidance_that_cannot_be_fails_before_training(tmp_path):
 
 
 def test_averages_start_anew():
-    averages = train.Averages()
+    averages = Averages()
     assert averages.take() == {}
     averages.add({"a": torch.tensor(1.0)})
     averages.add({})

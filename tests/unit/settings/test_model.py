@@ -9,7 +9,8 @@ from dmpctl.errors import IntegrityError
 from dmpctl.settings.layers import resolve
 from dmpctl.settings.methods import Dmp
 from dmpctl.settings.model import Settings
-from dmpctl.settings.sections import Data, Shape, Train
+from dmpctl.settings.sections import Data, Shape
+from dmpctl.settings.training import Train
 
 
 def test_the_environment_is_not_read(monkeypatch):

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from dmpctl.data.latents import unpack
-from dmpctl.data.loader import batches
+from dmpctl.data.loader import StepBatches, batches, order_of
 from dmpctl.diffusion.objective import HybridObjective
 from dmpctl.diffusion.schedule import NoiseSchedule
 from dmpctl.diffusion.timesteps import TimestepDensity
@@ -295,7 +295,10 @@ class Trainer:
             self.accelerator.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.bad_steps >= self.settings.train.max_bad_steps:
-            where = f"last at step {self.step} with timesteps {batch.t[:8].tolist()}"
+            run, size, ranks = self.settings.run, self.settings.train.batch_size, self.ranks
+            order = StepBatches(len(self.source), size, run.seed, self.step, ranks.rank, ranks.world, order_of(self.source))
+            samples = order.at(self.step)[1][:8].tolist()
+            where = f"last at step {self.step} with timesteps {batch.t[:8].tolist()} of samples {samples}"
             raise NumericalError(
                 f"the loss or its gradient was not finite {self.bad_steps} steps in a row, {where}",
                 "lower the learning rates; the last checkpoint is good",

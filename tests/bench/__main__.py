@@ -36,17 +36,22 @@ from dmpctl.settings.training import Objective
 from tests.bench.published import PublishedPatch, published_forward
 
 
-def interleaved(actions: dict[str, Callable[[], object]], rounds: int, device: str = "cpu") -> dict[str, float]:
+def interleaved(
+    actions: dict[str, Callable[[], object]],
+    rounds: int,
+    device: str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
     """Median seconds of each action, taken in turn so that a drift of the machine hits all alike; two warm-ups each."""
     times: dict[str, list[float]] = {name: [] for name in actions}
     for number in range(rounds + 2):
         for name, action in actions.items():
             finish(device)
-            start = time.perf_counter()
+            start = clock()
             action()
             finish(device)
             if number > 1:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
     return {name: median(values) for name, values in times.items()}
 
 

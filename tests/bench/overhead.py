@@ -1,7 +1,8 @@
 """What dmpctl adds to a bare loop: `python -m tests.bench.overhead [--shape DiT-S/2] [--batch 8] [--device cuda] ...`, JSON.
 
 - In one process, taken in turn: the arithmetic alone (forward, backward, AdamW of the patch, on noise that is at hand), and the
-  whole trainer with order, noise, guards, average, log lines and a checkpoint per round: medians of seconds per step.
+  whole trainer with order, noise, guards, average, log lines and a checkpoint per round: medians of seconds per step (of CPU
+  time on a CPU).
 - Seconds that training waits for a checkpoint (a copy in memory), against those that writing it takes.
 - Whole processes: `dmpctl patch` of one step as it is, and through the launcher with two processes.
 """
@@ -91,7 +92,8 @@ def steps(shape: str, batch: int, count: int, rounds: int, device: str, folder: 
         trainer.settings = trainer.settings.model_copy(update={"train": train})
         trainer.train(Silent(), "")
 
-    seconds = interleaved({"bare": bare, "trainer": whole}, rounds, device)
+    clock = time.perf_counter if device == "cuda" else time.process_time  # of the CPU: other programs may share it
+    seconds = interleaved({"bare": bare, "trainer": whole}, rounds, device, clock)
     state, waits, writes = trainer._state(), [], []
     for _ in range(max(rounds, 5)):
         with Saver(folder / "saves", "patch", 2) as saver:

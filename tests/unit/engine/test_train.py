@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from dmpctl.data.loader import StepBatches
 from dmpctl.engine import checkpoint, patch
 from dmpctl.engine.clock import Averages
 from dmpctl.errors import IntegrityError, NumericalError, UsageError
@@ -122,6 +123,8 @@ def test_too_many_in_a_row_end_the_run_with_a_good_checkpoint(tmp_path, monkeypa
     with pytest.raises(NumericalError, match=r"not finite 3 steps in a row, last at step 5 with timesteps \[\d+, ") as failure:
         patch_run(tmp_path / "run", iters=20, save_every=1, max_bad_steps=3)
     assert failure.value.exit_code == 5
+    seen = StepBatches(1797, 8, 0, 5).at(5)[1].tolist()
+    assert failure.value.message.endswith(f"of samples {seen}")
     newest = checkpoint.complete(tmp_path / "run" / "checkpoints")[-1]
     assert newest.name == "step-0000003"
     assert all(value.isfinite().all() for value in checkpoint.load(newest).raw.values())

@@ -12,7 +12,7 @@ import typer
 from pydantic.fields import FieldInfo
 
 from dmpctl.cli.help import WIDTH, Command
-from dmpctl.errors import Interrupted
+from dmpctl.errors import Interrupted, UsageError
 from dmpctl.settings.commands import Option, options_of
 from dmpctl.types import Progress, Report
 
@@ -90,8 +90,15 @@ def callback(name: str, body: Body, argument: Argument | None) -> Callable[..., 
 
 
 def started(name: str, settings: "Settings", argument: Any) -> int | None:
-    """Exit code of the command in processes of its own; None where this process is to do it."""
-    if "num_processes" not in options_of(name) or settings.console.dry_run:
+    """Exit code of the command in processes of its own; None where this process is to do it.
+
+    UsageError for one of several processes of a command that is made for one.
+    """
+    if "num_processes" not in options_of(name):
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UsageError(f"dmpctl {name} works in one process, {os.environ['WORLD_SIZE']} were started", "start it by itself")
+        return None
+    if settings.console.dry_run:
         return None
     if settings.launch.num_processes == 1 and settings.launch.nnodes == "1":  # needs no torch
         return None

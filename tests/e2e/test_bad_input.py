@@ -213,6 +213,12 @@ def test_a_patch_on_another_backbone(tmp_path, cli, conditional, run):
     failed(cli("sample", tmp_path / "other"), 2, "is no known backbone, no file and no run")
 
 
+def test_one_of_several_processes_of_a_command_for_one(cli, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for line in (("doctor",), ("compare", "x.toml"), ("download", "--list")):
+        failed(cli(*line), 2, "works in one process, 2 were started", hint="start it by itself")
+
+
 # Where it is written
 
 

@@ -1,4 +1,4 @@
-"""From noise to x0: DDPM, DDIM and DPM-Solver++ over respaced timesteps.
+"""From noise to x0: DDPM, DDIM, DPM-Solver++ and UniPC over respaced timesteps.
 
 A sampler is a generator of the states after each of its steps, so that only the latest is kept.
 Shapes: B batch, C/H/W channels, height, width. States are float32 whatever the denoiser's dtype.
@@ -15,10 +15,10 @@ from dmpctl.diffusion.schedule import NoiseSchedule, respaced_timesteps, split_p
 from dmpctl.errors import NumericalError, UsageError
 from dmpctl.types import Denoiser, Draw
 
-Sampler = Literal["ddpm", "ddim", "dpm-solver++"]
+Sampler = Literal["ddpm", "ddim", "dpm-solver++", "unipc"]
 Predict = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]  # x, original timestep -> epsilon, variance half or None
 
-LOWEST_LAMBDA = -5.1  # log(alpha / sigma) below which DPM-Solver++ is unstable (cosine schedules), as diffusers advises
+LOWEST_LAMBDA = -5.1  # log(alpha / sigma) below which the solvers are unstable (cosine schedules), as diffusers advises
 
 
 def sample(
@@ -47,8 +47,8 @@ def sample(
             states = _ddpm(predict, draw, x, schedule, steps)
         case "ddim":
             states = _ddim(predict, draw, x, schedule, steps, eta)
-        case "dpm-solver++":
-            states = _dpm_solver(predict, x, schedule, steps)
+        case "dpm-solver++" | "unipc":
+            states = _solved(predict, x, schedule, steps, sampler)
         case _:
             assert_never(sampler)
     for done, state in enumerate(states, start=1):
@@ -90,20 +90,28 @@ def _ddim(predict: Predict, draw: Draw, x: Tensor, schedule: NoiseSchedule, step
         yield x
 
 
-def _dpm_solver(predict: Predict, x: Tensor, schedule: NoiseSchedule, steps: int) -> Iterator[Tensor]:
-    """DPM-Solver++ 2M (Lu et al. 2022, arXiv 2211.01095) by diffusers; deterministic, so it draws nothing.
+def _solved(
+    predict: Predict, x: Tensor, schedule: NoiseSchedule, steps: int, name: Literal["dpm-solver++", "unipc"]
+) -> Iterator[Tensor]:
+    """DPM-Solver++ 2M (Lu et al. 2022, arXiv 2211.01095) or UniPC, bh2 of order 2 (Zhao et al. 2023, arXiv 2302.04867).
 
-    Its timesteps are diffusers' own ("linspace"): one more than asked for, without 0, as the last step goes to no noise.
+    By diffusers; deterministic, so nothing is drawn. Its timesteps are diffusers' own ("linspace"): one more than asked for,
+    without 0, as the last step goes to no noise.
     """
-    from diffusers import DPMSolverMultistepScheduler
+    from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
     abar = schedule.alphas_cumprod
     usable = int(((abar / (1 - abar)).log() / 2 >= LOWEST_LAMBDA).sum())
     if steps >= usable:
-        raise UsageError(f"dpm-solver++ takes at most {usable - 1} steps here, {steps} were asked for", "use --sampler ddim")
-    scheduler: Any = DPMSolverMultistepScheduler  # untyped
-    solver = scheduler(trained_betas=schedule.betas.tolist(), solver_order=2, algorithm_type="dpmsolver++")
-    solver.set_timesteps(timesteps=respaced_timesteps(usable, steps + 1)[:0:-1])
+        raise UsageError(f"{name} takes at most {usable - 1} steps here, {steps} were asked for", "use --sampler ddim")
+    if name == "unipc":
+        scheduler: Any = UniPCMultistepScheduler  # untyped
+        solver = scheduler(num_train_timesteps=usable, trained_betas=schedule.betas[:usable].tolist(), solver_order=2)
+        solver.set_timesteps(steps)
+    else:
+        scheduler = DPMSolverMultistepScheduler
+        solver = scheduler(trained_betas=schedule.betas.tolist(), solver_order=2, algorithm_type="dpmsolver++")
+        solver.set_timesteps(timesteps=respaced_timesteps(usable, steps + 1)[:0:-1])
     for timestep in solver.timesteps:
         eps, _ = predict(x, int(timestep))
         x = solver.step(eps, timestep, x, return_dict=False)[0]

@@ -135,7 +135,7 @@ class Data(Section):
 class Sampling(Section):
     panel: ClassVar[str] = "Sampling"
     science: ClassVar[bool] = False
-    sampler: Annotated[Literal["ddpm", "ddim", "dpm-solver++"], Field(description="Sampler.")] = "ddpm"
+    sampler: Annotated[Literal["ddpm", "ddim", "dpm-solver++", "unipc"], Field(description="Sampler.")] = "ddpm"
     steps: Annotated[int, Field(ge=1, le=1000, description="Denoising steps.")] = 250
     eta: Annotated[float, Field(ge=0, le=1, description="Noise of DDIM, 0 = deterministic.")] = 0.0
     cfg: Annotated[float, Field(ge=0, description="Guidance scale, 1 = none.")] = 1.0

@@ -19,7 +19,7 @@ from dmpctl.types import ScheduleSpec
 GOLDEN = Path(__file__).parents[2] / "golden"
 SHAPE = (3, 4, 6, 6)
 DIFFUSERS_KIND = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
-ALL: list[Sampler] = ["ddpm", "ddim", "dpm-solver++"]
+ALL: list[Sampler] = ["ddpm", "ddim", "dpm-solver++", "unipc"]
 
 
 def schedule_of(kind: str = "linear", steps: int = 1000) -> NoiseSchedule:
@@ -98,6 +98,20 @@ def test_dpm_solver_equals_diffusers_with_its_own_timesteps(steps: int, kind: st
     assert float((found - expected).abs().max() / expected.std()) < 1e-4
 
 
+@pytest.mark.parametrize("steps", [5, 20])
+def test_unipc_is_that_of_diffusers(steps: int) -> None:
+    from diffusers import UniPCMultistepScheduler
+
+    scheduler: Any = UniPCMultistepScheduler
+    theirs = scheduler(beta_schedule="linear")
+    theirs.set_timesteps(steps)
+    x = Draws()()
+    for t in theirs.timesteps:
+        x = theirs.step(toy_eps(x, t.repeat(len(x))), t, x).prev_sample
+    found, expected = sample(toy, Draws(), schedule_of(), True, "unipc", steps), x
+    assert float((found - expected).abs().max() / expected.std()) < 1e-4
+
+
 @pytest.mark.parametrize(
     ("sampler", "eta", "steps", "learned"),
     [
@@ -106,6 +120,7 @@ def test_dpm_solver_equals_diffusers_with_its_own_timesteps(steps: int, kind: st
         ("ddim", 0.0, 250, False),
         ("ddim", 1.0, 1000, False),
         ("dpm-solver++", 0.0, 250, False),
+        ("unipc", 0.0, 250, False),
     ],
 )
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
@@ -142,7 +157,8 @@ def test_the_denoiser_sees_the_golden_original_timesteps(sampler: Sampler) -> No
 
 
 @pytest.mark.parametrize(
-    ("sampler", "eta", "draws"), [("ddpm", 0.0, 10), ("ddim", 0.0, 1), ("ddim", 0.5, 10), ("dpm-solver++", 0.0, 1)]
+    ("sampler", "eta", "draws"),
+    [("ddpm", 0.0, 10), ("ddim", 0.0, 1), ("ddim", 0.5, 10), ("dpm-solver++", 0.0, 1), ("unipc", 0.0, 1)],
 )
 def test_noise_is_drawn_once_per_noisy_step(sampler: Sampler, eta: float, draws: int) -> None:
     """x_T and every step but the last, which adds none."""
@@ -187,7 +203,7 @@ def test_one_step_is_enough(sampler: Sampler) -> None:
 
 @pytest.mark.parametrize("sampler", ALL)
 def test_more_steps_than_the_schedule_has_are_refused(sampler: Sampler) -> None:
-    most = 999 if sampler == "dpm-solver++" else 1000  # DPM-Solver++ does not visit timestep 0
+    most = 999 if sampler in ("dpm-solver++", "unipc") else 1000  # the solvers do not visit timestep 0
     assert sample(toy, Draws(), schedule_of(), True, sampler, most).isfinite().all()
     with pytest.raises(UsageError, match=str(most + 1)):
         sample(toy, Draws(), schedule_of(), True, sampler, most + 1)

@@ -4,8 +4,10 @@ A resumed run goes on in the same ones. What a killed run had sent beyond its la
 is left out: no step is sent twice.
 """
 
+import sys
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from importlib.util import find_spec
 from typing import Any
 
@@ -72,7 +74,8 @@ class Trackers:
     def _guarded(self, name: str, act: Callable[[], None]) -> None:
         """A tracker is somebody else's service: its failure is said once, and it is left out from then on."""
         try:
-            act()
+            with redirect_stdout(sys.stderr):  # stdout is for results
+                act()
         except Exception as error:
             self._open.pop(name, None)
             if self._progress is not None:

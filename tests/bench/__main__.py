@@ -122,10 +122,11 @@ class Case:
         self.frozen.zero_grad()
 
     def gates_and_prompts(self) -> None:
-        """All that a patch adds to a step, forward and backward, without a block."""
+        """All that a patch adds to a step, forward and backward, without a block; the gradient that comes back is at hand."""
         plan = self.patch(self.c, self.gate_noise)
-        total = sum(plan.edit(site, self.tokens).float().mean() for site in range(len(self.backbone.spec.sites)))
-        (total + sum(self.patch.penalty(plan.routing).values())).backward()
+        edited = [plan.edit(site, self.tokens) for site in range(len(self.backbone.spec.sites))]
+        penalty = sum(self.patch.penalty(plan.routing).values())
+        torch.autograd.backward([*edited, penalty], [self.tokens] * len(edited) + [torch.ones_like(penalty)])
         self.frozen.zero_grad()
 
     def full_step(self) -> None:

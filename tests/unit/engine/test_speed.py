@@ -1,5 +1,7 @@
 """What makes it faster changes nothing: not a bit (weights in bf16), nor by a graph that breaks (compiled blocks)."""
 
+import copy
+
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -11,6 +13,7 @@ from dmpctl.errors import UsageError
 from dmpctl.files import sha256_of
 from dmpctl.settings.methods import Dmp
 from dmpctl.settings.sections import Base
+from tests.bench.__main__ import saved_bytes
 from tests.helpers import patch_run, settings_for
 
 
@@ -88,3 +91,18 @@ def test_tf32_is_a_choice_and_never_deterministic():
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def test_a_frozen_step_keeps_little_for_its_backward_pass():
+    """No input of a frozen linear layer is kept, as its weight has no gradient: at most 0.6 of what a trained backbone keeps."""
+    loaded = load_backbone(Base())
+    patch = build_patch(loaded.model, Dmp())
+    trained = copy.deepcopy(loaded.model).requires_grad_(True)
+    x, t = torch.randn(64, *loaded.spec.latent_shape), torch.arange(64) * 15
+    noise = torch.randn(64, *patch.noise_shape())
+    held = [*loaded.model.parameters(), *loaded.model.buffers(), *trained.parameters(), *trained.buffers(), *patch.parameters()]
+    frozen, full = (
+        saved_bytes(lambda model=model: predict_patched(model, False, patch, x, t, None, noise), held)
+        for model in (loaded.model, trained)
+    )
+    assert 0 < frozen < 0.6 * full

@@ -3,7 +3,8 @@
 import inspect
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -105,7 +106,8 @@ def started(name: str, settings: "Settings", argument: Any) -> int | None:
     from dmpctl.engine.launcher import Job, processes_to_start, run_job
 
     processes = processes_to_start(settings.launch)
-    return run_job(Job(name, settings, argument, sys.argv), processes) if processes else None
+    with requeueing(settings):
+        return run_job(Job(name, settings, argument, sys.argv), processes) if processes else None
 
 
 def perform(body: Body, call: Call) -> int:
@@ -113,13 +115,19 @@ def perform(body: Body, call: Call) -> int:
     from dmpctl.cli.console import Output
     from dmpctl.engine.stop import ending_by_signals
 
-    try:
-        with ending_by_signals():
-            report = body(call)
-    except Interrupted as stop:
-        raise stop.requeued() if call.settings.launch.requeue else stop from None
+    with requeueing(call.settings), ending_by_signals():
+        report = body(call)
     Output(call.settings.console.json_output).result(report)
     return report.exit_code
+
+
+@contextmanager
+def requeueing(settings: "Settings") -> Iterator[None]:
+    """Under --requeue, a stop that asks a scheduler to put the job into its queue again."""
+    try:
+        yield
+    except Interrupted as stop:
+        raise stop.requeued() if settings.launch.requeue else stop from None
 
 
 def was_typed(ctx: typer.Context, name: str) -> bool:

@@ -209,8 +209,9 @@ def _watch(folder: Path, heard: int, done: Event, killed: set[int]) -> None:
             if attempt not in since and _has_failed(attempt):
                 since[attempt] = time.monotonic()
             if interrupts > 1 or time.monotonic() - since.get(attempt, math.inf) > GRACE:
-                killed.update(_running(attempt))
-                kill(_running(attempt))
+                running = _running(attempt)
+                killed.update(running)
+                kill(running)
 
 
 def _has_failed(attempt: Path) -> bool:
@@ -234,7 +235,13 @@ def _pid_in(path: Path) -> int:
 
 
 def alive(pid: int) -> bool:
-    """Whether there is such a process."""
+    """Whether this is a process of ours that runs; the number of one that has ended may be another's by now (Linux)."""
+    if sys.platform == "linux":
+        try:
+            state, parent, *_ = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+        return state not in ("Z", "X") and int(parent) == os.getpid()
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

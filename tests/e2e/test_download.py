@@ -73,9 +73,9 @@ def start(env, tmp_path):
 
     def begin(*args: object) -> subprocess.Popen[str]:
         line = [sys.executable, "-m", "dmpctl", *map(str, args)]
-        process = subprocess.Popen(
-            line, cwd=tmp_path, env=environment() | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        options["preexec_fn"] = hear_ctrl_c  # what a shell starts in the background would not
+        process = subprocess.Popen(line, cwd=tmp_path, env=environment() | env, **options)
         started.append(process)
         return process
 
@@ -83,6 +83,10 @@ def start(env, tmp_path):
     for process in started:
         process.kill()
         process.communicate()
+
+
+def hear_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def until(condition, seconds: float = 60) -> None:

@@ -96,9 +96,7 @@ def train_in(run: RunDir, session: Session, settings: Settings, accelerator: Acc
     """
     ranks, science = ranks_of(accelerator), session.science(settings)
     ranks.wait()  # until the main process has the lock
-    run.refuse_other(
-        session.command, science, tuple(filter(None, (settings.run.allow_change or "").replace("-", "_").split(",")))
-    )
+    run.refuse_other(session.command, science, settings.run.allowed)
     refuse_missing(settings.save.track)
     source = training_source(settings, session.source, session.codec, accelerator.device, progress, again_command())
     density = timestep_density(run, session.profile, session.spec.schedule.steps, settings, accelerator, progress)

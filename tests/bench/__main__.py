@@ -6,6 +6,7 @@
   the arithmetic's floor is 2 for a frozen step (a forward and an input gradient) and 3 for the others;
 - gate and prompts alone, over a step;
 - activations that a step keeps for its backward pass, and the GPU's peak memory;
+- the dearest operations of a frozen step, as shares of it;
 - one sampling step of a patched and of an unpatched backbone;
 - `dmpctl --help` as a whole process.
 """
@@ -174,7 +175,8 @@ class Case:
             "sampling patched / unpatched": seconds["sampling_patched"] / seconds["sampling_unpatched"],
             "saved frozen / published": memory["frozen_step"] / memory["published_step"],
         }
-        found: dict[str, object] = {"seconds": seconds, "ratios": ratios, "saved_mib": memory}
+        costs = top_costs(self.frozen_step, self.device)
+        found: dict[str, object] = {"seconds": seconds, "ratios": ratios, "saved_mib": memory, "frozen_step_costs": costs}
         if self.device == "cuda":
             found["peak_mib"] = {name: self.peak(steps[name]) for name in ("frozen_step", "full_step", "published_step")}
         return found
@@ -186,6 +188,20 @@ class Case:
         action()
         finish(self.device)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def top_costs(action: Callable[[], object], device: str, count: int = 8) -> dict[str, float]:
+    """Share of a step that its dearest operations take by themselves, by torch's profiler."""
+    kinds = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if device == "cuda" else [])]
+    with torch.profiler.profile(activities=kinds) as profile:
+        action()
+        finish(device)
+    times = {
+        event.key: float(event.self_device_time_total if device == "cuda" else event.self_cpu_time_total)
+        for event in profile.key_averages()
+    }
+    total = sum(times.values())
+    return {name: round(times[name] / total, 4) for name in sorted(times, key=lambda name: -times[name])[:count]}
 
 
 def vae_seconds(batch: int, rounds: int, device: str, precision: str) -> float:

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 from statistics import mean, stdev
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
@@ -49,7 +49,7 @@ def main() -> None:
     pixels = Pixels(channels, size)
     source = open_images(Data(data=args.reference), size, channels)
     reference = Factor.of(features_to_moments([extract(pixels, images_of(source))]))
-    found: dict[str, dict[int, dict[str, object]]] = {}
+    found: dict[str, dict[int, dict[str, Any]]] = {}
     lines = ["| sampler | " + " | ".join(f"{steps} steps" for steps in STEPS) + " |", "|---|" + "---|" * len(STEPS)]
     for sampler in get_args(Sampler):
         for steps in STEPS:
@@ -59,7 +59,7 @@ def main() -> None:
             found.setdefault(sampler, {})[steps] = {"values": values, "seconds_per_1000": seconds}
             sys.stderr.write(f"{sampler} {steps}: {values}, {seconds:.1f} sec per 1 000\n")
         cells = (found[sampler][steps]["values"] for steps in STEPS)
-        lines.append(f"| {sampler} | " + " | ".join(f"{mean(v):.3f} ± {stdev(v):.3f}" for v in cells) + " |")  # type: ignore[call-overload]
+        lines.append(f"| {sampler} | " + " | ".join(f"{mean(v):.3f} ± {stdev(v):.3f}" for v in cells) + " |")
     sys.stdout.write("\n".join(lines) + "\n")
     if args.out is not None:
         args.out.write_text(json.dumps({**vars(args), "out": str(args.out), "found": found}, indent=1), "utf-8")

@@ -261,7 +261,8 @@ class DiT(nn.Module):
         if cond is None and self.config.num_classes:
             raise ValueError("a class-conditional backbone needs labels")
         row = self.y_embedder.embedding_table.weight[0] if cond is None else self.y_embedder(cond)
-        return self.t_embedder(t) + row  # type: ignore[no-any-return]
+        c: Tensor = self.t_embedder(t) + row
+        return c
 
     def _denoise(self, x: Tensor, t: Tensor, cond: Tensor | None, edit: Edit | None) -> Tensor:
         c = self._embed(t, cond)

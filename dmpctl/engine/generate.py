@@ -117,12 +117,10 @@ def sample(settings: Settings, run: Path, progress: Progress) -> Report:
             if ranks.is_main:
                 write_npz(target, everything, made)
     else:
-        missing = [k for k in range(wanted.num_images) if not is_png(folder / f"{k:06d}.png")]
-        ranks.wait()  # before one of them writes what another has not looked for yet
-        for part, images in in_batches(model, ranks.mine(missing), sampling, ranks.device, progress, wanted.image_label):
+        missing = [k for k in ranks.mine(range(wanted.num_images)) if not is_png(folder / f"{k:06d}.png")]
+        for part, images in in_batches(model, missing, sampling, ranks.device, progress, wanted.image_label):
             write_pngs(folder, part, images)
-        ranks.wait()
-        made, target = len(missing), folder / "contact-sheet.png"
+        made, target = ranks.total(len(missing)), folder / "contact-sheet.png"  # when all are done
         if ranks.is_main:
             write_contact_sheet(target, [read_png(folder / f"{k:06d}.png") for k in range(min(64, wanted.num_images))])
     kept = wanted.num_images - made

@@ -3,7 +3,6 @@
 One process per GPU, over one machine or several; none of it where something else has started this process already.
 """
 
-import json
 import logging
 import math
 import os
@@ -24,7 +23,7 @@ import torch
 
 from dmpctl.engine.ranks import launched
 from dmpctl.errors import DmpError, Interrupted
-from dmpctl.files import write_json
+from dmpctl.files import read_json, write_json
 from dmpctl.settings.launch import Launch
 from dmpctl.settings.model import Settings
 
@@ -173,7 +172,7 @@ def outcomes(folder: Path) -> list[dict[str, Any]]:
     attempts = sorted(folder.glob("attempt-*"), key=lambda path: int(path.name.removeprefix("attempt-")))
     if not attempts:
         return []
-    return [json.loads(path.read_text("utf-8")) for path in sorted(attempts[-1].glob("rank-*.json"))]
+    return [read_json(path) for path in sorted(attempts[-1].glob("rank-*.json"))]
 
 
 @contextmanager
@@ -221,7 +220,7 @@ def _has_failed(attempt: Path) -> bool:
         if not outcome.is_file():
             if not alive(_pid_in(path)) and not outcome.is_file():
                 return True
-        elif (said := json.loads(outcome.read_text("utf-8")))["message"] and not said["signal"]:
+        elif (said := read_json(outcome))["message"] and not said["signal"]:
             return True
     return False
 

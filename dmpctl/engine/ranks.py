@@ -50,6 +50,14 @@ class Ranks:
         distributed.all_reduce(found, distributed.ReduceOp.MAX)
         return [int(number) for number in found]
 
+    def total(self, number: int) -> int:
+        """The sum over all processes, the same answer on all of them."""
+        if self.world == 1:
+            return number
+        found = torch.tensor(number)
+        distributed.all_reduce(found)
+        return int(found)
+
     def mean(self, figures: dict[str, float]) -> dict[str, float]:
         """The mean of each figure over all processes, which all have the same ones."""
         if self.world == 1 or not figures:

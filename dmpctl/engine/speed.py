@@ -1,5 +1,7 @@
 """What makes the same arithmetic faster: compiled blocks, TF32, weights of frozen blocks in the format they are computed in."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -34,6 +36,11 @@ def cast_frozen(network: nn.Module, settings: Settings) -> None:
     names = frozen_weights(network)
     if not names:
         raise UsageError("--backbone-dtype bf16 is for a frozen backbone, and here it is trained", "leave it out")
+    to_bf16(network, names)
+
+
+def to_bf16(network: nn.Module, names: Iterable[str]) -> None:
+    """These parameters in bf16, in place."""
     for name in names:
         tensor = network.get_parameter(name)
         tensor.data = tensor.data.to(torch.bfloat16)

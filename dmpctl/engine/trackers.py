@@ -8,6 +8,7 @@ import sys
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -39,7 +40,7 @@ class Trackers:
         known = seen_before(run)
         self._sent = int(known["step"])
         for name in dict.fromkeys(names.split(",")):
-            self._guarded(name, lambda name=name: self._start(name, run, known["id"], settings))  # type: ignore[misc]
+            self._guarded(name, partial(self._start, name, run, known["id"], settings))
 
     def _start(self, name: str, run: RunDir, identity: str, settings: Mapping[str, Any]) -> None:
         options: dict[str, dict[str, Any]] = {
@@ -64,7 +65,7 @@ class Trackers:
             figures |= {f"{name}/{n}": float(one) for n, one in enumerate(value)} if many else {name: float(value)}
         figures.pop("step")
         for name, tracker in list(self._open.items()):
-            self._guarded(name, lambda tracker=tracker: tracker.log(figures, step=step))  # type: ignore[misc]
+            self._guarded(name, partial(tracker.log, figures, step=step))
 
     def finish(self) -> None:
         """Let them write what they hold."""

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ from dmpctl.diffusion.schedule import NoiseSchedule
 from dmpctl.engine.build import Loaded, build_patch, freeze
 from dmpctl.engine.generate import denoiser_of
 from dmpctl.engine.patched import Patched, predict_patched
-from dmpctl.engine.speed import frozen_weights
+from dmpctl.engine.speed import frozen_weights, to_bf16
 from dmpctl.settings.methods import Dmp
 from dmpctl.settings.sections import Sampling
 from dmpctl.settings.training import Objective
@@ -81,9 +82,7 @@ class Case:
         self.loaded = Loaded(freeze(self.backbone).to(device), digest_of(self.backbone.state_dict()), name, None)
         self.trained.to(device)
         if precision == "bf16":  # as under --backbone-dtype bf16
-            for weight in frozen_weights(self.backbone):
-                tensor = self.backbone.get_parameter(weight)
-                tensor.data = tensor.data.to(torch.bfloat16)
+            to_bf16(self.backbone, frozen_weights(self.backbone))
         if compiled:
             for block in (*self.backbone.blocks, *self.trained.blocks):
                 block.compile(fullgraph=True)
@@ -150,7 +149,7 @@ class Case:
         with self.autocast():
             self.denoisers[which](self.x_t, torch.full_like(self.t, 500))
 
-    def measure(self, rounds: int) -> dict[str, object]:
+    def measure(self, rounds: int) -> dict[str, Any]:
         """Seconds of all actions, ratios and memory."""
         with torch.no_grad(), self.autocast():
             self.c = self.backbone.embed(self.t, None).float()
@@ -176,7 +175,7 @@ class Case:
             "saved frozen / published": memory["frozen_step"] / memory["published_step"],
         }
         costs = top_costs(self.frozen_step, self.device)
-        found: dict[str, object] = {"seconds": seconds, "ratios": ratios, "saved_mib": memory, "frozen_step_costs": costs}
+        found: dict[str, Any] = {"seconds": seconds, "ratios": ratios, "saved_mib": memory, "frozen_step_costs": costs}
         if self.device == "cuda":
             found["peak_mib"] = {name: self.peak(steps[name]) for name in ("frozen_step", "full_step", "published_step")}
         return found
@@ -263,7 +262,7 @@ def main() -> None:
     found = Case(args.shape, args.batch, args.device, args.precision, args.compile).measure(args.rounds)
     if args.vae:
         seconds = vae_seconds(args.batch, args.rounds, args.device, args.precision)
-        step: dict[str, float] = found["seconds"]  # type: ignore[assignment]
+        step = found["seconds"]
         ratio = step["frozen_step"] / (step["published_step"] + seconds)
         found |= {"vae_seconds": seconds, "frozen_step / published_step with VAE": ratio}
     result = {**vars(args), "on": card, "torch": torch.__version__, **found, "help_seconds": help_seconds(args.rounds)}

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from dmpctl.engine import checkpoint
@@ -180,7 +181,7 @@ def signalled(phase: Phase, number: signal.Signals, tries: int, draw: random.Ran
             process.send_signal(number)
             code, err = ended(process)
             row.hit += at_work
-            whole = _said(row, lambda place=place: phase.whole(place))  # type: ignore[misc]
+            whole = _said(row, partial(phase.whole, place))
             known = code in {0, *ENDS[number]} or (code == -number and number == signal.SIGTERM)  # before it could listen
             row.survived += whole and known
             if not known:
@@ -189,7 +190,7 @@ def signalled(phase: Phase, number: signal.Signals, tries: int, draw: random.Ran
     return row
 
 
-def _said(row: Row, check: Callable[[], None]) -> bool:
+def _said(row: Row, check: Callable[[], object]) -> bool:
     try:
         check()
     except (IntegrityError, OSError, ValueError) as error:
@@ -218,7 +219,7 @@ def full_disk(phase: Phase, tries: int, draw: random.Random, folder: Path) -> Ro
         row.tries += 1
         code, err = ended(started(phase, place, draw.randrange(1, largest)))
         row.hit += code != 0
-        whole = _said(row, lambda place=place: phase.whole(place))  # type: ignore[misc]
+        whole = _said(row, partial(phase.whole, place))
         row.survived += whole and (code == 0 or (code == 2 and err.count("error: ") == 1 and "Traceback" not in err))
         if code not in (0, 2):
             row.notes.append(f"exit code {code}: {err[-200:]}")
@@ -245,7 +246,7 @@ def damaged(tries: int, draw: random.Random, folder: Path) -> Iterator[Row]:
                 flip(path, draw.randrange(size))
             row.tries += 1
             row.hit += 1
-            row.survived += _said(row, lambda run=run: patch_run(run, **given) and None)  # type: ignore[misc]
+            row.survived += _said(row, partial(patch_run, run, **given))
             row.ends += 1
             row.equal += digests(run, "patch.safetensors").get("patch.safetensors") == sha256_of(
                 folder / "straight" / "patch.safetensors"
@@ -267,9 +268,9 @@ def campaign(tries: int, seed: int, folder: Path, report: Callable[[Row], None],
         if only not in (None, phase.name):
             continue
         kills, terms, disks = max(1, round(share * tries)), max(1, round(share * tries / 5)), max(1, round(share * tries / 8))
-        work.append(lambda f, phase=phase, n=kills: signalled(phase, signal.SIGKILL, n, draw, f))  # type: ignore[misc]
-        work.append(lambda f, phase=phase, n=terms: signalled(phase, signal.SIGTERM, n, draw, f))  # type: ignore[misc]
-        work.append(lambda f, phase=phase, n=disks: full_disk(phase, n, draw, f))  # type: ignore[misc]
+        work.append(partial(signalled, phase, signal.SIGKILL, kills, draw))
+        work.append(partial(signalled, phase, signal.SIGTERM, terms, draw))
+        work.append(partial(full_disk, phase, disks, draw))
     for number, act in enumerate(work):
         rows.append(act(folder / f"work-{number}"))
         report(rows[-1])

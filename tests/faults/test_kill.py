@@ -46,7 +46,8 @@ def test_kill_at_any_moment(tmp_path):
             assert checkpoint.load(path).step % EVERY == 0  # whatever the moment, all that is there is whole
         reached = checkpoint.complete(run / "checkpoints")[-1].name.removeprefix("step-")
         reached = int(reached)
-        assert reached >= at - EVERY
+        # A save begins when the one before is on disk: of the two newest, one may still be in memory, one not yet begun.
+        assert reached >= at - 2 * EVERY
     assert kills == 3
     assert not (run / "patch.safetensors").exists()
     done = run_cli("patch", "--run", run, *LINE, cwd=tmp_path)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-Prediction = Literal["epsilon"]
+Prediction = Literal["epsilon", "velocity"]
 Unit = Literal["it", "B"]
 
 
@@ -26,18 +26,30 @@ class Site:
 
 @dataclass(frozen=True)
 class ScheduleSpec:
-    """The noise schedule a backbone was trained with; a patch refuses any other."""
+    """The noise schedule a backbone was trained with; a patch refuses any other.
 
-    kind: Literal["linear", "cosine"] = "linear"
+    `flow` is no Gaussian diffusion: x_t = (1 - t / steps) x_0 + (t / steps) noise (SiT, rectified flow).
+    """
+
+    kind: Literal["linear", "cosine", "scaled-linear", "flow"] = "linear"
     steps: int = 1000
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """What a text-conditional backbone attends to: the states of `tokens` tokens, each of `width` numbers."""
+
+    tokens: int
+    width: int
 
 
 @dataclass(frozen=True)
 class BackboneSpec:
     """What everything else may know of a backbone.
 
-    `latent_shape` is (C, H, W) of what is noised. `num_classes` 0 means unconditional.
-    `null_class` is the label that means "no class", for guidance; None where there is none.
+    `latent_shape` is (C, H, W) of what is noised. `num_classes` 0 means no labels; `text` None means no captions.
+    `null_class` is the label that means "no class", for guidance; None where there is none. `cond_width`: of what `embed`
+    gives, None: that of the sites.
     """
 
     latent_shape: tuple[int, int, int]
@@ -48,6 +60,13 @@ class BackboneSpec:
     num_classes: int
     parameters: int
     null_class: int | None = None
+    text: TextSpec | None = None
+    cond_width: int | None = None
+
+
+def text_parts(cond: Tensor) -> tuple[Tensor, Tensor]:
+    """States [B, T, D] and mask bool [B, T] of text conditions [B, T, D + 1], whose last column is 1 where a token counts."""
+    return cond[..., :-1], cond[..., -1] > 0.5
 
 
 class Edit(Protocol):
@@ -67,8 +86,16 @@ class Backbone(Protocol):
         """Linear layers by what they are for (`qkv`, `proj`, `mlp`): how the names of their modules end."""
         ...
 
+    @property
+    def block_names(self) -> tuple[str, ...]:
+        """Names of the modules whose inputs are the sites, in order."""
+        ...
+
     def embed(self, t: Tensor, cond: Tensor | None) -> Tensor:
-        """Conditioning vector c [B, D] of timesteps t [B] and `cond` (None: an unconditional backbone)."""
+        """Conditioning vector c [B, D] of timesteps t [B] and `cond`: labels int64 [B], or text [B, T, D + 1] (`text_parts`).
+
+        None: an unconditional backbone.
+        """
         ...
 
     def embed_time(self, t: Tensor) -> Tensor:
@@ -92,6 +119,10 @@ class Routing:
     load: Tensor | None = None
 
 
+# One for a patch with one gate; several where sites differ in size; None without gates.
+Routings = Routing | tuple[Routing, ...] | None
+
+
 @dataclass(frozen=True)
 class Plan:
     """What one conditioning batch asks of the backbone.
@@ -101,7 +132,7 @@ class Plan:
     """
 
     edit: Edit | None = None
-    routing: Routing | None = None
+    routing: Routings = None
     backbone: Backbone | None = None
 
 
@@ -134,7 +165,7 @@ class Patch(Protocol):
         """AdamW parameter groups with their learning rates; together exactly the patch's parameters."""
         ...
 
-    def penalty(self, routing: Routing | None) -> dict[str, Tensor]:
+    def penalty(self, routing: Routings) -> dict[str, Tensor]:
         """Weighted balance losses by name, each a scalar; empty where there is nothing to balance."""
         ...
 
@@ -237,7 +268,10 @@ class Extractor(Protocol):
 
 
 class Denoiser(Protocol):
-    """What a sampler calls: x [B, C, H, W], t [B] in the original 0..steps-1 -> prediction [B, C or 2C, H, W]."""
+    """What a sampler calls: x [B, C, H, W], t [B] in the original 0..steps-1 -> prediction [B, C or 2C, H, W].
+
+    Of a flow t is floating, in 0..steps.
+    """
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor: ...
 

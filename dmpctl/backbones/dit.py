@@ -1,6 +1,7 @@
 """The Diffusion Transformer of Peebles & Xie (2023) in its published key layout, one pure-torch file.
 
-Its only addition: `denoise` takes `edit(site, tokens) -> tokens`, called on the input of every block.
+SiT (Ma et al. 2024, arXiv 2401.08740) is the same network, which predicts a velocity under the schedule "flow".
+The only addition: `denoise` takes `edit(site, tokens) -> tokens`, called on the input of every block.
 """
 
 import math
@@ -70,16 +71,22 @@ class DiTConfig:
 
 # name -> (width, blocks, heads); Peebles & Xie 2023, table 1.
 SHAPES = {"DiT-S": (384, 12, 6), "DiT-B": (768, 12, 12), "DiT-L": (1024, 24, 16), "DiT-XL": (1152, 28, 16)}
+FLOWS = {name.replace("DiT", "SiT"): shape for name, shape in SHAPES.items()}  # Ma et al. 2024, table 1: the same
 PATCH_SIZES = (2, 4, 8)
 
 
 def shape_config(name: str, input_size: int = 32, num_classes: int = 0) -> DiTConfig | None:
-    """Config of a published shape such as `DiT-L/2`; None if `name` is no such shape."""
+    """Config of a published shape such as `DiT-L/2` or `SiT-L/2`; None if `name` is no such shape."""
     shape, _, patch = name.partition("/")
-    if shape not in SHAPES or patch not in map(str, PATCH_SIZES):
+    if shape not in SHAPES | FLOWS or patch not in map(str, PATCH_SIZES):
         return None
-    width, depth, heads = SHAPES[shape]
+    width, depth, heads = (SHAPES | FLOWS)[shape]
     return DiTConfig(input_size, 4, int(patch), width, depth, heads, num_classes)
+
+
+def is_flow(name: str) -> bool:
+    """Whether a shape's name is that of a SiT."""
+    return name.partition("/")[0] in FLOWS
 
 
 def sincos_table(width: int, side: int) -> Tensor:
@@ -223,7 +230,7 @@ class DiT(nn.Module):
         return BackboneSpec(
             latent_shape=(c.channels, c.input_size, c.input_size),
             sites=(Site(c.tokens, c.hidden_size),) * c.depth,
-            prediction="epsilon",
+            prediction="velocity" if self.schedule.kind == "flow" else "epsilon",
             learned_sigma=c.learned_sigma,
             schedule=self.schedule,
             num_classes=c.num_classes,
@@ -236,6 +243,11 @@ class DiT(nn.Module):
         """Ends of the names of the linear layers inside the blocks, by what they are for."""
         return {"qkv": ("attn.qkv",), "proj": ("attn.proj",), "mlp": ("mlp.fc1", "mlp.fc2")}
 
+    @property
+    def block_names(self) -> tuple[str, ...]:
+        """`blocks.0` and so on."""
+        return tuple(f"blocks.{number}" for number in range(self.config.depth))
+
     # Each of the next four is entered from outside; none calls another, as each may be wrapped (engine.sharding).
 
     def embed(self, t: Tensor, cond: Tensor | None) -> Tensor:
@@ -247,7 +259,7 @@ class DiT(nn.Module):
 
     def embed_time(self, t: Tensor) -> Tensor:
         """t_emb [B, D] alone."""
-        return self.t_embedder(t)  # type: ignore[no-any-return]
+        return self.t_embedder(self._time(t))  # type: ignore[no-any-return]
 
     def denoise(self, x: Tensor, t: Tensor, cond: Tensor | None, edit: Edit | None = None) -> Tensor:
         """Prediction [B, C or 2C, H, W] for noised x [B, C, H, W] at timesteps t [B]."""
@@ -261,8 +273,12 @@ class DiT(nn.Module):
         if cond is None and self.config.num_classes:
             raise ValueError("a class-conditional backbone needs labels")
         row = self.y_embedder.embedding_table.weight[0] if cond is None else self.y_embedder(cond)
-        c: Tensor = self.t_embedder(t) + row
+        c: Tensor = self.t_embedder(self._time(t)) + row
         return c
+
+    def _time(self, t: Tensor) -> Tensor:
+        """What the network calls t: a SiT counts from noise (0) to images (1)."""
+        return 1 - t / self.schedule.steps if self.schedule.kind == "flow" else t
 
     def _denoise(self, x: Tensor, t: Tensor, cond: Tensor | None, edit: Edit | None) -> Tensor:
         c = self._embed(t, cond)

@@ -5,12 +5,12 @@ import json
 import pickle
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dmpctl.backbones.dit import SHAPES, DiT, DiTConfig
 from dmpctl.backbones.foreign import INERT_GLOBALS, Scalar, said_by
@@ -19,6 +19,7 @@ from dmpctl.files import read_tensors
 from dmpctl.types import ScheduleSpec
 
 AVERAGE, LAST = ("ema",), ("model", "state_dict")  # entries of a checkpoint; an average is what one samples from
+MODEL = "dmpctl.model"  # metadata of a backbone that is a model of diffusers
 PATCH = "dmpctl.patch"  # metadata of a file that holds a patch beside its backbone
 CODEC = ("name", "fingerprint", "scale")  # what is stored of the codec
 PREFIXES = ("module.", "_orig_mod.")
@@ -31,6 +32,8 @@ class Weights:
 
     `config`, `schedule`, `data`: what the file says of itself; None where it does not (other people's files).
     `codec`: name, fingerprint and scale of the codec whose latents it denoises; None where the file does not say.
+    `text`: the record of the encoder of its captions; `model`: diffusers' config of a network that is no DiT; None where it
+    has none.
     `said`: the plain values of the config that other people's files carry, by dotted path.
     """
 
@@ -41,6 +44,8 @@ class Weights:
     data: str | None = None
     said: Mapping[str, Scalar] = field(default_factory=dict)
     codec: Mapping[str, Any] | None = None
+    text: Mapping[str, Any] | None = None
+    model: Mapping[str, Any] | None = None
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
@@ -60,6 +65,11 @@ def dit_metadata(
     value = {"schema_version": 1, "config": asdict(config), "schedule": asdict(schedule), "data": data}
     value |= {} if codec is None else {"codec": dict(codec)}
     return {"dmpctl.dit": json.dumps(value, sort_keys=True)}
+
+
+def model_metadata(about: Mapping[str, Any]) -> dict[str, str]:
+    """safetensors metadata of a backbone that is a model of diffusers: what backbone.json says of it."""
+    return {MODEL: json.dumps(dict(about), sort_keys=True)}
 
 
 def read_weights(path: Path, which: Literal["ema", "raw"] | None = None) -> Weights:
@@ -104,6 +114,8 @@ def _no_such(path: Path, which: str) -> UsageError:
 
 def described_weights(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> Weights:
     """The backbone of a safetensors file, with what its metadata says of it; IntegrityError where that cannot be read."""
+    if MODEL in metadata:
+        return described_model(path, Weights(tensors, "the file"), metadata[MODEL])
     if "dmpctl.dit" not in metadata:
         return Weights(_plain_names(tensors), "the file")
     try:
@@ -114,6 +126,20 @@ def described_weights(path: Path, tensors: dict[str, Tensor], metadata: Mapping[
         codec = value.get("codec") and {key: value["codec"][key] for key in CODEC}
         return Weights(tensors, "the file", config, schedule, value["data"], codec=codec)
     except (json.JSONDecodeError, KeyError, TypeError, UsageError) as error:
+        raise IntegrityError(f"{path} describes itself in a way that cannot be read ({error})") from None
+
+
+def described_model(path: Path, weights: Weights, content: str | Mapping[str, Any]) -> Weights:
+    """`weights` of a model of diffusers with what is said of it; IntegrityError where that cannot be read."""
+    try:
+        value = json.loads(content) if isinstance(content, str) else content
+        if value["schema_version"] != 1:
+            raise IntegrityError(f"{path} has schema_version {value['schema_version']}, this dmpctl reads 1", "upgrade dmpctl")
+        schedule = ScheduleSpec(**value["schedule"])
+        return replace(
+            weights, schedule=schedule, data=value["data"], codec=value.get("codec"), text=value["text"], model=value["model"]
+        )
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise IntegrityError(f"{path} describes itself in a way that cannot be read ({error})") from None
 
 
@@ -190,7 +216,13 @@ def dit_from(weights: Weights, num_heads: int | None = None, schedule: ScheduleS
     """
     config = weights.config or infer_config(weights.tensors, num_heads)
     model = DiT(config, weights.schedule or schedule)
-    wanted, found = model.state_dict(), weights.tensors
+    fill(model, weights.tensors, "the DiT")
+    return model
+
+
+def fill(model: nn.Module, found: Mapping[str, Tensor], what: str) -> None:
+    """Put a state dict into `model`; IntegrityError on a missing or unexpected key or shape."""
+    wanted = model.state_dict()
     wrong = [f"{name} is missing" for name in wanted if name not in found]
     wrong += [f"{name} is unexpected" for name in found if name not in wanted]
     wrong += [
@@ -199,7 +231,6 @@ def dit_from(weights: Weights, num_heads: int | None = None, schedule: ScheduleS
         if n in found and found[n].shape != wanted[n].shape
     ]
     if wrong:
-        message = f"these weights do not fit the DiT they claim to be: {'; '.join(wrong[:3])} ({len(wrong)} in all)"
+        message = f"these weights do not fit {what} they claim to be: {'; '.join(wrong[:3])} ({len(wrong)} in all)"
         raise IntegrityError(message, "if the file holds a patch too, take the two apart: dmpctl import FILE --run DIR")
     model.load_state_dict(found)
-    return model

@@ -10,7 +10,8 @@ def import_(call: Call) -> Report:
     """Take other people's checkpoints apart into a run.
 
     FILE is a published DMP checkpoint (.pt), whose backbone and patch come apart; a DiT checkpoint (.pt), which becomes a
-    backbone; or a .safetensors file, such as export --to merged writes. Nothing that it pickles is run.
+    backbone; a .safetensors file, such as export --to merged writes; or a folder with a DiT in diffusers' layout, which
+    becomes one in the original layout. Nothing that it pickles is run.
     """
     from dmpctl.engine import importer
 
@@ -25,5 +26,5 @@ app = command(
         "dmpctl import 0050000.pt --shape DiT-B/2 --schedule cosine",
         "dmpctl import merged.safetensors --run runs/apart",
     ],
-    Argument("file", Path, "Checkpoint (.pt) or .safetensors file."),
+    Argument("file", Path, "Checkpoint (.pt), .safetensors file or folder."),
 )

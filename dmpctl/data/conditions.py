@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dmpctl.data.shards import Rows, Shards, per_shard_of
+from dmpctl.rng import seed_of
 
 KIND = "conditions"
 NULL = ""  # the caption that says nothing, for guidance; cached behind all others
@@ -34,6 +35,26 @@ class TextEncoder(Protocol):
         ...
 
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]: ...
+
+
+class CaptionNumbers:
+    """Which caption each image has in each epoch, captions being numbered image by image, `counts[i]` of image i.
+
+    A function of (seed, epoch, image), as `captions.caption_of` is; the null caption's number where there is none.
+    """
+
+    def __init__(self, counts: Sequence[int], seed: int) -> None:
+        self._counts, self._seed = torch.tensor(counts, dtype=torch.int64), seed
+        self._starts = self._counts.cumsum(0) - self._counts
+
+    def at(self, epochs: Tensor, indices: Tensor) -> Tensor:
+        """int64 [B] of images int64 [B] in epochs int64 [B]."""
+        counts, starts, null = self._counts[indices].tolist(), self._starts[indices].tolist(), int(self._counts.sum())
+        drawn = (
+            start + seed_of(self._seed, "caption", epoch, index) % count if count else null
+            for epoch, index, start, count in zip(epochs.tolist(), indices.tolist(), starts, counts, strict=True)
+        )
+        return torch.tensor(list(drawn))
 
 
 def captions_fingerprint(captions: Sequence[str]) -> str:

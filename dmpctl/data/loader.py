@@ -42,6 +42,14 @@ class Encoded(Protocol):
         ...
 
 
+class Numbers(Protocol):
+    """Which condition each image has in each epoch."""
+
+    def at(self, epochs: Tensor, indices: Tensor) -> Tensor:
+        """int64 [B] of images int64 [B] in epochs int64 [B]."""
+        ...
+
+
 @runtime_checkable
 class Ordered(Protocol):
     """A source that is read best in an order of its own, such as one that is fetched part by part."""
@@ -127,11 +135,11 @@ class TrainingItems(Dataset[tuple[Tensor, int, int]]):
     """Images as training takes them: items at (epoch, index) are (uint8 [C, S, S], label, index).
 
     With `hflip` an image is mirrored in half of the epochs: a function of (seed, epoch, index). Of a source that is
-    `Encoded` the items are moments, floating [2C, h, w], in place of images.
+    `Encoded` the items are moments, floating [2C, h, w], in place of images. `numbers`: what is given in place of labels.
     """
 
-    def __init__(self, source: Source, hflip: bool, seed: int) -> None:
-        self.source, self.hflip = source, hflip
+    def __init__(self, source: Source, hflip: bool, seed: int, numbers: Numbers | None = None) -> None:
+        self.source, self.hflip, self._numbers = source, hflip, numbers
         self._mirrored = EachEpoch(coins, len(source), seed, "mirror")
 
     def __len__(self) -> int:
@@ -144,13 +152,17 @@ class TrainingItems(Dataset[tuple[Tensor, int, int]]):
     def __getitems__(self, places: Sequence[Place]) -> tuple[Tensor, Tensor, Tensor]:
         """Images uint8 [B, C, S, S], labels int64 [B] and indices int64 [B]; one gather if the source is held in memory."""
         epochs, indices = torch.tensor(places).unbind(1)
+        images, labels = self._items(epochs, indices)
+        return images, labels if self._numbers is None else self._numbers.at(epochs, indices), indices
+
+    def _items(self, epochs: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         if isinstance(self.source, Encoded):
             mirrored = self._mirrored.at(epochs, indices) if self.hflip else torch.zeros(len(indices), dtype=torch.bool)
-            return self.source.gather(indices, mirrored), self.source.labels()[indices], indices
+            return self.source.gather(indices, mirrored), self.source.labels()[indices]
         images, labels = self._gather(indices)
         if self.hflip:
             images = torch.where(self._mirrored.at(epochs, indices).view(-1, 1, 1, 1), images.flip(-1), images)
-        return images, labels, indices
+        return images, labels
 
     def _gather(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         if isinstance(self.source, Held) and (held := self.source.images()) is not None:
@@ -192,15 +204,16 @@ def batches(
     world: int = 1,
     hflip: bool = False,
     num_workers: int = 0,
+    numbers: Numbers | None = None,
 ) -> Generator[tuple[Tensor, Tensor], None, None]:
     """Images uint8 [B, C, S, S] and labels int64 [B] of this rank (B = batch_size / world), from step `start` on, without end.
 
-    Of a source that is `Encoded`: moments [B, 2C, h, w] in place of images.
+    Of a source that is `Encoded`: moments [B, 2C, h, w] in place of images; `numbers`: what is given in place of labels.
     `close()` ends the loader processes. Nothing is drawn from torch's global generator.
     Raises UsageError at once if the batch does not divide over the ranks, and in its turn what an item raises.
     """
     order = StepBatches(len(source), batch_size, seed, start, rank, world, order_of(source))
-    return _loaded(TrainingItems(source, hflip, seed), order, num_workers, seed_of(seed, "loader", rank))
+    return _loaded(TrainingItems(source, hflip, seed, numbers), order, num_workers, seed_of(seed, "loader", rank))
 
 
 def in_order(

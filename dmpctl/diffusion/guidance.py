@@ -16,19 +16,19 @@ Predict = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # x [B, C, H, W], t
 
 
 def guide(
-    predict: Predict, cond: Tensor | None, null_class: int | None, scale: float, channels: Literal["3", "all"] = "3"
+    predict: Predict, cond: Tensor | None, null: Tensor | None, scale: float, channels: Literal["3", "all"] = "3"
 ) -> Denoiser:
-    """The denoiser null + scale * (cond - null) for labels `cond` [B] (None: unconditional).
+    """The denoiser null + scale * (cond - null) for conditions `cond` [B, ...] (None: unconditional), `null` [1, ...].
 
     One forward of 2B per call, of B where `scale` is 1. Guided are the first 3 channels of epsilon
     (published DiT) or all of them; what remains, variance half included, is the conditional prediction's.
-    UsageError for a scale other than 1 without labels or without a null class.
+    UsageError for a scale other than 1 without conditions or without a null one.
     """
     if scale == 1:
         return lambda x, t: predict(x, t, cond)
-    if cond is None or null_class is None:
-        raise UsageError(f"guidance {scale:g} needs a class-conditional backbone, this one is not", "use --cfg 1")
-    both = torch.cat([cond, torch.full_like(cond, null_class)])
+    if cond is None or null is None:
+        raise UsageError(f"guidance {scale:g} needs a backbone with classes or captions, this one has none", "use --cfg 1")
+    both = torch.cat([cond, null.expand_as(cond)])
 
     def guided(x: Tensor, t: Tensor) -> Tensor:
         prediction, null = predict(x.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)

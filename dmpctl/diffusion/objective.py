@@ -11,7 +11,8 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
-from dmpctl.diffusion.schedule import NoiseSchedule, split_prediction
+from dmpctl.diffusion.schedule import FlowSchedule, NoiseSchedule, Schedule, split_prediction
+from dmpctl.errors import UsageError
 from dmpctl.settings.training import Objective
 
 
@@ -25,17 +26,21 @@ class Losses:
 
 
 class HybridObjective:
-    """L_hybrid of a prediction (epsilon, or epsilon and a variance half)."""
+    """L_hybrid of a prediction (epsilon, or epsilon and a variance half); of a flow the plain MSE of its velocity."""
 
-    def __init__(self, schedule: NoiseSchedule, learned_sigma: bool, settings: Objective) -> None:
-        """`schedule` on the device of what will be predicted."""
+    def __init__(self, schedule: Schedule, learned_sigma: bool, settings: Objective) -> None:
+        """`schedule` on the device of what will be predicted. UsageError for a weight that its kind does not have."""
+        if isinstance(schedule, FlowSchedule) and settings.loss_weight != "constant":
+            raise UsageError(f"--loss-weight {settings.loss_weight} is for a Gaussian diffusion, this is a flow", "leave it out")
         self._schedule, self._learned_sigma, self._settings = schedule, learned_sigma, settings
 
     def __call__(self, prediction: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> Losses:
         """Losses of `prediction` [B, 2C or C, H, W] at t [B], where x_t is x0 [B, C, H, W] with `noise` added."""
         x0, x_t, noise = x0.float(), x_t.float(), noise.float()
         eps, v = split_prediction(prediction, x0.shape[1], self._learned_sigma)
-        mse = (noise - eps).square().flatten(1).mean(1)
+        mse = (self._schedule.target(x0, noise) - eps).square().flatten(1).mean(1)
+        if isinstance(self._schedule, FlowSchedule):  # the second half of a published SiT is not trained
+            return Losses(mse, None, mse)
         weighted = self.weight(t) * mse
         if v is None:
             return Losses(mse, None, weighted)
@@ -47,6 +52,8 @@ class HybridObjective:
 
         min-SNR: Hang et al. 2023 (arXiv 2303.09556), eq. 8 for epsilon. P2: Choi et al. 2022 (arXiv 2204.00227), eq. 8.
         """
+        if isinstance(self._schedule, FlowSchedule):
+            return torch.ones_like(t, dtype=torch.float32)
         snr, settings = self._schedule.snr(t), self._settings
         match settings.loss_weight:
             case "constant":

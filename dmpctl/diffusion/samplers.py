@@ -1,22 +1,25 @@
-"""From noise to x0: DDPM, DDIM, DPM-Solver++ and UniPC over respaced timesteps.
+"""From noise to x0: DDPM, DDIM, DPM-Solver++ and UniPC over respaced timesteps; Euler, Heun and Euler-Maruyama along a flow.
 
 A sampler is a generator of the states after each of its steps, so that only the latest is kept.
 Shapes: B batch, C/H/W channels, height, width. States are float32 whatever the denoiser's dtype.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, assert_never
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from dmpctl.diffusion.schedule import NoiseSchedule, respaced_timesteps, split_prediction
+from dmpctl.diffusion.schedule import FlowSchedule, NoiseSchedule, Schedule, respaced_timesteps, split_prediction
 from dmpctl.errors import NumericalError, UsageError
 from dmpctl.types import Denoiser, Draw
 
-Sampler = Literal["ddpm", "ddim", "dpm-solver++", "unipc"]
-Predict = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]  # x, original timestep -> epsilon, variance half or None
+Sampler = Literal["ddpm", "ddim", "dpm-solver++", "unipc", "euler", "heun", "euler-maruyama"]
+Predict = Callable[[Tensor, float], tuple[Tensor, Tensor | None]]  # x, original t -> epsilon or velocity, variance half or None
+FLOW_SAMPLERS = ("euler", "heun", "euler-maruyama")
+LAST_STEP = 0.04  # of Euler-Maruyama's path, taken without noise (Ma et al. 2024, appendix)
 
 LOWEST_LAMBDA = -5.1  # log(alpha / sigma) below which the solvers are unstable (cosine schedules), as diffusers advises
 
@@ -24,7 +27,7 @@ LOWEST_LAMBDA = -5.1  # log(alpha / sigma) below which the solvers are unstable 
 def sample(
     denoiser: Denoiser,
     draw: Draw,
-    schedule: NoiseSchedule,
+    schedule: Schedule,
     learned_sigma: bool,
     sampler: Sampler,
     steps: int,
@@ -34,23 +37,21 @@ def sample(
     """x0 [B, C, H, W] float32: x_T is the first `draw()`, each later step that adds noise draws once, t descending.
 
     `schedule` is the whole one; `eta` is DDIM's; `on_step` gets the number of steps done, None: nobody is told.
-    Call it under `torch.inference_mode`. UsageError for more steps than the schedule has, NumericalError if x0 is not finite.
+    Call it under `torch.inference_mode`. UsageError for more steps than the schedule has or a sampler of another kind,
+    NumericalError if x0 is not finite.
     """
     x = draw().float()
 
-    def predict(x: Tensor, timestep: int) -> tuple[Tensor, Tensor | None]:
-        t = torch.full((len(x),), timestep, dtype=torch.int64, device=x.device)
+    def predict(x: Tensor, timestep: float) -> tuple[Tensor, Tensor | None]:
+        t = torch.full((len(x),), timestep, dtype=torch.float32 if flow else torch.int64, device=x.device)
         return split_prediction(denoiser(x, t), x.shape[1], learned_sigma)
 
-    match sampler:
-        case "ddpm":
-            states = _ddpm(predict, draw, x, schedule, steps)
-        case "ddim":
-            states = _ddim(predict, draw, x, schedule, steps, eta)
-        case "dpm-solver++" | "unipc":
-            states = _solved(predict, x, schedule, steps, sampler)
-        case _:
-            assert_never(sampler)
+    flow = isinstance(schedule, FlowSchedule)
+    refuse_other_kind(sampler, flow)
+    if isinstance(schedule, FlowSchedule):
+        states = _along_flow(predict, draw, x, schedule, steps, sampler)
+    else:
+        states = _of_diffusion(predict, draw, x, schedule, steps, sampler, eta)
     for done, state in enumerate(states, start=1):
         x = state
         if on_step is not None:
@@ -62,6 +63,32 @@ def sample(
             "check the weights, lower --cfg, or use --precision no",
         )
     return x
+
+
+def _of_diffusion(
+    predict: Predict, draw: Draw, x: Tensor, schedule: NoiseSchedule, steps: int, sampler: Sampler, eta: float
+) -> Iterator[Tensor]:
+    match sampler:
+        case "ddpm":
+            return _ddpm(predict, draw, x, schedule, steps)
+        case "ddim":
+            return _ddim(predict, draw, x, schedule, steps, eta)
+        case "dpm-solver++" | "unipc":
+            return _solved(predict, x, schedule, steps, sampler)
+        case _:
+            raise ValueError(f"{sampler} is no sampler of a diffusion")
+
+
+def refuse_other_kind(sampler: str, flow: bool) -> None:
+    """UsageError for a sampler of diffusions on a flow, or the other way round."""
+    if flow and sampler not in FLOW_SAMPLERS:
+        raise UsageError(
+            f"--sampler {sampler} is for a Gaussian diffusion, this backbone is a flow", "use --sampler heun --steps 50"
+        )
+    if not flow and sampler in FLOW_SAMPLERS:
+        raise UsageError(
+            f"--sampler {sampler} is for a flow such as SiT, this backbone is a Gaussian diffusion", "use --sampler ddpm"
+        )
 
 
 def _ddpm(predict: Predict, draw: Draw, x: Tensor, schedule: NoiseSchedule, steps: int) -> Iterator[Tensor]:
@@ -115,4 +142,37 @@ def _solved(
     for timestep in solver.timesteps:
         eps, _ = predict(x, int(timestep))
         x = solver.step(eps, timestep, x, return_dict=False)[0]
+        yield x
+
+
+def _along_flow(
+    predict: Predict, draw: Draw, x: Tensor, schedule: FlowSchedule, steps: int, sampler: Sampler
+) -> Iterator[Tensor]:
+    """The probability flow dx = v ds from noise (level 1) to images (0), `steps` even steps (Ma et al. 2024, eq. 3).
+
+    Heun's second stage costs a second prediction in every step but the last. Euler-Maruyama follows the SDE with the same
+    marginals (their eq. 6) whose diffusion is w = s, and goes without noise over the last 4 % of the path.
+    """
+    total = float(len(schedule))
+    if sampler == "euler-maruyama" and steps > 1:
+        levels = [*torch.linspace(1.0, LAST_STEP, steps, dtype=torch.float64).tolist(), 0.0]
+    else:
+        levels = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64).tolist()
+    for now, then in itertools.pairwise(levels):
+        v, _ = predict(x, now * total)
+        step = now - then
+        match sampler:
+            case "euler":
+                x = x + step * v
+            case "heun":
+                guess = x + step * v
+                x = x + step * (v + predict(guess, then * total)[0]) / 2 if then else guess
+            case "euler-maruyama":
+                if then:
+                    score = ((1 - now) * v - x) / now  # the noise is x - (1 - s) v, the score its negative over s
+                    x = x + step * (v + now * score / 2) + math.sqrt(now * step) * draw()
+                else:
+                    x = x + step * v
+            case _:
+                raise ValueError(f"{sampler} is no sampler of a flow")
         yield x

@@ -59,6 +59,10 @@ class NoiseSchedule:
                 return cls(torch.linspace(scale * 1e-4, scale * 0.02, spec.steps, dtype=torch.float64))
             case "cosine":
                 return cls(torch.tensor(_cosine_betas(spec.steps), dtype=torch.float64))
+            case "scaled-linear":  # of Stable Diffusion: linear in the square root of beta
+                return cls(torch.linspace(0.00085**0.5, 0.012**0.5, spec.steps, dtype=torch.float64) ** 2)
+            case "flow":
+                raise ValueError("a flow has no betas: see FlowSchedule")
             case _:
                 assert_never(spec.kind)
 
@@ -90,6 +94,10 @@ class NoiseSchedule:
         """x_t [B, C, H, W] from x0 and standard normal noise (Ho et al., eq. 4)."""
         return self._at("signal", t) * x0 + self._at("noise", t) * noise
 
+    def target(self, x0: Tensor, noise: Tensor) -> Tensor:
+        """What is predicted: the noise."""
+        return noise
+
     def predict_x0(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """x0 [B, C, H, W] that `eps` implies: `add_noise` solved for x0."""
         return self._at("recip", t) * x_t - self._at("recip_m1", t) * eps
@@ -115,6 +123,44 @@ class NoiseSchedule:
         return share * self.log_beta(t) + (1 - share) * self.posterior_log_variance(t)
 
 
+class FlowSchedule:
+    """x_t = (1 - s) x_0 + s noise with s = t / steps (SiT's linear path; rectified flow). t floating [B] in 0..steps.
+
+    The network predicts the velocity x_0 - noise, along which samples move from noise to images.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def to(self, device: torch.device | str) -> "FlowSchedule":
+        """Itself: it has no tables."""
+        return self
+
+    def level(self, t: Tensor) -> Tensor:
+        """s, float32 [B, 1, 1, 1]."""
+        return (t.float() / self.steps).view(-1, 1, 1, 1)
+
+    def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x_t [B, C, H, W] from x0 and standard normal noise."""
+        s = self.level(t)
+        return (1 - s) * x0 + s * noise
+
+    def target(self, x0: Tensor, noise: Tensor) -> Tensor:
+        """What is predicted: the velocity."""
+        return x0 - noise
+
+
+Schedule = NoiseSchedule | FlowSchedule
+
+
+def schedule_of(spec: ScheduleSpec) -> Schedule:
+    """The schedule a backbone was trained with; UsageError if it has too few steps."""
+    return FlowSchedule(spec.steps) if spec.kind == "flow" else NoiseSchedule.from_spec(spec)
+
+
 def respaced_timesteps(steps: int, count: int) -> list[int]:
     """`count` of `steps` timesteps, ascending, evenly spaced with both ends (ADM's space_timesteps, one section).
 
@@ -131,7 +177,7 @@ def respaced_timesteps(steps: int, count: int) -> list[int]:
 
 
 def split_prediction(prediction: Tensor, channels: int, learned_sigma: bool) -> tuple[Tensor, Tensor | None]:
-    """(epsilon [B, C, H, W], variance half or None), float32; ValueError if the prediction has other channels."""
+    """(epsilon or velocity [B, C, H, W], variance half or None), float32; ValueError if the prediction has other channels."""
     expected = 2 * channels if learned_sigma else channels
     if prediction.shape[1] != expected:
         raise ValueError(f"a prediction of {prediction.shape[1]} channels where {expected} are expected")

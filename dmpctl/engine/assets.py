@@ -245,6 +245,21 @@ def resolve_weights(given: str | Path, settings: Settings, progress: Progress) -
     return weights_at_hand(address)
 
 
+def folder_at_hand(address: str) -> Path:
+    """The model of the Hub that was fetched from hf://OWNER/NAME[@REV], as a folder, checked.
+
+    MissingError with the command that fetches it; UsageError for an address of one file.
+    """
+    row = ad_hoc(address)
+    if row.repo is None or row.file is not None or row.dataset:
+        raise UsageError(f"--base {address} is no model of the Hub", "write hf://OWNER/NAME, or name a shape and --weights")
+    path = present(row)
+    if path is None:
+        raise MissingError(f"{address} is not in the cache", f"run {command_for([row])}")
+    verify(row, deep=True)
+    return path
+
+
 def weights_at_hand(address: str) -> Path:
     """The file of weights that was fetched from an address, checked; MissingError with the command that fetches it."""
     row = ad_hoc(address)

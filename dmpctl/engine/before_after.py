@@ -60,6 +60,8 @@ def measure(
     loss = loss_difference(errors, epsilon_errors(patched, source, device, seed, progress)[0], steps)
     extractor = extractor_for(patched.image_shape, device)
     count = SHOWN if extractor is None else settings.evaluate.eval_images
+    patched = patched.with_prompts(settings, count, progress, source)
+    plain = patched.unpatched()
     before, after = (
         torch.cat([images for _, images in in_batches(model, range(count), settings.sampling, device, progress)])
         for model in (plain, patched)

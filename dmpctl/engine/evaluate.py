@@ -59,15 +59,15 @@ def fid(settings: Settings, what: str, progress: Progress) -> Report:
         return history(path)
     if path.suffix in SUFFIXES and path.is_file() and is_statistics(path):
         return statistics_report(path, settings)
-    images = open_images_of(path, _model(path, settings), settings, device)
-    name = options.reference or (reference_of(images.model) if images.model else None)
+    images = open_images_of(path, _model(path, settings, progress), settings, device)
+    name = options.reference or (images.model.trained_on if images.model else None)
     if name is None:
         raise UsageError(f"nothing says what to compare {what} with", "add --reference digits or --reference DIR")
     real = find_reference(name, images.shape, settings)
     protocol, extractor = protocol_for(options, images.shape), build_extractor(options, images.shape, device)
     _refuse_small(images.count, extractor, settings)
     _refuse_others_metrics(extractor, settings)
-    other = _versus(images, path, settings, device)
+    other = _versus(images, path, settings, device, progress)
     unsure = None if other is None else refuse_unpaired(images, other)
     if settings.console.dry_run:
         planned = {"dry_run": True, "n": images.count, "extractor": extractor.fingerprint, "protocol": protocol.name}
@@ -113,18 +113,13 @@ def fid(settings: Settings, what: str, progress: Progress) -> Report:
     return Report(data, tuple(rows), (*lines, *failures), ThresholdError.exit_code if failures else 0)
 
 
-def _model(path: Path, settings: Settings) -> Patched | None:
-    """The model that a path stands for, None for images."""
+def _model(path: Path, settings: Settings, progress: Progress) -> Patched | None:
+    """The model that a path stands for, with the captions of its images; None for images."""
     made = path.suffix in MODELS or any((path / name).is_file() for name in ("config.json", "patch.json"))
-    return load_result(path, settings.result.result_weights).with_codec(settings) if made else None
-
-
-def reference_of(model: Patched) -> str | None:
-    """The images a run was trained on, by a name that opens them; None if it does not say."""
-    if model.about:
-        name = model.about["data"]["name"]
-        return None if name is None else str(name)
-    return model.backbone.data
+    if not made:
+        return None
+    model = load_result(path, settings.result.result_weights).with_codec(settings)
+    return model.with_prompts(settings, settings.fid.max_images, progress)
 
 
 def _features(
@@ -231,7 +226,7 @@ def _noise_floor(reference: Reference, settings: Settings) -> tuple[dict[str, An
     }
 
 
-def _versus(images: ImageSet, path: Path, settings: Settings, device: torch.device) -> ImageSet | None:
+def _versus(images: ImageSet, path: Path, settings: Settings, device: torch.device, progress: Progress) -> ImageSet | None:
     """The other side of a paired difference, None where none was asked for."""
     name = settings.fid.versus or settings.fid.fail_unless_better_than
     if name is None:
@@ -241,7 +236,7 @@ def _versus(images: ImageSet, path: Path, settings: Settings, device: torch.devi
             raise UsageError(f"--versus {BACKBONE} needs a run with a patch, {images.name} has none")
         return replace(open_images_of(path, images.model.unpatched(), settings, device), name=f"{images.name} without its patch")
     other = Path(name).expanduser()
-    return open_images_of(other, _model(other, settings), settings, device)
+    return open_images_of(other, _model(other, settings, progress), settings, device)
 
 
 def _difference(

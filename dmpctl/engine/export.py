@@ -10,8 +10,8 @@ from typing import Any, assert_never
 import torch
 
 from dmpctl.backbones.dit import DiT
-from dmpctl.backbones.dit_weights import PATCH, dit_metadata, infer_config
-from dmpctl.engine.build import Loaded, PatchModule
+from dmpctl.backbones.dit_weights import PATCH, infer_config
+from dmpctl.engine.build import Loaded, PatchModule, metadata_of
 from dmpctl.engine.patched import PATCH_PREFIX, Patched, load_result, method_of, outputs_of
 from dmpctl.errors import UsageError
 from dmpctl.files import json_to_bytes, make_folder, sha256_of_bytes, tensors_to_bytes, write_atomic
@@ -95,9 +95,7 @@ def _patch_files(model: Patched, patch: PatchModule, folder: Path) -> dict[Path,
 def _merged(model: Patched, patch: PatchModule) -> bytes:
     """One safetensors file: a backbone with the change folded in; or, with prompts, the backbone's tensors and patch.*."""
     backbone = model.backbone
-    metadata = dit_metadata(
-        backbone.model.config, backbone.spec.schedule, backbone.data, model.about.get("codec") or backbone.codec
-    )
+    metadata = metadata_of(backbone, model.about.get("codec"), model.about.get("text"))
     folded = patch.merged()
     if folded is not None:
         return tensors_to_bytes(folded, metadata)
@@ -108,15 +106,18 @@ def _merged(model: Patched, patch: PatchModule) -> bytes:
 
 def _published(backbone: Loaded, patch: PatchModule, method: Method) -> bytes:
     """A checkpoint of the published code: model and ema (both these weights), and its config as plain values."""
-    plain = _publishable(backbone, method)
-    state = {**backbone.model.state_dict(), **patch.state_dict()}
-    checkpoint = {"model": state, "ema": state, "config": _config(backbone.model, plain)}
+    network = backbone.model
+    if not isinstance(network, DiT):
+        raise UsageError("the published layout is that of a DiT, this backbone is a model of diffusers", "use --to merged")
+    plain = _publishable(backbone, network, method)
+    state = {**network.state_dict(), **patch.state_dict()}
+    checkpoint = {"model": state, "ema": state, "config": _config(network, plain)}
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     return buffer.getvalue()
 
 
-def _publishable(backbone: Loaded, method: Method) -> Dmp | PromptTuning:
+def _publishable(backbone: Loaded, network: DiT, method: Method) -> Dmp | PromptTuning:
     """The method, if the published code has it; UsageError naming the option that it does not have."""
     match method:
         case Dmp() | PromptTuning():
@@ -127,10 +128,10 @@ def _publishable(backbone: Loaded, method: Method) -> Dmp | PromptTuning:
             assert_never(method)
     if other or not isinstance(method, Dmp | PromptTuning):
         raise UsageError(f"the published layout has no {other}", "export it with --to merged, or --to patch")
-    spec, config = backbone.spec, backbone.model.config
+    spec, config = backbone.spec, network.config
     if spec.schedule.steps != PUBLISHED_STEPS:
         raise UsageError(f"the published code has {PUBLISHED_STEPS} noise steps, this backbone {spec.schedule.steps}")
-    if infer_config(backbone.model.state_dict(), config.num_heads) != config:
+    if infer_config(network.state_dict(), config.num_heads) != config:
         raise UsageError("the published layout cannot say that labels are never dropped, as they are not in this backbone")
     return method
 

@@ -23,8 +23,17 @@ from dmpctl.types import Silent, Source
 
 BATCH = 256
 LOSSY = (".jpg", ".jpeg", ".webp")
-IDENTITY = ("sampling", "label", "backbone_sha256", "patch_sha256", "step", "codec")  # of generated images, in samples.json
-SEEDS = ("sampling", "label")  # what two sets share whose images pair up
+IDENTITY = (
+    "sampling",
+    "label",
+    "backbone_sha256",
+    "patch_sha256",
+    "step",
+    "codec",
+    "prompts",
+    "text",
+)  # of generated images, in samples.json
+SEEDS = ("sampling", "label", "prompts")  # what two sets share whose images pair up
 Read = Callable[[Sequence[int]], Iterable[tuple[Sequence[int], Tensor]]]
 
 
@@ -101,8 +110,7 @@ def folder_images(path: Path, limit: int) -> ImageSet:
     if not count:
         raise UsageError(f"{path} holds no 000000.png", "make its images: dmpctl sample")
     channels, height, width = read_png(_place(path, 0)).shape
-    identity = {key: about.get(key) for key in IDENTITY}
-    seeds = {key: about.get(key) for key in SEEDS}
+    identity, seeds = ({key: about[key] for key in keys if key in about} for keys in (IDENTITY, SEEDS))
     read = partial(_one_by_one, lambda k: read_png(_place(path, k)))
     return ImageSet(str(path), (channels, height, width), count, read, identity, seeds)
 
@@ -138,7 +146,7 @@ def run_images(path: Path, model: Patched, settings: Settings, device: torch.dev
     about, sampling = samples_about(model, settings), settings.sampling
     compile_blocks(model.network, settings.launch)
     folder = samples_folder(path, model, sampling)
-    identity, seeds = {key: about[key] for key in IDENTITY}, {key: about[key] for key in SEEDS}
+    identity, seeds = ({key: about[key] for key in keys if key in about} for keys in (IDENTITY, SEEDS))
     read = partial(_made, folder, about, model, settings, device)
     return ImageSet(str(path), model.image_shape, settings.fid.max_images, read, identity, seeds, model)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dmpctl.engine.codec import codec_record
+from dmpctl.engine.conditions import encoder_record
 from dmpctl.engine.fid_images import ImageSet
 from dmpctl.engine.patched import Patched, outputs_of
 from dmpctl.engine.reference import Reference
@@ -20,7 +21,7 @@ from dmpctl.settings.sections import Fid
 from dmpctl.types import Extractor, Report
 
 SCHEMA_VERSION = 2
-PROTOCOL = ("protocol", "reference", "images", "sampling", "codec")  # parts of a record that have to be alike
+PROTOCOL = ("protocol", "reference", "images", "sampling", "codec", "prompts")  # parts of a record that have to be alike
 
 
 def metric_name(extractor: Extractor, n: int, metric: str = "fid") -> str:
@@ -58,6 +59,7 @@ def record_of(
         "images": {"what": images.name, "n": images.count, **({} if model else {"identity": dict(images.identity)})},
         "sampling": settings.sampling.model_dump(mode="json", exclude={"sample_batch"}) if model else None,
         "codec": codec_record(model.codec) if model else None,
+        **({"prompts": dict(model.prompts.about), "text": encoder_record(model.text)} if model and model.prompts else {}),
         "patch": _patch_of(model),
         "arithmetic": {"features": "float32", "moments": "float64", "tf32": False, "device": device},
         "versions": {name: version_of(name) for name in ("dmpctl", "torch", "torch-fidelity", "timm")},
@@ -132,7 +134,7 @@ def metrics_file(run: Path, name: str, record: Mapping[str, Any], model: Patched
     """
     sampling = settings.sampling
     asked = settings.fid.model_dump(mode="json", include={"metrics", "noise_floor", "versus", "fail_unless_better_than"})
-    digest = sha256_of_json({"asked": asked, **{key: record[key] for key in (*PROTOCOL, "patch")}})[:8]
+    digest = sha256_of_json({"asked": asked, **{key: record.get(key) for key in (*PROTOCOL, "patch")}})[:8]
     made = f"{model.step:07d}-{sampling.sampler}-{sampling.steps}-cfg{sampling.cfg:g}-seed{sampling.sample_seed}"
     return outputs_of(run) / "metrics" / f"{name}-{made}-{digest}.json"
 
@@ -170,7 +172,7 @@ def _row(record: Mapping[str, Any]) -> dict[str, str]:
 
 def _other_protocols(records: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     """A sentence where rows of the table may not be compared with each other."""
-    kinds = {json.dumps({key: record[key] for key in PROTOCOL}, sort_keys=True) for record in records}
+    kinds = {json.dumps({key: record.get(key) for key in PROTOCOL}, sort_keys=True) for record in records}
     if len(kinds) < 2:
         return ()
     return (f"these are {len(kinds)} different protocols: compare numbers of one only",)

@@ -12,16 +12,18 @@ from numpy.lib.format import open_memmap
 from torch import Tensor
 
 from dmpctl.diffusion.guidance import Predict, guide
+from dmpctl.diffusion.samplers import refuse_other_kind
 from dmpctl.diffusion.samplers import sample as run_sampler
-from dmpctl.diffusion.schedule import NoiseSchedule
+from dmpctl.diffusion.schedule import schedule_of
 from dmpctl.engine.codec import latent_record
+from dmpctl.engine.conditions import Conditions, Labels, encoder_record
 from dmpctl.engine.patched import Patched, load_result, outputs_of
 from dmpctl.engine.pictures import is_png, read_png, write_contact_sheet, write_npz, write_pngs
 from dmpctl.engine.ranks import Ranks, join
 from dmpctl.engine.speed import compile_blocks
 from dmpctl.engine.stop import Stop, interrupted
 from dmpctl.errors import UsageError
-from dmpctl.files import make_folder, read_json, write_json, writing
+from dmpctl.files import make_folder, read_json, sha256_of_json, write_json, writing
 from dmpctl.rng import ImageDraws, seed_of
 from dmpctl.settings.model import Settings
 from dmpctl.settings.sections import Sampling
@@ -45,12 +47,31 @@ def labels_of(indices: Sequence[int], seed: int, num_classes: int, label: int | 
 def denoiser_of(
     model: Patched, indices: Sequence[int], settings: Sampling, device: torch.device, label: int | None = None
 ) -> Denoiser:
-    """What the sampler calls for these images; UsageError where the label or the guidance does not suit the backbone."""
+    """What the sampler calls for these images; UsageError where label, guidance or sampler does not suit the backbone."""
     spec = model.backbone.spec
-    labels = labels_of(indices, settings.sample_seed, spec.num_classes, label)
-    cond = None if labels is None else labels.to(device)
+    refuse_other_kind(settings.sampler, spec.schedule.kind == "flow")
+    cond, null = conditions_of(model, indices, settings.sample_seed, label, device)
     predict = at_one_time(model.predict) if cond is None else model.predict
-    return guide(predict, cond, spec.null_class, settings.cfg, settings.cfg_channels)
+    channels = settings.cfg_channels if settings.cfg_channels != "auto" else "all" if spec.text else "3"
+    return guide(predict, cond, null, settings.cfg, channels)
+
+
+def conditions_of(
+    model: Patched, indices: Sequence[int], seed: int, label: int | None, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """Conditions of these images and the null condition [1, ...]; None where there are none."""
+    spec = model.backbone.spec
+    labels = labels_of(indices, seed, spec.num_classes, label)
+    told: Conditions = Labels(spec.null_class)
+    if spec.text is not None:
+        if model.prompts is None:
+            raise ValueError("a text-conditional backbone needs prompts (Patched.with_prompts)")
+        told = model.prompts.captions
+        labels = torch.tensor([k % len(told) for k in indices])
+    if labels is None:
+        return None, None
+    null = told.nothing()
+    return told.of(labels).to(device), None if null is None else null.to(device)
 
 
 def at_one_time(predict: Predict) -> Predict:
@@ -66,7 +87,7 @@ def generate(
     spec = model.backbone.spec
     denoiser = denoiser_of(model, indices, settings, device, label)
     draw = ImageDraws(settings.sample_seed, indices, spec.latent_shape, device)
-    schedule = NoiseSchedule.from_spec(spec.schedule).to(device)
+    schedule = schedule_of(spec.schedule).to(device)
     latents = run_sampler(denoiser, draw, schedule, spec.learned_sigma, settings.sampler, settings.steps, settings.eta)
     return model.codec.decode(latents).cpu()
 
@@ -96,6 +117,7 @@ def sample(settings: Settings, run: Path, progress: Progress) -> Report:
     if settings.images.unpatched:
         model = model.unpatched()
     wanted, sampling = settings.images, settings.sampling
+    model = model.with_prompts(settings, wanted.num_images, progress)
     folder = (wanted.out or samples_folder(run, model, sampling)).absolute()
     about = samples_about(model, settings)
     ranks = join(settings.launch)
@@ -166,6 +188,8 @@ def images_of_all(
 def samples_folder(run: Path, model: Patched, sampling: Sampling) -> Path:
     """Where images of a run lie unless --out says otherwise."""
     name = folder_name(model, sampling) + ("-backbone" if model.patch is None else "")
+    if model.prompts is not None:
+        name += f"-{sha256_of_json(dict(model.prompts.about))[:8]}"
     return outputs_of(run) / "samples" / name
 
 
@@ -179,6 +203,7 @@ def samples_about(model: Patched, settings: Settings) -> dict[str, Any]:
         "patch_sha256": model.about.get("sha256"),
         "step": model.step,
         "codec": latent_record(model.codec),
+        **({"prompts": dict(model.prompts.about), "text": encoder_record(model.text)} if model.prompts else {}),
     }
 
 

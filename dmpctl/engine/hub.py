@@ -20,6 +20,7 @@ from dmpctl.settings.assets import AssetRow
 from dmpctl.types import Progress, ProgressTask
 
 WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")  # the first kind that a repository has one of is taken
+BESIDE = (".json", ".txt", ".model")  # of a model: its configs and its words
 ADDRESS = re.compile(
     r"hf://(?P<dataset>datasets/)?(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>refs/(pr|convert)/[\w.-]+|[\w.-]+))?(/(?P<file>.+))?"
 )
@@ -42,7 +43,7 @@ def parse(address: str) -> AssetRow:
         raise UsageError(f"{address} is no address on the Hub", "write hf://OWNER/NAME, hf://OWNER/NAME@REVISION or .../FILE")
     name = "hub-" + hashlib.sha256(address.encode()).hexdigest()[:12]
     repo, dataset, revision, file = found["repo"], bool(found["dataset"]), found["revision"], found["file"]
-    allow = () if file else ("*",) if dataset else tuple(f"*{end}" for end in WEIGHTS)
+    allow = () if file else ("*",) if dataset else (*(f"*{end}" for end in WEIGHTS), *(f"*{end}" for end in BESIDE))
     kind: Any = "data" if dataset else "backbone"
     return AssetRow(name=name, what=address, kind=kind, repo=repo, dataset=dataset, revision=revision, file=file, allow=allow)
 

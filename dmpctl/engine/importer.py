@@ -5,16 +5,18 @@ The published DMP checkpoint holds the whole model; backbone and patch come apar
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
-from dmpctl.backbones.dit import SHAPES, DiTConfig, shape_config
-from dmpctl.backbones.dit_weights import Weights, digest_of, dit_from, dit_metadata, infer_config, is_patched, read_weights
+from dmpctl.backbones.diffusers_dit import DiffusersDiT, to_original
+from dmpctl.backbones.diffusers_folder import open_folder
+from dmpctl.backbones.dit import SHAPES, DiTConfig, is_flow, shape_config
+from dmpctl.backbones.dit_weights import Weights, digest_of, dit_from, infer_config, is_patched, read_weights
 from dmpctl.backbones.foreign import value_in
-from dmpctl.engine.build import Loaded, freeze
+from dmpctl.engine.build import Loaded, facts_of, freeze, metadata_of
 from dmpctl.engine.export import put_all
 from dmpctl.engine.patched import Patched, describe_patch, lasting_name, load_merged, method_of, patch_from
 from dmpctl.engine.rundir import RunDir
@@ -29,6 +31,7 @@ from dmpctl.types import Progress, Report, ScheduleSpec
 SCHEMA_VERSION = 1
 GATE_KEYS = ("gate.weight", "gate.bias", "w_noise")
 PATCH_KEYS = ("prompt_embeddings", *GATE_KEYS)  # of the published layout; all other keys are the backbone's
+AS_TRAINED = "time is embedded as in the original code, which the weights were trained with; diffusers shifts the frequencies"
 STEP_DIGITS = 7  # the published training script names its checkpoints by their step: 0050000.pt
 
 
@@ -54,7 +57,8 @@ def import_file(settings: Settings, file: Path, progress: Progress) -> Report:
     path, options = file.expanduser().absolute(), settings.importing
     target = (options.import_run or Path("runs") / path.stem).expanduser().absolute()
     found = opened(path, options, settings.data.data)
-    source = {"file": str(path), "sha256": sha256_of(path)}
+    digest = found.model.backbone.digest if path.is_dir() else sha256_of(path)
+    source = {"file": str(path), "sha256": digest}
     files = _files(found, target, source)
     if settings.console.dry_run:
         return _report(found, target, ("dry run: nothing was written",))
@@ -71,6 +75,8 @@ def import_file(settings: Settings, file: Path, progress: Progress) -> Report:
 
 def opened(path: Path, options: Importing, data: str | None) -> Opened:
     """Backbone and patch of a file, frozen, on the CPU. `data`: the images it was trained on, None: unknown."""
+    if path.is_dir():
+        return Opened(Patched(_original(path, data), None, {"step": 0}), None, "its transformer", (AS_TRAINED,))
     if is_patched(path):
         model = load_merged(path, options.import_weights)
         return Opened(model, method_of(path, model.about), "the file")
@@ -92,6 +98,19 @@ def opened(path: Path, options: Importing, data: str | None) -> Opened:
     return Opened(Patched(backbone, patch, about), method, weights.taken, assumed + more)
 
 
+def _original(folder: Path, data: str | None) -> Loaded:
+    """A DiT in diffusers' layout as the original one: the same weights, and the function they were trained for."""
+    model = open_folder(folder).model
+    if not isinstance(model, DiffusersDiT):
+        raise UsageError(f"{folder} holds no DiT, whose layouts alone are converted", f"use it as it is: --base {folder}")
+    try:
+        config, tensors = to_original(model)
+    except ValueError as error:
+        raise UsageError(f"{folder} cannot be converted: {error}", f"use it as it is: --base {folder}") from None
+    made = freeze(dit_from(Weights(tensors, "its transformer", config, model.schedule)))
+    return Loaded(made, digest_of(made.state_dict()), str(folder), lasting_name(data) if data else None)
+
+
 def _without(tensors: Mapping[str, Tensor], these: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in tensors.items() if name not in these}
 
@@ -101,8 +120,10 @@ def _backbone(path: Path, weights: Weights, options: Importing, data: str | None
     config = weights.config or infer_config(weights.tensors, _heads(weights, options))
     _refuse_other_shape(path, config, options)
     said = value_in(weights.said, "schedule_name", "noise_schedule")
-    kind: Literal["linear", "cosine"] = options.import_schedule or ("cosine" if said == "cosine" else "linear")
-    known = weights.schedule is not None or options.import_schedule or said in ("linear", "cosine")
+    flow = is_flow(options.shape or "")
+    kind: Literal["linear", "cosine", "flow"] = "flow" if flow else "cosine" if said == "cosine" else "linear"
+    kind = options.import_schedule or kind
+    known = flow or weights.schedule is not None or options.import_schedule or said in ("linear", "cosine")
     if weights.schedule is not None and options.import_schedule not in (None, weights.schedule.kind):
         raise UsageError(f"{path} says that its schedule is {weights.schedule.kind}", "leave --schedule out")
     model = freeze(dit_from(replace(weights, config=config), schedule=ScheduleSpec(kind)))
@@ -180,12 +201,11 @@ def _kept(path: Path, prompts: int, weights: Weights, options: Importing) -> tup
 def _files(found: Opened, target: Path, source: Mapping[str, Any]) -> dict[str, bytes]:
     """The files of the run by name, in the order in which they are written: what names a file comes after it."""
     model, about = found.model, found.model.about
-    config, backbone = model.backbone.model.config, model.backbone
-    metadata = dit_metadata(config, backbone.spec.schedule, backbone.data, backbone.codec)
-    files = {"backbone.safetensors": tensors_to_bytes(backbone.model.state_dict(), metadata)}
+    backbone = model.backbone
+    files = {"backbone.safetensors": tensors_to_bytes(backbone.model.state_dict(), metadata_of(backbone))}
     common = {"step": about["step"], "weights": about.get("weights", "raw"), "imported": source}
     if model.patch is None or found.method is None:
-        facts = {"config": asdict(config), "schedule": asdict(backbone.spec.schedule), "data": backbone.data}
+        facts = {**facts_of(backbone.model), "data": backbone.data}
         facts |= {} if backbone.codec is None else {"codec": dict(backbone.codec)}
         described = {
             "schema_version": SCHEMA_VERSION,
@@ -203,21 +223,20 @@ def _files(found: Opened, target: Path, source: Mapping[str, Any]) -> dict[str, 
 
 def _report(found: Opened, target: Path, more: tuple[str, ...]) -> Report:
     backbone, patch = found.model.backbone, found.model.patch
-    config = backbone.model.config
+    spec = backbone.spec
     data: dict[str, Any] = {
         "run": str(target),
         "taken": found.taken,
-        "config": asdict(config),
-        "schedule": asdict(backbone.spec.schedule),
+        **facts_of(backbone.model),
         "backbone_sha256": backbone.digest,
-        "backbone_parameters": config.parameters(),
+        "backbone_parameters": spec.parameters,
         "method": None if found.method is None else found.method.model_dump(mode="json"),
         "added_parameters": None if patch is None else patch.added,
         "assumed": list(found.assumed),
     }
     row = {
-        "backbone": f"{config.hidden_size} wide, {config.depth} blocks, {config.num_heads} heads ({config.parameters():,})",
-        "classes": str(config.num_classes or "none"),
+        "backbone": f"{spec.sites[0].width} wide, {len(spec.sites)} blocks ({spec.parameters:,})",
+        "classes": str(spec.num_classes or "none"),
         "patch": "none" if patch is None or found.method is None else f"{found.method.method} ({patch.added:,})",
         "run": str(target),
     }

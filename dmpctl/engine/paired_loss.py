@@ -1,16 +1,19 @@
-"""The paired loss: denoising error of two models on the same images, timesteps and noise. The sharpest instrument there is.
+"""The paired loss: denoising error of two models on the same images, timesteps, noise and captions. The sharpest there is.
 
 MINIATURE: 25 fixed timesteps, one fixed noise; differences of 1e-5 show where Fréchet distances of samples do not.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dmpctl.diffusion.schedule import NoiseSchedule, split_prediction
+from dmpctl.diffusion.schedule import schedule_of, split_prediction
+from dmpctl.engine.conditions import Conditions, Labels, captions_of, encoded
 from dmpctl.engine.patched import Patched
 from dmpctl.rng import seed_of
+from dmpctl.settings.model import Settings
 from dmpctl.types import Progress, Source
 
 TIMESTEPS = 25
@@ -20,7 +23,7 @@ PROFILE_IMAGES = 500
 
 @dataclass(frozen=True)
 class LossDifference:
-    """Mean squared epsilon error of two models; `difference` is patched minus backbone, negative is better.
+    """Mean squared epsilon (of a flow: velocity) error of two models; `difference` is patched minus backbone, negative is better.
 
     `standard_error` is over the images, which are the unit of sampling; `bands` is the difference per timestep.
     """
@@ -49,13 +52,14 @@ def epsilon_errors(
     `most` images at most, None: 2 000.
     """
     spec = model.backbone.spec
-    schedule = NoiseSchedule.from_spec(spec.schedule).to(device)
+    schedule = schedule_of(spec.schedule).to(device)
     steps = [int(t) for t in torch.linspace(0, spec.schedule.steps - 1, 2 * TIMESTEPS + 1)[1::2]]
     count = min(len(source), MOST_IMAGES if most is None else most)
-    items = [source.item(i * len(source) // count) for i in range(count)]  # spread evenly: class folders are sorted
+    chosen = [i * len(source) // count for i in range(count)]  # spread evenly: class folders are sorted
+    items = [source.item(i) for i in chosen]
     images = torch.stack([image for image, _ in items])
     x0 = torch.cat([model.codec.encode(part.to(device)).mean.cpu() for part in torch.split(images, batch)])
-    labels = torch.tensor([label for _, label in items])
+    told, numbers = _conditions(model, source, chosen, torch.tensor([label for _, label in items]), progress)
     errors = torch.empty(len(steps), count, dtype=torch.float64)
     model.to(device)
     with progress.track("paired loss", len(steps)) as task:
@@ -64,13 +68,24 @@ def epsilon_errors(
             for first in range(0, count, batch):
                 part = slice(first, first + batch)
                 at = torch.full((len(x0[part]),), t, device=device)
-                cond = labels[part].to(device) if spec.num_classes else None
-                target = noise[part].to(device)
-                prediction = model.predict(schedule.add_noise(x0[part].to(device), at, target), at, cond)
-                eps, _ = split_prediction(prediction, spec.latent_shape[0], spec.learned_sigma)
-                errors[row, part] = (eps - target).square().flatten(1).mean(1).double().cpu()
+                cond = None if told is None else told.of(numbers[part]).to(device)
+                clean, added = x0[part].to(device), noise[part].to(device)
+                prediction = model.predict(schedule.add_noise(clean, at, added), at, cond)
+                found, _ = split_prediction(prediction, spec.latent_shape[0], spec.learned_sigma)
+                errors[row, part] = (found - schedule.target(clean, added)).square().flatten(1).mean(1).double().cpu()
             task.advance()
     return errors, steps
+
+
+def _conditions(
+    model: Patched, source: Source, chosen: Sequence[int], labels: Tensor, progress: Progress
+) -> tuple[Conditions | None, Tensor]:
+    """What the backbone is told of these images, and under which numbers: classes, or the first caption of each."""
+    spec = model.backbone.spec
+    if model.text is None:
+        return (Labels(spec.null_class) if spec.num_classes else None), labels
+    texts = [captions_of(source, index, 1)[0] for index in chosen]
+    return encoded(texts, model.text, Settings(), progress), torch.arange(len(texts))
 
 
 def error_profile(model: Patched, source: Source, seed: int, device: torch.device, progress: Progress) -> dict[int, float]:

@@ -9,22 +9,24 @@ from typing import Any
 
 import torch
 
-from dmpctl.backbones.dit import DiT
 from dmpctl.backbones.dit_weights import digest_of
+from dmpctl.diffusion.samplers import refuse_other_kind
 from dmpctl.engine import before_after
 from dmpctl.engine.assets import resolve_weights
 from dmpctl.engine.build import (
     Loaded,
     build_codec,
     build_patch,
+    is_planned,
     load_backbone,
     open_data,
     own_data,
-    planned_config,
+    planned_model,
     published_file,
     resolve_device,
 )
 from dmpctl.engine.codec import latent_record
+from dmpctl.engine.conditions import captions_of, encoder_record, open_encoder
 from dmpctl.engine.generate import denoiser_of
 from dmpctl.engine.launch import accelerator_for
 from dmpctl.engine.paired_loss import error_profile
@@ -46,10 +48,9 @@ SCHEMA_VERSION = 1
 
 def patch(settings: Settings, progress: Progress) -> Report:
     """Train into the run directory, going on from its newest checkpoint; then compare with the backbone."""
-    planned = planned_config(settings.base)
-    if settings.console.dry_run and planned is not None:
+    if settings.console.dry_run and is_planned(settings.base):
         with torch.device("meta"):
-            shape = DiT(planned)
+            shape = planned_model(settings.base)
             return _parameters_only(settings, shape.spec.parameters, build_patch(shape, settings.method).added)
     settings = with_weights_here(settings, progress)
     loaded = load_backbone(settings.base, settings.data.data)
@@ -57,7 +58,7 @@ def patch(settings: Settings, progress: Progress) -> Report:
     source = open_data(settings.data, loaded.spec, codec, loaded.data, settings)
     session = session_of(settings, loaded, codec, source)
     if settings.evaluate.evaluate:
-        denoiser_of(Patched(loaded, None, {}), [0], settings.sampling, torch.device("cpu"))  # fails now, not after training
+        refuse_sampling(settings, loaded, source)
     path = (settings.run.run or Path("runs") / Path(data_name(settings, loaded)).name).expanduser().absolute()
     if settings.console.dry_run:
         return _planned(settings, path, session)
@@ -85,6 +86,15 @@ def with_weights_here(settings: Settings, progress: Progress) -> Settings:
     return settings.model_copy(update={"base": base, "data": own_data(settings.data, settings)})
 
 
+def refuse_sampling(settings: Settings, loaded: Loaded, source: Source) -> None:
+    """What does not suit the comparison fails now, not after training: guidance, sampler, data without captions."""
+    if loaded.spec.text is None:
+        denoiser_of(Patched(loaded, None, {}), [0], settings.sampling, torch.device("cpu"))
+    else:
+        refuse_other_kind(settings.sampling.sampler, flow=False)
+        captions_of(source, 0)
+
+
 def data_name(settings: Settings, loaded: Loaded) -> str:
     """The images to train on, by a name that still means the same from another folder."""
     return lasting_name(settings.data.data or str(loaded.data))
@@ -94,6 +104,7 @@ def session_of(settings: Settings, loaded: Loaded, codec: Codec, source: Source)
     """The training of a fresh patch on this backbone."""
     loaded.model.recompute = settings.train.grad_checkpoint
     module = build_patch(loaded.model, settings.method, settings.run.seed)
+    text = open_encoder(settings, loaded.spec, loaded.text, resolve_device(settings.launch))
     described = describe_patch(
         loaded,
         settings.base,
@@ -102,6 +113,7 @@ def session_of(settings: Settings, loaded: Loaded, codec: Codec, source: Source)
         data_name(settings, loaded),
         source.fingerprint,
         latent_record(codec),
+        encoder_record(text),
     )
     predict = partial(predict_patched, loaded.model, module.time_only)
     route = partial(routing_of, loaded.model, module.time_only)
@@ -109,8 +121,8 @@ def session_of(settings: Settings, loaded: Loaded, codec: Codec, source: Source)
     groups, noise, whole = module.param_groups(), module.noise_shape(), not isinstance(module, LoraPatch)
     subject = Subject("patch", module, network, groups, predict, route, module.penalty, noise, described, whole)
     digests = {"backbone_sha256": loaded.digest, "data_fingerprint": source.fingerprint}
-    profile = partial(error_profile, Patched(loaded, None, {}, codec), source, settings.run.seed)
-    return Session("patch", subject, loaded.spec, codec, source, digests, {"backbone": loaded.origin}, profile=profile)
+    profile = partial(error_profile, Patched(loaded, None, {}, codec, text), source, settings.run.seed)
+    return Session("patch", subject, loaded.spec, codec, source, digests, {"backbone": loaded.origin}, profile=profile, text=text)
 
 
 def digest_as_cast(loaded: Loaded, settings: Settings) -> str:
@@ -166,7 +178,7 @@ def _planned(settings: Settings, path: Path, session: Session) -> Report:
 
 def _report(settings: Settings, run: RunDir, session: Session, trained: Trained, progress: Progress) -> Report:
     """The table that ends the command. The comparison is made once: a complete run shows what it has recorded."""
-    patched, described = replace(load_patch(run.path), codec=session.codec), session.subject.described
+    patched, described = replace(load_patch(run.path), codec=session.codec, text=session.text), session.subject.described
     data: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "run": str(run.path), "step": patched.step}
     data |= {"patch_sha256": patched.about["sha256"], "train_seconds": round(trained.seconds, 1)}
     data |= {"added_parameters": described["added_parameters"], "added_percent": described["added_percent"]}

@@ -10,13 +10,26 @@ import torch
 from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from dmpctl.backbones.dit import DiT, shape_config
-from dmpctl.backbones.dit_weights import PATCH, described_weights, digest_of, dit_from, is_patched
+from dmpctl.backbones.dit import shape_config
+from dmpctl.backbones.dit_weights import PATCH, described_weights, digest_of, is_patched
 from dmpctl.codecs.identity import Identity
+from dmpctl.codecs.text import TextEncoder
 from dmpctl.data.source import BUNDLED as BUNDLED_DATA
 from dmpctl.engine import checkpoint
-from dmpctl.engine.build import BUNDLED, Loaded, PatchModule, build_codec, build_patch, freeze, load_backbone
+from dmpctl.engine.build import (
+    BUNDLED,
+    BackboneModule,
+    Loaded,
+    PatchModule,
+    build_codec,
+    build_patch,
+    freeze,
+    load_backbone,
+    model_from,
+    resolve_device,
+)
 from dmpctl.engine.checkpoint import refuse_other_keys
+from dmpctl.engine.conditions import Prompts, encoded, open_encoder, prompts_for
 from dmpctl.engine.rundir import version_of
 from dmpctl.engine.sharding import whole
 from dmpctl.errors import IntegrityError, MissingError, UsageError
@@ -25,7 +38,7 @@ from dmpctl.methods.changed import ChangedBackbone
 from dmpctl.settings.methods import Method
 from dmpctl.settings.model import Settings
 from dmpctl.settings.sections import Base
-from dmpctl.types import Backbone, Codec, Routing
+from dmpctl.types import Backbone, Codec, Progress, Routings, Source
 
 SCHEMA_VERSION = 1
 PATCH_PREFIX = "patch."  # of a patch's tensors in one file with its backbone
@@ -45,7 +58,7 @@ def predict_patched(
     t: Tensor,
     cond: Tensor | None,
     gate_noise: Tensor | None = None,
-) -> tuple[Tensor, Routing | None]:
+) -> tuple[Tensor, Routings]:
     """Prediction and routing of a patched backbone; `plan` is the patch, as it is or wrapped for many processes."""
     made = plan(backbone.embed_time(t) if time_only else backbone.embed(t, cond), gate_noise)
     return (made.backbone or backbone).denoise(x_t, t, cond, made.edit), made.routing
@@ -53,9 +66,9 @@ def predict_patched(
 
 def routing_of(
     backbone: Backbone, time_only: bool, plan: nn.Module, t: Tensor, cond: Tensor | None, gate_noise: Tensor | None = None
-) -> Routing | None:
+) -> Routings:
     """The same routing alone: no block is run."""
-    routing: Routing | None = plan(backbone.embed_time(t) if time_only else backbone.embed(t, cond), gate_noise).routing
+    routing: Routings = plan(backbone.embed_time(t) if time_only else backbone.embed(t, cond), gate_noise).routing
     return routing
 
 
@@ -63,13 +76,16 @@ def routing_of(
 class Patched:
     """A frozen backbone, and its patch (None: the backbone alone), with the codec of its images.
 
-    `about` is patch.json, {} without a patch.
+    `about` is patch.json, {} without a patch. `text` reads captions, `prompts` are those of generated images: None where the
+    backbone takes none, or until one asks for them.
     """
 
     backbone: Loaded
     patch: PatchModule | None
     about: Mapping[str, Any]
     codec: Codec = field(default_factory=Identity)
+    text: TextEncoder | None = None
+    prompts: Prompts | None = None
 
     def predict(self, x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
         """Prediction [B, C or 2C, H, W], without gate noise."""
@@ -96,11 +112,35 @@ class Patched:
 
     def unpatched(self) -> "Patched":
         """The same backbone without its patch."""
-        return Patched(self.backbone, None, {}, self.codec)
+        return replace(self, patch=None, about={})
+
+    @property
+    def trained_on(self) -> str | None:
+        """The images it was trained on, by a name that opens them; None if it does not say."""
+        if self.about:
+            name = self.about["data"]["name"]
+            return None if name is None else str(name)
+        return self.backbone.data
 
     def with_codec(self, settings: Settings) -> "Patched":
-        """The same with the codec that --codec names; what was loaded has that of pixel space until then."""
-        return replace(self, codec=build_codec(self.backbone, settings, self.about.get("codec")))
+        """The same with the codec and the text encoder that the settings name; what was loaded has none until then."""
+        codec = build_codec(self.backbone, settings, self.about.get("codec"))
+        recorded = self.about.get("text") or self.backbone.text
+        return replace(
+            self, codec=codec, text=open_encoder(settings, self.backbone.spec, recorded, resolve_device(settings.launch))
+        )
+
+    def with_prompts(self, settings: Settings, count: int, progress: Progress, data: Source | None = None) -> "Patched":
+        """The same with captions for `count` generated images, encoded; `data` None: of --prompts, or what it was trained on.
+
+        UsageError for a prompt that the backbone has no use for.
+        """
+        if self.text is None:
+            if settings.prompting.prompt is not None or settings.prompting.prompts_from is not None:
+                raise UsageError("--prompt needs a text-conditional backbone, this one is not", "leave it out")
+            return self
+        texts, about = prompts_for(settings, data or self.trained_on, count)
+        return replace(self, prompts=Prompts(encoded(texts, self.text, settings, progress), about))
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -116,10 +156,11 @@ def describe_patch(
     data: str,
     fingerprint: str,
     codec: Mapping[str, Any] | None = None,
+    text: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What patch.json says: the method, and the one backbone, schedule and shape that it fits (R40).
 
-    `codec`: the record of the codec whose latents it was trained on, None: of pixels.
+    `codec`, `text`: the records of the codec and of the text encoder it was trained with, None: of pixels, and without captions.
     """
     spec = loaded.spec
     about = {
@@ -140,7 +181,8 @@ def describe_patch(
         },
         "data": {"name": data, "fingerprint": fingerprint},
     }
-    return about if codec is None else about | {"codec": dict(codec)}
+    parts = {"codec": codec, "text": text}
+    return about | {name: dict(record) for name, record in parts.items() if record is not None}
 
 
 def lasting_name(name: str) -> str:
@@ -174,7 +216,7 @@ def load_patch(folder: Path, base: Base | None = None, which: Which | None = Non
     return Patched(loaded, patch, about | other_weights(folder, about, patch, which))
 
 
-def patch_from(model: DiT, method: Method, tensors: Mapping[str, Tensor], where: Path) -> PatchModule:
+def patch_from(model: BackboneModule, method: Method, tensors: Mapping[str, Tensor], where: Path) -> PatchModule:
     """The frozen patch on `model` whose state these tensors are; IntegrityError on a missing or unexpected key or shape."""
     patch = build_patch(model, method)
     refuse_other_keys(tensors, patch.state_dict(), str(where))
@@ -198,8 +240,8 @@ def load_merged(path: Path, which: Which | None = None) -> Patched:
     own = {name.removeprefix(PATCH_PREFIX): value for name, value in tensors.items() if name.startswith(PATCH_PREFIX)}
     rest = {name: value for name, value in tensors.items() if not name.startswith(PATCH_PREFIX)}
     weights = described_weights(path, rest, metadata)
-    model = freeze(dit_from(weights))
-    loaded = Loaded(model, digest_of(model.state_dict()), f"{path} (its backbone)", weights.data, weights.codec)
+    model = freeze(model_from(weights))
+    loaded = Loaded(model, digest_of(model.state_dict()), f"{path} (its backbone)", weights.data, weights.codec, weights.text)
     sha256 = sha256_of_bytes(tensors_to_bytes(own))
     for found, expected in ((loaded.digest, about["backbone"]["sha256"]), (sha256, about["sha256"])):
         if found != expected:

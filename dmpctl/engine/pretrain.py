@@ -1,19 +1,20 @@
 """`dmpctl pretrain`: a backbone from scratch, as real DiTs are trained."""
 
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dmpctl.backbones.dit import DiT, DiTConfig
-from dmpctl.backbones.dit_weights import digest_of, dit_metadata
+from dmpctl.backbones.dit_weights import digest_of
+from dmpctl.backbones.pixart import PixArt, fresh
 from dmpctl.codecs.identity import Identity
+from dmpctl.codecs.text import TextEncoder
 from dmpctl.engine.assets import require
-from dmpctl.engine.build import open_images, own_data
+from dmpctl.engine.build import Loaded, facts_of, metadata_of, open_images, own_data, resolve_device
 from dmpctl.engine.codec import latent_record, open_codec
+from dmpctl.engine.conditions import captions_of, encoder_record, open_encoder
 from dmpctl.engine.launch import accelerator_for
 from dmpctl.engine.patched import lasting_name
 from dmpctl.engine.rundir import RunDir
@@ -23,7 +24,7 @@ from dmpctl.errors import UsageError
 from dmpctl.files import read_tensors
 from dmpctl.rng import seed_of
 from dmpctl.settings.model import Settings
-from dmpctl.types import Codec, Progress, Report, Routing, ScheduleSpec, Source
+from dmpctl.types import Codec, Progress, Report, Routings, ScheduleSpec, Source, TextSpec
 
 
 def config_for(settings: Settings, codec: Codec, source: Source) -> DiTConfig:
@@ -35,6 +36,8 @@ def config_for(settings: Settings, codec: Codec, source: Source) -> DiTConfig:
         raise UsageError(f"--patch-size {shape.patch_size} does not divide {what} of side {size}", "take a divisor of the side")
     if shape.class_conditional and not source.num_classes:
         raise UsageError("--class-conditional needs labels, and this data has none", "put the images into one folder per class")
+    if shape.text_conditional:
+        captions_of(source, 0)
     return DiTConfig(
         size,
         channels,
@@ -47,9 +50,7 @@ def config_for(settings: Settings, codec: Codec, source: Source) -> DiTConfig:
     )
 
 
-def predict(
-    module: nn.Module, x_t: Tensor, t: Tensor, cond: Tensor | None, gate_noise: Tensor | None
-) -> tuple[Tensor, Routing | None]:
+def predict(module: nn.Module, x_t: Tensor, t: Tensor, cond: Tensor | None, gate_noise: Tensor | None) -> tuple[Tensor, Routings]:
     """A backbone alone: no gates."""
     return module(x_t, t, cond), None
 
@@ -58,7 +59,7 @@ def no_routing(module: nn.Module, t: Tensor, cond: Tensor | None, gate_noise: Te
     """A backbone alone: no gates."""
 
 
-def no_penalty(routing: Routing | None) -> dict[str, Tensor]:
+def no_penalty(routing: Routings) -> dict[str, Tensor]:
     """A backbone alone has nothing to balance."""
     return {}
 
@@ -75,36 +76,54 @@ def pretrain(settings: Settings, progress: Progress) -> Report:
     codec = open_codec(settings.codec, partial(require, settings=settings))
     source = open_images(settings.data, settings.data.size, settings.data.channels, settings)
     config = config_for(settings, codec, source)
+    text = open_encoder(settings, None, None, resolve_device(settings.launch)) if settings.shape.text_conditional else None
     path = default_run(settings, source).expanduser().absolute()
-    session = session_of(settings, config, ScheduleSpec(settings.shape.schedule), codec, source)
+    session = session_of(settings, config, ScheduleSpec(settings.shape.schedule), codec, source, text)
     if settings.console.dry_run:
-        return _planned(config, dict(session.facts), path)
+        return _planned(session, path)
     accelerator = accelerator_for(settings)
     with RunDir(path, accelerator.is_main_process) as run:
         return _finished(run, session, train_in(run, session, settings, accelerator, progress))
 
 
-def session_of(settings: Settings, config: DiTConfig, schedule: ScheduleSpec, codec: Codec, source: Source) -> Session:
-    """The training of a fresh backbone on latents of these images."""
-    model = DiT(config, schedule)
-    model.initialise(torch.Generator().manual_seed(seed_of(settings.run.seed, "initialise")))
+def session_of(
+    settings: Settings,
+    config: DiTConfig,
+    schedule: ScheduleSpec,
+    codec: Codec,
+    source: Source,
+    text: TextEncoder | None = None,
+) -> Session:
+    """The training of a fresh backbone on latents of these images; with `text` on their captions, as PixArt's transformer."""
+    generator = torch.Generator().manual_seed(seed_of(settings.run.seed, "initialise"))
+    record, name = latent_record(codec), lasting_name(settings.data.data or source.name)
+    model: DiT | PixArt
+    if text is None:
+        model = DiT(config, schedule)
+    else:
+        sizes = (config.patch_size, config.hidden_size, config.depth, config.num_heads, config.learned_sigma)
+        latents = (config.channels, config.input_size, config.input_size)
+        with torch.random.fork_rng(devices=[]):  # diffusers draws a start of its own, which is then drawn over
+            network = fresh(latents, *sizes, TextSpec(text.max_length, text.width))
+        model = PixArt(network, schedule, text.max_length)
+    model.initialise(generator)
+    metadata = metadata_of(Loaded(model, "", "", name, record, encoder_record(text)))
+    facts = {**facts_of(model), "data": source.name, "images": len(source)}
+    facts |= {key: value for key, value in (("codec", record), ("text", encoder_record(text))) if value is not None}
     model.recompute = settings.train.grad_checkpoint
-    record = latent_record(codec)
-    facts = {"config": asdict(config), "schedule": asdict(schedule), "data": source.name, "images": len(source)}
-    facts |= {} if record is None else {"codec": record}
     groups = [{"name": "backbone", "params": list(model.parameters()), "lr": settings.pretrain.lr}]
     subject = Subject(
         "backbone", model.train(), model, groups, predict, no_routing, no_penalty, None, {"schema_version": 1, **facts}
     )
-    metadata = dit_metadata(config, schedule, lasting_name(settings.data.data or source.name), record)
     digests = {"data_fingerprint": source.fingerprint}
-    return Session("pretrain", subject, model.spec, codec, source, digests, facts, metadata)
+    return Session("pretrain", subject, model.spec, codec, source, digests, facts, metadata, text=text)
 
 
-def _planned(config: DiTConfig, facts: dict[str, Any], path: Path) -> Report:
+def _planned(session: Session, path: Path) -> Report:
+    parameters, facts = session.spec.parameters, session.facts
     return Report(
-        {"dry_run": True, "run": str(path), "parameters": config.parameters(), **facts},
-        ({"run": str(path), "parameters": f"{config.parameters():,}", "images": str(facts["images"])},),
+        {"dry_run": True, "run": str(path), "parameters": parameters, **facts},
+        ({"run": str(path), "parameters": f"{parameters:,}", "images": str(facts["images"])},),
         ("dry run: nothing was written",),
     )
 

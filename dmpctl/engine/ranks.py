@@ -12,7 +12,7 @@ from torch import distributed
 from dmpctl.engine.build import resolve_device
 from dmpctl.errors import UsageError
 from dmpctl.settings.launch import Launch
-from dmpctl.types import Routing
+from dmpctl.types import Routing, Routings
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -66,13 +66,16 @@ class Ranks:
         distributed.all_reduce(found)
         return dict(zip(figures, (found / self.world).tolist(), strict=True))
 
-    def gathered(self, routing: Routing | None) -> Routing | None:
+    def gathered(self, routing: Routings) -> Routings:
         """The routing of the global batch; gradients flow to this process's part alone, as the sum over processes needs.
 
         A penalty of it is each process's whole penalty, so its share of a mean of gradients is `world` times it.
         """
         if routing is None or self.world == 1:
             return routing
+        return tuple(map(self._gathered, routing)) if isinstance(routing, tuple) else self._gathered(routing)
+
+    def _gathered(self, routing: Routing) -> Routing:
         mine = routing.gates.detach().contiguous()
         parts = [torch.empty_like(mine) for _ in range(self.world)]
         distributed.all_gather(parts, mine)

@@ -90,8 +90,19 @@ BACKBONES = (
         needs=("pixart-t5", "vae-ema"),
     ),
     AssetRow(
+        name="clip-l",
+        what="CLIP ViT-L/14: text encoder, and CLIP score",
+        kind="text",
+        repo="openai/clip-vit-large-patch14",
+        allow=("*.json", "merges.txt", "model.safetensors"),
+        about=1_710_000_000,
+        licence="MIT",
+        notes="the text encoder of Stable Diffusion 1.5 is its text half",
+    ),
+    AssetRow(
         name="pixart-t5",
         what="T5 text encoder of PixArt-alpha",
+        kind="text",
         repo="PixArt-alpha/PixArt-XL-2-512x512",
         allow=(
             "tokenizer/*",

@@ -8,8 +8,10 @@ from typing import Any
 from accelerate import Accelerator
 
 from dmpctl.codecs.identity import Identity
+from dmpctl.codecs.text import TextEncoder
 from dmpctl.data.stored import NAMED, StoredImages
 from dmpctl.engine import checkpoint
+from dmpctl.engine.conditions import training_conditions
 from dmpctl.engine.importance import Profile, timestep_density
 from dmpctl.engine.latents import training_source
 from dmpctl.engine.launch import again_command, science_of
@@ -27,7 +29,8 @@ class Session:
 
     `digests` (sha256 of what the settings name) are part of the experiment; `facts` are only recorded. `metadata` goes
     into the finished safetensors file, so that it describes itself; None: nothing. `profile` measures the mean squared
-    epsilon error of the frozen backbone at some timesteps; None: there is none.
+    epsilon error of the frozen backbone at some timesteps; None: there is none. `text` reads the captions of the data, None:
+    the backbone takes none.
     """
 
     command: str
@@ -39,12 +42,14 @@ class Session:
     facts: Mapping[str, Any]
     metadata: Mapping[str, str] | None = None
     profile: Profile | None = None
+    text: TextEncoder | None = None
 
     @property
     def identities(self) -> dict[str, str]:
         """sha256 of all that the settings name: backbone, data, and a codec that is not pixels as they are."""
         codec = {} if isinstance(self.codec, Identity) else {"codec_fingerprint": self.codec.fingerprint}
-        return dict(self.digests) | codec
+        text = {} if self.text is None else {"text_fingerprint": self.text.revision}
+        return dict(self.digests) | codec | text
 
     def science(self, settings: Settings) -> dict[str, Any]:
         """What makes a run this experiment and no other."""
@@ -100,7 +105,8 @@ def train_in(run: RunDir, session: Session, settings: Settings, accelerator: Acc
     refuse_missing(settings.save.track)
     source = training_source(settings, session.source, session.codec, accelerator.device, progress, again_command())
     density = timestep_density(run, session.profile, session.spec.schedule.steps, settings, accelerator, progress)
-    trainer = Trainer(session.subject, session.spec, session.codec, source, settings, run, accelerator, density)
+    told, numbers = training_conditions(session.spec, session.text, session.source, settings, progress, again_command())
+    trainer = Trainer(session.subject, session.spec, session.codec, source, settings, run, accelerator, density, told, numbers)
     began = time.perf_counter()
     start, damaged = trainer.resume()
     for line in damaged:

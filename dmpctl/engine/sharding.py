@@ -11,6 +11,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dmpctl.engine.ranks import Ranks
+from dmpctl.engine.speed import blocks_of
 from dmpctl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def shard(subject: "Subject", ranks: Ranks) -> list[dict[str, Any]]:
     names = {id(tensor): name for name, tensor in module.named_parameters()}
     network.to(ranks.device)
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
-    for block in network.get_submodule("blocks").children():
+    for _, block in blocks_of(network):
         fully_shard(block, mesh=mesh)
     fully_shard(network, mesh=mesh)
     for entry in ENTRIES:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from dmpctl.backbones.sites import Hooked
 from dmpctl.errors import UsageError
 from dmpctl.settings.launch import Launch
 from dmpctl.settings.model import Settings
@@ -13,8 +14,17 @@ from dmpctl.settings.model import Settings
 def compile_blocks(network: nn.Module, launch: Launch) -> None:
     """Under --compile: each block as one graph, compiled when it is first run; what happens between blocks stays as it is."""
     if launch.compile:
-        for block in network.get_submodule("blocks").children():
-            block.compile(fullgraph=True)
+        for _, block in blocks_of(network):
+            if isinstance(network, Hooked):  # edits enter by hooks, which stay outside
+                block.forward = torch.compile(block.forward, fullgraph=True)
+            else:
+                block.compile(fullgraph=True)
+
+
+def blocks_of(network: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The blocks of a backbone with their names, in the order in which they run."""
+    names: tuple[str, ...] = network.block_names  # type: ignore[assignment]
+    return [(name, network.get_submodule(name)) for name in names]
 
 
 def allow_tf32(launch: Launch) -> None:
@@ -48,5 +58,11 @@ def to_bf16(network: nn.Module, names: Iterable[str]) -> None:
 
 def frozen_weights(network: nn.Module) -> list[str]:
     """Names of the frozen weights and biases of linear layers in the blocks."""
-    layers = ((f"blocks.{name}", m) for name, m in network.get_submodule("blocks").named_modules() if isinstance(m, nn.Linear))
-    return [f"{name}.{key}" for name, m in layers for key, tensor in m.named_parameters() if not tensor.requires_grad]
+    return [
+        f"{block}.{layer}.{key}"
+        for block, module in blocks_of(network)
+        for layer, linear in module.named_modules()
+        if isinstance(linear, nn.Linear)
+        for key, tensor in linear.named_parameters()
+        if not tensor.requires_grad
+    ]

@@ -13,13 +13,15 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from dmpctl.data.conditions import CaptionNumbers
 from dmpctl.data.latents import unpack
 from dmpctl.data.loader import StepBatches, batches, order_of
 from dmpctl.diffusion.objective import HybridObjective
-from dmpctl.diffusion.schedule import NoiseSchedule
+from dmpctl.diffusion.schedule import FlowSchedule, schedule_of
 from dmpctl.diffusion.timesteps import TimestepDensity
 from dmpctl.engine import checkpoint
 from dmpctl.engine.clock import Averages, Clock
+from dmpctl.engine.conditions import Conditions
 from dmpctl.engine.ranks import ranks_of
 from dmpctl.engine.rundir import RunDir
 from dmpctl.engine.saver import Saver
@@ -30,10 +32,10 @@ from dmpctl.engine.trackers import Trackers, remember
 from dmpctl.errors import NumericalError, UsageError
 from dmpctl.rng import StepDraws
 from dmpctl.settings.model import Settings
-from dmpctl.types import BackboneSpec, Codec, Moments, Progress, ProgressTask, Routing, Source
+from dmpctl.types import BackboneSpec, Codec, Moments, Progress, ProgressTask, Routings, Source
 
-Predict = Callable[[nn.Module, Tensor, Tensor, "Tensor | None", "Tensor | None"], tuple[Tensor, "Routing | None"]]
-Route = Callable[[nn.Module, Tensor, "Tensor | None", "Tensor | None"], "Routing | None"]
+Predict = Callable[[nn.Module, Tensor, Tensor, "Tensor | None", "Tensor | None"], tuple[Tensor, "Routings"]]
+Route = Callable[[nn.Module, Tensor, "Tensor | None", "Tensor | None"], "Routings"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Subject:
     groups: list[dict[str, Any]]
     predict: Predict
     route: Route
-    penalty: Callable[[Routing | None], dict[str, Tensor]]
+    penalty: Callable[[Routings], dict[str, Tensor]]
     gate_noise_shape: tuple[int, ...] | None
     described: Mapping[str, Any]
     shardable: bool = True
@@ -88,8 +90,13 @@ class Trainer:
         run: RunDir,
         accelerator: Accelerator,
         density: TimestepDensity | None = None,
+        conditions: Conditions | None = None,
+        numbers: CaptionNumbers | None = None,
     ) -> None:
-        """`density`: of timesteps, None: uniform."""
+        """`density`: of timesteps, None: uniform. `conditions`: what the backbone is told, None: nothing; `numbers`: which of
+        them each image has, None: its label.
+        """
+        self.conditions, self.numbers = conditions, numbers
         self.subject, self.spec, self.codec, self.source = subject, spec, codec, source
         self.settings, self.run, self.accelerator = settings, run, accelerator
         train, self.ranks = settings.train, ranks_of(accelerator)
@@ -105,7 +112,7 @@ class Trainer:
         compile_blocks(subject.network, settings.launch)
         self.parameters = {n: p for n, p in subject.module.named_parameters() if p.requires_grad}
         self.ema = {n: p.detach().clone() for n, p in self.parameters.items()} if train.ema else {}
-        self.schedule = NoiseSchedule.from_spec(spec.schedule).to(self.device)
+        self.schedule = schedule_of(spec.schedule).to(self.device)
         self.objective = HybridObjective(self.schedule, spec.learned_sigma, settings.objective)
         self.density = None if density is None else density.to(self.device)
         parts = self.ranks.world * train.grad_accum
@@ -181,6 +188,7 @@ class Trainer:
             self.ranks.world,
             self.source.mirror if mirror is None else mirror,
             self.settings.data.num_workers,
+            self.numbers,
         )
 
     def _noised(self, images: Tensor, labels: Tensor) -> Noised:
@@ -193,18 +201,21 @@ class Trainer:
         t = self._timesteps().to(device)
         noise = self.draws.at(step, "noise").normal(*shape).to(device)
         cond = None
-        if self.spec.num_classes:
+        if self.conditions is not None:
             dropped = self.draws.at(step, "label").uniform() < self.settings.objective.class_dropout
-            null = self.spec.null_class
-            cond = (labels if null is None else torch.where(dropped, null, labels)).to(device)
+            null = self.conditions.null
+            cond = self.conditions.of(labels if null is None else torch.where(dropped, null, labels)).to(device)
         gate_shape = self.subject.gate_noise_shape
         gate_noise = None if gate_shape is None else self.draws.at(step, "gate").normal(*gate_shape).to(device)
         return Noised(x0, self.schedule.add_noise(x0, t, noise), t, noise, cond, gate_noise)
 
     def _timesteps(self) -> Tensor:
-        """int64 [B] on the CPU, uniform or of the density."""
+        """int64 [B] on the CPU, uniform or of the density; of a flow floating, uniform between the two ends."""
         draws = self.draws.at(self.step, "timestep")
-        return draws.integers(self.spec.schedule.steps) if self.density is None else self.density.draw(draws.uniform())
+        if self.density is not None:
+            return self.density.draw(draws.uniform())
+        steps = self.spec.schedule.steps
+        return draws.uniform() * steps if isinstance(self.schedule, FlowSchedule) else draws.integers(steps)
 
     def _moments(self, images: Tensor) -> Moments:
         """Posterior of a batch of images, or of what they were encoded into before (`data.latents`)."""
@@ -261,7 +272,7 @@ class Trainer:
             figures |= {name: (figures[name] + value if name in figures else value).detach() for name, value in found.items()}
         return figures
 
-    def _balance(self, routing: Routing | None) -> dict[str, Tensor]:
+    def _balance(self, routing: Routings) -> dict[str, Tensor]:
         """Balance losses of the global batch."""
         return self.subject.penalty(self.ranks.gathered(routing))
 

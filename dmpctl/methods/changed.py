@@ -4,7 +4,7 @@ from typing import Any, ClassVar, Self, cast
 
 from torch import Tensor, nn
 
-from dmpctl.types import Backbone, Plan, Routing
+from dmpctl.types import Backbone, Plan, Routings
 
 
 class ChangedBackbone(nn.Module):
@@ -55,6 +55,6 @@ class ChangedBackbone(nn.Module):
         """All that is trained at one rate."""
         return [{"name": self.group, "params": list(self.parameters()), "lr": self.lr}]
 
-    def penalty(self, routing: Routing | None) -> dict[str, Tensor]:
+    def penalty(self, routing: Routings) -> dict[str, Tensor]:
         """Empty: there is nothing to balance."""
         return {}

@@ -4,7 +4,7 @@ The gate sees only the conditioning vector c and the block index l, so the gates
 first block runs. Gates are returned, never kept on the module.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, assert_never
 
@@ -24,17 +24,26 @@ from dmpctl.methods.gate import (
 )
 from dmpctl.methods.prompts import PromptModule, PromptShape, gated_edit, prompt_edit, prompt_shape
 from dmpctl.settings.methods import Dmp
-from dmpctl.types import BackboneSpec, Edit, Plan, Routing
+from dmpctl.types import BackboneSpec, Edit, Plan, Routing, Routings
 
 NOISE_FLOOR = 0.01  # smallest standard deviation of the gate noise (Shazeer et al. 2017, eq. 4)
 
 
 @dataclass(frozen=True)
 class DmpShape(PromptShape):
-    """Sizes of a patch: its prompts; `kept` is k of the top-k gate (all there are: soft); `gate`: which gates there are."""
+    """Sizes of a patch: its prompts; `kept` is k of the top-k gate (all there are: soft); `gate`: which gates there are.
+
+    `seen`: numbers of c, which the gate looks at; None: as many as a prompt's.
+    """
 
     kept: int
+    seen: int | None = field(default=None, kw_only=True)
     gate: Literal["shared", "per-site", "none"] = field(default="shared", kw_only=True)
+
+    @property
+    def cond_width(self) -> int:
+        """Numbers of c."""
+        return self.seen or self.width
 
     @property
     def choices(self) -> int:
@@ -45,9 +54,9 @@ class DmpShape(PromptShape):
         """L·N·D + (D+1)·N + N: prompts and gate, as the paper counts them (W_noise is not needed after training)."""
         match self.gate:
             case "shared":
-                gate = (self.width + 2) * self.choices
+                gate = (self.cond_width + 2) * self.choices
             case "per-site":
-                gate = self.sites * (self.width + 1) * self.choices
+                gate = self.sites * (self.cond_width + 1) * self.choices
             case "none":
                 gate = 0
             case _:
@@ -55,9 +64,9 @@ class DmpShape(PromptShape):
         return super().parameters() + gate
 
 
-def dmp_shape(spec: BackboneSpec, settings: Dmp) -> DmpShape:
-    """Sizes that `settings` ask for on a backbone; raises UsageError where the two do not fit."""
-    shape = prompt_shape(spec, settings)
+def dmp_shape(spec: BackboneSpec, settings: Dmp, blocks: Sequence[int] | None = None) -> DmpShape:
+    """Sizes that `settings` ask for on a backbone, or on these of its blocks; raises UsageError where the two do not fit."""
+    shape = prompt_shape(spec, settings, blocks)
     choices, what = (settings.prompt_sets, "sets of prompts") if settings.prompt_sets else (shape.prompts, "prompts")
     kept = 1 if settings.gate == "hard" else settings.topk or choices
     if kept > choices:
@@ -65,7 +74,8 @@ def dmp_shape(spec: BackboneSpec, settings: Dmp) -> DmpShape:
     gate: Literal["shared", "per-site", "none"] = "per-site" if settings.gate_per_site else "shared"
     gate = "none" if settings.gate == "uniform" else gate
     sizes = asdict(shape) | {"sets": settings.prompt_sets, "rank": settings.prompt_rank}
-    return DmpShape(**sizes, kept=kept, gate=gate)
+    seen = None if spec.cond_width in (None, shape.width) else spec.cond_width
+    return DmpShape(**sizes, kept=kept, gate=gate, seen=seen)
 
 
 class DmpPatch(PromptModule):
@@ -85,7 +95,7 @@ class DmpPatch(PromptModule):
         if settings.gate == "random" and isinstance(self.gate, SharedGate):
             self.gate.freeze_at_random(seed)
         if self._trained:
-            self.w_noise = nn.Parameter(torch.zeros(shape.width, shape.choices), requires_grad=self._noisy)
+            self.w_noise = nn.Parameter(torch.zeros(shape.cond_width, shape.choices), requires_grad=self._noisy)
 
     @property
     def _trained(self) -> bool:
@@ -178,9 +188,9 @@ class DmpPatch(PromptModule):
         gate = [p for p in (self.gate.weight, self.gate.bias, self.w_noise) if p.requires_grad]
         return [prompts, {"name": "gate", "params": gate, "lr": self.settings.gate_lr}]
 
-    def penalty(self, routing: Routing | None) -> dict[str, Tensor]:
+    def penalty(self, routing: Routings) -> dict[str, Tensor]:
         """Weighted balance losses, each a scalar, mean over blocks; load only where k < K (it is 0 at k = K)."""
-        if routing is None or not self._trained:
+        if not isinstance(routing, Routing) or not self._trained:
             return {}
         balance: Literal["shazeer", "per-sample", "none"] = self.settings.balance
         match balance:
@@ -202,9 +212,9 @@ def _gate(shape: DmpShape) -> SharedGate | SiteGates | None:
     """The gate that a shape asks for, zero; None where all weights are alike."""
     match shape.gate:
         case "shared":
-            return SharedGate(shape.blocks, shape.width, shape.choices)
+            return SharedGate(shape.blocks, shape.cond_width, shape.choices)
         case "per-site":
-            return SiteGates(shape.sites, shape.width, shape.choices)
+            return SiteGates(shape.sites, shape.cond_width, shape.choices)
         case "none":
             return None
         case _:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dmpctl.methods.prompts import PromptModule, PromptShape, prompt_edit
 from dmpctl.settings.methods import PromptTuning
-from dmpctl.types import Plan, Routing
+from dmpctl.types import Plan, Routings
 
 
 class PromptPatch(PromptModule):
@@ -50,6 +50,6 @@ class PromptPatch(PromptModule):
         """Prompts at their rate."""
         return [{"name": "prompts", "params": self.prompt_parameters(), "lr": self.settings.prompt_lr}]
 
-    def penalty(self, routing: Routing | None) -> dict[str, Tensor]:
+    def penalty(self, routing: Routings) -> dict[str, Tensor]:
         """Empty: there is nothing to balance."""
         return {}

@@ -50,22 +50,25 @@ class PromptShape:
         return self.sites * (self.sets or 1) * matrix
 
 
-def prompt_shape(spec: BackboneSpec, settings: Prompts) -> PromptShape:
-    """Sizes that `settings` ask for on a backbone, without sets and rank; UsageError where the two do not fit."""
-    widths = {site.width for site in spec.sites}
-    tokens = {site.tokens for site in spec.sites}
-    if len(widths) > 1 or len(tokens) > 1:
-        raise UsageError("this backbone has sites of several sizes, which prompts of one size cannot serve")
-    (count,) = tokens
+def prompt_shape(spec: BackboneSpec, settings: Prompts, blocks: Sequence[int] | None = None) -> PromptShape:
+    """Sizes that `settings` ask for on a backbone, without sets and rank; UsageError where the two do not fit.
+
+    `blocks`: these of its blocks alone, which are of one size; None: those that the settings choose.
+    """
+    blocks = patched_blocks(settings, len(spec.sites)) if blocks is None else tuple(blocks)
+    sizes = {spec.sites[block] for block in blocks}
+    if len(sizes) > 1:
+        raise ValueError(f"blocks {blocks} are of several sizes")
+    (size,) = sizes
+    count = size.tokens
     prompts = settings.prompts or count
     if settings.position == "add" and prompts != count:
         raise UsageError(
             f"--position add needs one prompt per token: {count} here, --prompts says {prompts}",
             "leave --prompts out, or use --position prepend",
         )
-    blocks = patched_blocks(settings, len(spec.sites))
     first = tuple(range(len(blocks)))
-    return PromptShape(len(blocks), prompts, widths.pop(), chosen=None if blocks == first else blocks)
+    return PromptShape(len(blocks), prompts, size.width, chosen=None if blocks == first else blocks)
 
 
 def patched_blocks(settings: Prompts, count: int) -> tuple[int, ...]:

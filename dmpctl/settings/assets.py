@@ -41,7 +41,7 @@ class AssetRow(BaseModel):
 
     name: str
     what: str = ""
-    kind: Literal["backbone", "codec", "data", "extractor", "statistics"] = "backbone"
+    kind: Literal["backbone", "codec", "data", "extractor", "statistics", "text"] = "backbone"
     url: str | None = None
     repo: Annotated[str | None, Field(pattern=r"^\w[\w.-]*(/\w[\w.-]*)?$")] = None
     dataset: bool = False

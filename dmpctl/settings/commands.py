@@ -24,11 +24,13 @@ from dmpctl.settings.sections import (
     Gates,
     Images,
     Importing,
+    Prompting,
     Result,
     Run,
     Sampling,
     Section,
     Shape,
+    Text,
     choices_of,
 )
 from dmpctl.settings.training import Objective, Pretrain, Save, Train
@@ -88,17 +90,18 @@ COLUMNS = ("image_column", "label_column", "caption_column")
 IMAGES = Part(Data, ("size", "hflip", "on_bad", "num_workers", *COLUMNS), "Latents")
 DEVICE = Part(Launch, ("device", "cpu"))
 DECODER = Part(Codec, ("codec", "codec_batch"))
+PROMPTS = (Part(Prompting), Part(Text, ("text_encoder", "text_tokens", "text_batch")))
 
 # In the order of `dmpctl --help`; the parts in the order of each command's own help.
 COMMANDS: dict[str, tuple[Part, ...]] = {
     "download": (Part(Download), IMAGES, Part(Codec, ("codec_batch",)), DEVICE, *_parts(Cache, Console)),
-    "pretrain": _parts(Shape, Data, Codec, Objective, Train, Pretrain, Run, Save, Launch, Cache, Console),
+    "pretrain": _parts(Shape, Data, Codec, Text, Objective, Train, Pretrain, Run, Save, Launch, Cache, Console),
     "patch": (
-        *_parts(Base, Data, Codec, *METHODS.values(), Objective, Train, Run, Save),
+        *_parts(Base, Data, Codec, Text, *METHODS.values(), Objective, Train, Run, Save),
         *_parts(Evaluate, Sampling, Launch, Cache, Console),
     ),
-    "sample": (*_parts(Images, Sampling), DECODER, *_parts(Result, Launch, Cache, Console)),
-    "fid": (*_parts(Fid, Sampling), DECODER, *_parts(Result, Launch, Cache, Console)),
+    "sample": (*_parts(Images, Sampling), *PROMPTS, DECODER, *_parts(Result, Launch, Cache, Console)),
+    "fid": (*_parts(Fid, Sampling), *PROMPTS, DECODER, *_parts(Result, Launch, Cache, Console)),
     "compare": (Part(Launch, ("device", "cpu", "deterministic", "requeue")), Part(Console)),
     "inspect-gates": (Part(Gates), Part(Images, ("out",), "Gates"), *_parts(Result, Console)),
     "import": (Part(Importing), Part(Data, ("data",), "Import"), Part(Console)),

@@ -18,6 +18,9 @@ class Prompts(Section):
         str | None,
         Field(pattern=r"^\d+(-\d+)?(,\d+(-\d+)?)*$", description="Patch only these blocks, such as 0,2,4-7; default: all."),
     ] = None
+    sites: Annotated[
+        Literal["all", "down", "mid", "up"], Field(description="Part of a U-Net whose transformer blocks are patched.")
+    ] = "all"
     prompt_init: Annotated[
         Literal["zero", "random"], Field(description="Prompts at the start: zero (the backbone itself), or random, sd 0.02.")
     ] = "zero"
@@ -27,6 +30,8 @@ class Prompts(Section):
     def _sites_once(self) -> Self:
         if self.prompt_depth is not None and self.prompt_sites is not None:
             raise ValueError("prompt_depth and prompt_sites both say which blocks are patched, give one of the two")
+        if self.sites != "all" and (self.prompt_depth, self.prompt_sites) != (None, None):
+            raise ValueError(f"sites {self.sites} says which blocks are patched, leave prompt_depth and prompt_sites out")
         return self
 
 

@@ -23,11 +23,13 @@ from dmpctl.settings.sections import (
     Gates,
     Images,
     Importing,
+    Prompting,
     Result,
     Run,
     Sampling,
     Section,
     Shape,
+    Text,
 )
 from dmpctl.settings.training import Objective, Pretrain, Save, Train
 
@@ -63,6 +65,8 @@ class Settings(BaseSettings):
     importing: Importing = Importing()
     exporting: Exporting = Exporting()
     codec: Codec = Codec()
+    text: Text = Text()
+    prompting: Prompting = Prompting()
 
     @classmethod
     def settings_customise_sources(

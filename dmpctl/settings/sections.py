@@ -93,13 +93,24 @@ class Shape(Section):
     num_heads: Annotated[int, Field(ge=1, description="Attention heads.")] = 6
     patch_size: Annotated[int, Field(ge=1, description="Side of the square that becomes one token.")] = 2
     learned_sigma: Annotated[bool, Field(description="Predict the variance too.")] = True
-    schedule: Annotated[Literal["linear", "cosine"], Field(description="Noise schedule.")] = "linear"
+    schedule: Annotated[
+        Literal["linear", "cosine", "flow"], Field(description="Noise schedule; flow predicts a velocity (SiT).")
+    ] = "linear"
     class_conditional: Annotated[bool, Field(description="Condition on the labels of the data.")] = False
+    text_conditional: Annotated[bool, Field(description="Condition on the captions of the data (PixArt's transformer).")] = False
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+        return self
+
+    @model_validator(mode="after")
+    def _one_condition(self) -> Self:
+        if self.class_conditional and self.text_conditional:
+            raise ValueError("class_conditional and text_conditional are two kinds of condition, give one of the two")
+        if self.text_conditional and self.schedule == "flow":
+            raise ValueError("text_conditional needs schedule linear or cosine, found flow")
         return self
 
 
@@ -135,11 +146,17 @@ class Data(Section):
 class Sampling(Section):
     panel: ClassVar[str] = "Sampling"
     science: ClassVar[bool] = False
-    sampler: Annotated[Literal["ddpm", "ddim", "dpm-solver++", "unipc"], Field(description="Sampler.")] = "ddpm"
+    sampler: Annotated[
+        Literal["ddpm", "ddim", "dpm-solver++", "unipc", "euler", "heun", "euler-maruyama"],
+        Field(description="Sampler; the last three are for a flow (SiT)."),
+    ] = "ddpm"
     steps: Annotated[int, Field(ge=1, le=1000, description="Denoising steps.")] = 250
     eta: Annotated[float, Field(ge=0, le=1, description="Noise of DDIM, 0 = deterministic.")] = 0.0
     cfg: Annotated[float, Field(ge=0, description="Guidance scale, 1 = none.")] = 1.0
-    cfg_channels: Annotated[Literal["3", "all"], Field(description="Channels that guidance acts on (3: published DiT).")] = "3"
+    cfg_channels: Annotated[
+        Literal["auto", "3", "all"],
+        Field(description="Channels that guidance acts on; auto: 3 with classes (published DiT), all with captions."),
+    ] = "auto"
     sample_seed: Annotated[int, Field(ge=0, description="Seed of images: image k depends on (seed, k) alone.")] = 0
     sample_batch: Annotated[int, Field(ge=1, description="Images denoised at once.")] = 256
 
@@ -239,6 +256,40 @@ class Gates(Section):
     plot: Annotated[bool, Field(description="Write a heat map (PNG).")] = True
 
 
+class Text(Section):
+    panel: ClassVar[str] = "Text"
+    science: ClassVar[bool] = False  # the encoder's fingerprint is compared instead
+    text_encoder: Annotated[
+        str | None,
+        Field(description="Encoder of captions: clip-l, pixart-t5 or a folder; default: what the backbone was trained with."),
+    ] = None
+    text_tokens: Annotated[
+        int | None,
+        Field(ge=2, description="Tokens of a caption; default: as the backbone was trained, else the encoder's."),
+    ] = None
+    text_batch: Annotated[int, Field(ge=1, description="Captions encoded at once.")] = 32
+    captions_per_image: Annotated[
+        int | None, Field(ge=1, description="Captions of each image that are encoded and trained on; default: all.")
+    ] = None
+
+
+class Prompting(Section):
+    panel: ClassVar[str] = "Text"
+    science: ClassVar[bool] = False
+    prompt: Annotated[str | None, Field(description="Caption of all images; default: captions of --prompts.")] = None
+    prompts_from: Annotated[
+        str | None,
+        Field(description="Captions: a file, one on each line, or data such as coco-val; default: the run's own data."),
+        Flag("prompts"),
+    ] = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if self.prompt is not None and self.prompts_from is not None:
+            raise ValueError("prompt and prompts both say what the images show, give one of the two")
+        return self
+
+
 class Codec(Section):
     panel: ClassVar[str] = "Codec"
     science: ClassVar[bool] = False  # the codec's fingerprint is compared instead
@@ -272,8 +323,8 @@ class Importing(Section):
         Flag("num_heads"),
     ] = None
     import_schedule: Annotated[
-        Literal["linear", "cosine"] | None,
-        Field(description="Noise schedule it was trained with; default: what the file says, else linear."),
+        Literal["linear", "cosine", "flow"] | None,
+        Field(description="Noise schedule it was trained with (SiT: flow); default: what the file says, else linear."),
         Flag("schedule"),
     ] = None
     import_topk: Annotated[

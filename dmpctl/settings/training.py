@@ -12,7 +12,9 @@ class Objective(Section):
     loss_weight: Annotated[Literal["constant", "min-snr", "p2"], Field(description="Timestep weights in the MSE.")] = "constant"
     min_snr_gamma: Annotated[float, Field(gt=0, description="Gamma of min-SNR.")] = 5.0
     p2_gamma: Annotated[float, Field(ge=0, description="Gamma of P2.")] = 1.0
-    class_dropout: Annotated[float, Field(ge=0, le=1, description="Share of labels dropped in training, for guidance.")] = 0.1
+    class_dropout: Annotated[
+        float, Field(ge=0, le=1, description="Share of labels or captions dropped in training, for guidance.")
+    ] = 0.1
     p2_k: Annotated[float, Field(gt=0, description="k of P2.")] = 1.0
     timestep_sampling: Annotated[
         Literal["uniform", "importance"],

@@ -27,6 +27,7 @@ HOMES = {
     "accelerate": ("engine",),
     "diffusers": ("diffusion", "backbones", "codecs"),
     "peft": ("methods",),
+    "transformers": ("codecs",),
     "typer": ("cli",),
     "rich": ("cli",),
 }

@@ -1,0 +1,112 @@
+"""The DiT of diffusers (DiTTransformer2DModel, facebook/DiT-XL-2-256): its own key layout, and nearly the original function.
+
+It embeds time with frequencies 10000^(-i / 127) where the original has 10000^(-i / 128) (`downscale_freq_shift`), and every
+block holds its own copy of the embedders of time and label, of which the published conversion made equals.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmpctl.backbones.dit import DiTConfig
+from dmpctl.backbones.sites import Hooked, LastTokens, numbers_in
+from dmpctl.types import BackboneSpec, ScheduleSpec, Site
+
+
+class DiffusersDiT(Hooked):
+    """DiTTransformer2DModel as a backbone. Conditions are labels int64 [B]; the last row of its table is the null class."""
+
+    def __init__(self, model: Any, schedule: ScheduleSpec | None = None) -> None:
+        config = model.config
+        names = [f"transformer_blocks.{number}" for number in range(config.num_layers)]
+        super().__init__(model, names, schedule or ScheduleSpec())
+        model.norm_out.register_forward_pre_hook(LastTokens(self._tokens))
+
+    @property
+    def _tokens(self) -> int:
+        return int((self.model.config.sample_size // self.model.config.patch_size) ** 2)
+
+    @property
+    def spec(self) -> BackboneSpec:
+        """What the rest of the program may know of this backbone."""
+        model, config = self.model, self.model.config
+        return BackboneSpec(
+            latent_shape=(config.in_channels, config.sample_size, config.sample_size),
+            sites=(Site(self._tokens, model.inner_dim),) * config.num_layers,
+            prediction="epsilon",
+            learned_sigma=model.out_channels == 2 * config.in_channels,
+            schedule=self.schedule,
+            num_classes=config.num_embeds_ada_norm,
+            null_class=config.num_embeds_ada_norm,
+            parameters=numbers_in(model),
+        )
+
+    def _embed(self, t: Tensor, cond: Tensor | None) -> Tensor:
+        if cond is None:
+            raise ValueError("a class-conditional backbone needs labels")
+        embedder = self._embedder
+        return self._embed_time(t) + embedder.class_embedder(cond)  # type: ignore[no-any-return]
+
+    def _embed_time(self, t: Tensor) -> Tensor:
+        embedder = self._embedder
+        dtype = embedder.timestep_embedder.linear_1.weight.dtype
+        return embedder.timestep_embedder(embedder.time_proj(t).to(dtype))  # type: ignore[no-any-return]
+
+    @property
+    def _embedder(self) -> Any:
+        return self.model.transformer_blocks[0].norm1.emb
+
+    def _predict(self, x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
+        return self.model(x, timestep=t, class_labels=cond, return_dict=False)[0]  # type: ignore[no-any-return]
+
+
+def to_original(model: DiffusersDiT) -> tuple[DiTConfig, dict[str, Tensor]]:
+    """Config and state dict of the same weights in the original layout.
+
+    The two compute the same where this model's `time_proj.downscale_freq_shift` is 0; as diffusers publishes it, it is 1,
+    so that the original function is what the weights were trained for. ValueError where the blocks' embedders differ,
+    which the original layout cannot say.
+    """
+    source, config = model.model.state_dict(), model.model.config
+    first = "transformer_blocks.0.norm1.emb."
+    for number in range(1, config.num_layers):
+        own = f"transformer_blocks.{number}.norm1.emb."
+        if any(
+            not torch.equal(source[name], source[own + name.removeprefix(first)]) for name in source if name.startswith(first)
+        ):
+            raise ValueError(f"block {number} embeds time or labels in a way of its own")
+    renamed = {
+        "pos_embed.proj": "x_embedder.proj",
+        f"{first}timestep_embedder.linear_1": "t_embedder.mlp.0",
+        f"{first}timestep_embedder.linear_2": "t_embedder.mlp.2",
+        "proj_out_1": "final_layer.adaLN_modulation.1",
+        "proj_out_2": "final_layer.linear",
+    }
+    for number in range(config.num_layers):
+        theirs, ours = f"transformer_blocks.{number}", f"blocks.{number}"
+        renamed |= {
+            f"{theirs}.norm1.linear": f"{ours}.adaLN_modulation.1",
+            f"{theirs}.attn1.to_out.0": f"{ours}.attn.proj",
+            f"{theirs}.ff.net.0.proj": f"{ours}.mlp.fc1",
+            f"{theirs}.ff.net.2": f"{ours}.mlp.fc2",
+        }
+    tensors = {f"{ours}.{kind}": source[f"{theirs}.{kind}"] for theirs, ours in renamed.items() for kind in ("weight", "bias")}
+    for number in range(config.num_layers):
+        for kind in ("weight", "bias"):
+            parts = [source[f"transformer_blocks.{number}.attn1.to_{part}.{kind}"] for part in "qkv"]
+            tensors[f"blocks.{number}.attn.qkv.{kind}"] = torch.cat(parts)
+    tensors["y_embedder.embedding_table.weight"] = source[f"{first}class_embedder.embedding_table.weight"]
+    tensors["pos_embed"] = model.model.pos_embed.pos_embed.detach().clone()
+    spec = model.spec
+    shape = DiTConfig(
+        config.sample_size,
+        config.in_channels,
+        config.patch_size,
+        model.model.inner_dim,
+        config.num_layers,
+        config.num_attention_heads,
+        spec.num_classes,
+        learned_sigma=spec.learned_sigma,
+    )
+    return shape, tensors

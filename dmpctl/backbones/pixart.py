@@ -1,0 +1,137 @@
+"""PixArt's transformer (Chen et al. 2023, arXiv 2310.00426) as the text-conditional DiT: attention to the caption in every block.
+
+Of any size, from its config; the paper's text DiT is `DiT-B/2-text` (engine.build), as its published code has none.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dmpctl.backbones.sites import Hooked, LastTokens, numbers_in
+from dmpctl.types import BackboneSpec, ScheduleSpec, Site, TextSpec, text_parts
+
+TOKENS = 120  # of a caption: PixArt-alpha's; the model itself takes any number
+PIXELS = 8  # side of the square that one latent stands for, where the model is told of the size of its images
+
+
+class PixArt(Hooked):
+    """PixArtTransformer2DModel as a backbone. Conditions are text [B, T, D + 1] (`types.text_parts`); padding is left out.
+
+    c is the embedded timestep plus the mean of the caption's projected states: the gate's `t+y`. `text_tokens`: T, None: 120.
+    """
+
+    def __init__(self, model: Any, schedule: ScheduleSpec | None = None, text_tokens: int | None = None) -> None:
+        config = model.config
+        names = [f"transformer_blocks.{number}" for number in range(config.num_layers)]
+        super().__init__(model, names, schedule or ScheduleSpec())
+        self.text_tokens = text_tokens or TOKENS
+        model.norm_out.register_forward_pre_hook(LastTokens(self._tokens))
+
+    @property
+    def _tokens(self) -> int:
+        return int((self.model.config.sample_size // self.model.config.patch_size) ** 2)
+
+    @property
+    def spec(self) -> BackboneSpec:
+        """What the rest of the program may know of this backbone."""
+        model, config = self.model, self.model.config
+        return BackboneSpec(
+            latent_shape=(config.in_channels, config.sample_size, config.sample_size),
+            sites=(Site(self._tokens, model.inner_dim),) * config.num_layers,
+            prediction="epsilon",
+            learned_sigma=model.out_channels == 2 * config.in_channels,
+            schedule=self.schedule,
+            num_classes=0,
+            text=TextSpec(self.text_tokens, config.caption_channels),
+            parameters=numbers_in(model),
+        )
+
+    def _embed(self, t: Tensor, cond: Tensor | None) -> Tensor:
+        states, mask = text_parts(_needed(cond))
+        projected = self.model.caption_projection(states)
+        weights = mask.to(projected.dtype).unsqueeze(-1)
+        mean: Tensor = (projected * weights).sum(1) / weights.sum(1).clamp(min=1)
+        return self._embed_time(t) + mean
+
+    def _embed_time(self, t: Tensor) -> Tensor:
+        embedder = self.model.adaln_single.emb
+        dtype = embedder.timestep_embedder.linear_1.weight.dtype
+        return embedder.timestep_embedder(embedder.time_proj(t).to(dtype))  # type: ignore[no-any-return]
+
+    def _predict(self, x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
+        states, mask = text_parts(_needed(cond))
+        return self.model(  # type: ignore[no-any-return]
+            x,
+            encoder_hidden_states=states,
+            timestep=t,
+            encoder_attention_mask=mask.to(x.dtype),
+            added_cond_kwargs=self._sizes(x),
+            return_dict=False,
+        )[0]
+
+    def _sizes(self, x: Tensor) -> dict[str, Tensor | None]:
+        """What a model for 1024x1024 images is told besides: their size, and that they are square."""
+        if not self.model.use_additional_conditions:
+            return {"resolution": None, "aspect_ratio": None}
+        side = float(PIXELS * self.model.config.sample_size)
+        return {"resolution": x.new_full((len(x), 2), side), "aspect_ratio": x.new_ones(len(x), 1)}
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator) -> None:
+        """A fresh model: linear layers Xavier; attention to text and output zero, so that blocks start alike without them."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight, generator=generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        kernel = self.model.pos_embed.proj.weight
+        nn.init.xavier_uniform_(kernel.view(kernel.shape[0], -1), generator=generator)
+        nn.init.zeros_(self.model.pos_embed.proj.bias)
+        width = self.model.inner_dim
+        for name, tensor in self.named_parameters():
+            if name.endswith("scale_shift_table"):
+                nn.init.normal_(tensor, std=width**-0.5, generator=generator)
+        single, caption = self.model.adaln_single, self.model.caption_projection
+        timestep = single.emb.timestep_embedder
+        for layer in (timestep.linear_1, timestep.linear_2, single.linear, caption.linear_1, caption.linear_2):
+            nn.init.normal_(layer.weight, std=0.02, generator=generator)
+        for layer in (self.model.proj_out, *(block.attn2.to_out[0] for block in self.model.transformer_blocks)):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+
+def _needed(cond: Tensor | None) -> Tensor:
+    if cond is None:
+        raise ValueError("a text-conditional backbone needs captions")
+    return cond
+
+
+def fresh(
+    latent_shape: tuple[int, int, int], patch_size: int, width: int, depth: int, heads: int, learned_sigma: bool, text: TextSpec
+) -> nn.Module:
+    """A PixArtTransformer2DModel of this size, with diffusers' own random start."""
+    from diffusers import PixArtTransformer2DModel
+
+    channels, side, _ = latent_shape
+    kind: Any = PixArtTransformer2DModel  # untyped
+    model: nn.Module = kind(
+        num_attention_heads=heads,
+        attention_head_dim=width // heads,
+        in_channels=channels,
+        out_channels=2 * channels if learned_sigma else channels,
+        num_layers=depth,
+        cross_attention_dim=width,
+        sample_size=side,
+        patch_size=patch_size,
+        caption_channels=text.width,
+        use_additional_conditions=False,
+        interpolation_scale=1,
+    )
+    return model
+
+
+def plain_config(model: nn.Module) -> dict[str, Any]:
+    """Its config as diffusers saves it, without what only says where and with what it was saved."""
+    config: Any = model.config
+    return {"_class_name": type(model).__name__, **{key: value for key, value in config.items() if not key.startswith("_")}}

@@ -1,0 +1,132 @@
+"""Edits in models that others wrote: a hook on each transformer block. The only hooks there are.
+
+A subclass says which blocks, and what a model of its kind calls time and conditions.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from dmpctl.types import BackboneSpec, Edit, ScheduleSpec
+
+
+class EditInForce:
+    """What the hooks of one model look up. A copy of the model has one of its own."""
+
+    edit: Edit | None = None
+
+
+class SiteHook:
+    """Before a block: its tokens, the first argument [B, T, D], as the edit in force makes them."""
+
+    def __init__(self, held: EditInForce, site: int) -> None:
+        self._held, self._site = held, site
+
+    def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if self._held.edit is None:
+            return args, kwargs
+        tokens, *rest = args
+        return (self._held.edit(self._site, tokens), *rest), kwargs
+
+
+class LastTokens:
+    """Before what follows the blocks: the tokens of the image alone, so that prepended prompts fall away."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        tokens, *rest = args
+        return tokens[:, -self._count :], *rest
+
+
+class Hooked(nn.Module):
+    """A model of diffusers that satisfies `types.Backbone`. Its parts and parameters keep the names they have in `model`.
+
+    Freezing is the caller's (`engine.build`).
+    """
+
+    def __init__(self, model: nn.Module, block_names: Sequence[str], schedule: ScheduleSpec) -> None:
+        super().__init__()
+        self._model, self._names, self.schedule = (model,), tuple(block_names), schedule  # in a tuple it is no submodule
+        self._parameters, self._buffers, self._modules = model._parameters, model._buffers, model._modules
+        self._held, self._recompute = EditInForce(), False
+        for site, name in enumerate(block_names):
+            model.get_submodule(name).register_forward_pre_hook(SiteHook(self._held, site), with_kwargs=True)
+
+    @property
+    def model(self) -> Any:
+        """The model of diffusers itself."""
+        return self._model[0]
+
+    @property
+    def block_names(self) -> tuple[str, ...]:
+        """Names of the blocks, in the order in which they run."""
+        return self._names
+
+    @property
+    def recompute(self) -> bool:
+        """Whether blocks keep their input alone and are run again in the backward pass."""
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, wanted: bool) -> None:
+        self._recompute = wanted
+        if wanted:
+            self.model.enable_gradient_checkpointing()
+
+    @property
+    def spec(self) -> BackboneSpec:
+        """What the rest of the program may know of this backbone."""
+        raise NotImplementedError
+
+    @property
+    def linears(self) -> Mapping[str, tuple[str, ...]]:
+        """Ends of the names of the linear layers inside the blocks, by what they are for; attention to text included."""
+        attentions = ("attn1", "attn2")
+        return {
+            "qkv": tuple(f"{attention}.to_{part}" for attention in attentions for part in "qkv"),
+            "proj": tuple(f"{attention}.to_out.0" for attention in attentions),
+            "mlp": ("ff.net.0.proj", "ff.net.2"),
+        }
+
+    # Each of the next four is entered from outside; none calls another, as each may be wrapped (engine.sharding).
+
+    def embed(self, t: Tensor, cond: Tensor | None) -> Tensor:
+        """c [B, D] of timesteps t [B] and conditions."""
+        return self._embed(t, cond)
+
+    def embed_time(self, t: Tensor) -> Tensor:
+        """The timestep's share of c, [B, D]."""
+        return self._embed_time(t)
+
+    def denoise(self, x: Tensor, t: Tensor, cond: Tensor | None, edit: Edit | None = None) -> Tensor:
+        """Prediction [B, C or 2C, H, W] for noised x [B, C, H, W] at timesteps t [B]."""
+        return self._denoise(x, t, cond, edit)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor | None, edit: Edit | None = None) -> Tensor:
+        """`denoise`, so that the module can be wrapped for many processes when it is trained."""
+        return self._denoise(x, t, cond, edit)
+
+    def _denoise(self, x: Tensor, t: Tensor, cond: Tensor | None, edit: Edit | None) -> Tensor:
+        self._held.edit = edit
+        try:
+            return self._predict(x, t, cond)
+        finally:
+            if not self._recompute:  # the backward pass runs the blocks again, with this edit
+                self._held.edit = None
+
+    def _embed(self, t: Tensor, cond: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def _embed_time(self, t: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _predict(self, x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+
+def numbers_in(model: nn.Module) -> int:
+    """How many numbers a model holds in its parameters."""
+    return sum(tensor.numel() for tensor in model.parameters())

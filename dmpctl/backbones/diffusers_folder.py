@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from dmpctl.backbones.diffusers_dit import DiffusersDiT
@@ -89,7 +90,8 @@ def loaded(folder: Path, name: str) -> nn.Module:
 
     load: Any = getattr(diffusers, name).from_pretrained
     try:
-        model, found = load(folder, local_files_only=True, output_loading_info=True)
+        with torch.inference_mode(False):  # or its tensors could not be trained through, nor moved
+            model, found = load(folder, local_files_only=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise _refused(folder, name, str(error).splitlines()[0].split(". ")[0]) from None
     wrong = [f"{kind.removesuffix('_keys')} {key}" for kind, keys in found.items() for key in keys]

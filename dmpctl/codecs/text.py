@@ -76,6 +76,8 @@ class TextEncoder:
         """Tokenizer and frozen encoder."""
         import transformers
 
+        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
         kind: Any = transformers.T5EncoderModel if self._kind == "t5" else transformers.CLIPTextModel
         words: Any = transformers.AutoTokenizer
         with torch.inference_mode(False):

@@ -317,7 +317,13 @@ def open_data(data: Data, spec: BackboneSpec, codec: Codec, trained_on: str | No
         raise UsageError(
             f"this backbone takes images of {channels} channels, --channels says {data.channels}", "leave --channels out"
         )
-    return open_images(data.model_copy(update={"data": name}), height, channels, settings)
+    source = open_images(data.model_copy(update={"data": name}), height, channels, settings)
+    if spec.num_classes and source.num_classes != spec.num_classes:
+        raise UsageError(
+            f"this backbone has {spec.num_classes} classes, {source.name} has {source.num_classes or 'none'}",
+            "name data with the classes that it was trained on, in the same order",
+        )
+    return source
 
 
 def resolve_device(launch: Launch) -> torch.device:

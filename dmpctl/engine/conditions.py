@@ -44,22 +44,22 @@ class Labels:
 
 @dataclass(frozen=True)
 class Captions:
-    """Captions that are encoded; `texts` are the captions themselves."""
+    """Captions that are encoded, each different one once: caption i lies in row `rows[i]`, the null caption behind all."""
 
     cache: ConditionCache
-    texts: tuple[str, ...]
+    rows: Tensor
 
     def __len__(self) -> int:
-        return len(self.texts)
+        return len(self.rows) - 1
 
     @property
     def null(self) -> int:
         """The number of the caption that says nothing."""
-        return len(self.cache)
+        return len(self)
 
     def of(self, numbers: Tensor) -> Tensor:
         """Text conditions float32 [B, T, D + 1] (`types.text_parts`) of captions int64 [B]."""
-        states, mask = self.cache.gather(numbers)
+        states, mask = self.cache.gather(self.rows[numbers])
         return torch.cat([states.float(), mask.unsqueeze(-1).float()], dim=-1)
 
     def nothing(self) -> Tensor:
@@ -117,8 +117,9 @@ def encoded(
     texts: Sequence[str], encoder: TextEncoder, settings: Settings, progress: Progress, again: str = "the same command"
 ) -> Captions:
     """These captions and the null caption, encoded once and kept in the cache."""
-    cache = build_conditions(texts, encoder, cache_dir(), progress, batch=settings.text.text_batch, again=again)
-    return Captions(cache, tuple(texts))
+    row_of = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+    cache = build_conditions(tuple(row_of), encoder, cache_dir(), progress, batch=settings.text.text_batch, again=again)
+    return Captions(cache, torch.tensor([*(row_of[text] for text in texts), len(cache)]))
 
 
 def captions_of(source: Source, index: int, most: int | None = None) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """`dmpctl inspect-gates`: which prompts speak at which timestep, for every site. Needs no block and no image."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 
 from dmpctl.engine.cache import cache_dir
-from dmpctl.engine.patched import load_result, outputs_of
+from dmpctl.engine.patched import Patched, load_result, outputs_of
 from dmpctl.errors import UsageError
 from dmpctl.files import make_folder, write_atomic, write_json
-from dmpctl.methods.dmp import DmpPatch
+from dmpctl.methods.by_size import gates_of
 from dmpctl.settings.model import Settings
 from dmpctl.types import Progress, Report
 
 SCHEMA_VERSION = 1
 DEAD = 0.1  # a prompt is dead if its mean weight is below this share of 1 / N
 UNIFORM = 0.02  # mean distance from uniform, in units of 1 / N, below which a gate has learned nothing
+CAPTIONS = 32  # over which gates that see the caption are averaged
 COLLAPSED = 2.0  # effective number of prompts below which a gate has collapsed
 
 
@@ -59,9 +60,9 @@ def site_gates(site: int, gates: Tensor, prompts: Tensor) -> SiteGates:
     )
 
 
-def judge(sites: Sequence[SiteGates], prompts: int) -> list[str]:
-    """What the figures say, in sentences."""
-    lines = []
+def judge(sites: Sequence[SiteGates], counts: Iterable[int]) -> list[str]:
+    """What the figures say, in sentences; `counts`: how many prompts there are at a site."""
+    lines, prompts = [], " or ".join(map(str, sorted(counts)))
     if all(s.distance < UNIFORM for s in sites):
         lines.append("uniform: the gate has not learned, every prompt has the same weight at every timestep")
     elif all(s.over_time < UNIFORM for s in sites):
@@ -75,28 +76,36 @@ def judge(sites: Sequence[SiteGates], prompts: int) -> list[str]:
     return lines
 
 
+@dataclass(frozen=True)
+class Seen:
+    """Gates [S, N] of one block over S timesteps, mean over classes or captions, and its prompts [N, D] (sets: [E, N·D])."""
+
+    block: int
+    gates: Tensor
+    prompts: Tensor
+
+
 @torch.inference_mode()
 def inspect(settings: Settings, run: Path, progress: Progress) -> Report:
     """Table, JSON and heat map of a run's gates, written into its gates/ (or --out)."""
     run = run.expanduser().absolute()
     model = load_result(run, settings.result.result_weights)
-    patch, spec = model.patch, model.backbone.spec
-    if not isinstance(patch, DmpPatch):
+    steps = [int(t) for t in torch.linspace(0, model.backbone.spec.schedule.steps - 1, settings.gates.timesteps).round()]
+    seen = gates_seen(model, torch.tensor(steps), settings, progress)
+    if not seen:
         raise UsageError(f"{run} has no gates: it holds no patch of --method dmp", "name a run of dmpctl patch")
-    steps = [int(t) for t in torch.linspace(0, spec.schedule.steps - 1, settings.gates.timesteps).round()]
-    t = torch.tensor(steps)
-    gates = torch.stack([_gates(model.backbone.model, patch, t, label) for label in _labels(spec.num_classes)]).mean(0)
-    sites = [site_gates(site, gates[i], patch.prompts_of(i)) for i, site in enumerate(patch.shape.blocks)]
-    lines = judge(sites, gates.shape[-1])
+    sites = [site_gates(one.block, one.gates, one.prompts) for one in seen]
+    counts = {one.gates.shape[-1] for one in seen}
+    lines = judge(sites, counts)
     data: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "run": str(run),
         "step": model.step,
-        "prompts": gates.shape[-1],
+        "prompts": [one.gates.shape[-1] for one in seen],
         "timesteps": steps,
         "sites": [vars(s) for s in sites],
         "judgement": list(lines),
-        "gates": gates.tolist(),
+        "gates": [one.gates.tolist() for one in seen],
     }
     if settings.console.dry_run:
         return Report(data, _table(sites), (*lines, "dry run: nothing was written"))
@@ -106,22 +115,38 @@ def inspect(settings: Settings, run: Path, progress: Progress) -> Report:
     lines.append(f"figures: {target}")
     if settings.gates.plot:
         picture = target.with_suffix(".png")
-        write_atomic(picture, heat_map(gates, steps, patch.shape.blocks))
+        write_atomic(picture, heat_map(seen, steps))
         lines.append(f"look at: {picture}")
     return Report(data, _table(sites), tuple(lines))
 
 
-def _labels(num_classes: int) -> list[int | None]:
-    """Every class, over which gates are averaged; [None] for an unconditional backbone."""
-    return list(range(num_classes)) if num_classes else [None]
+def gates_seen(model: Patched, t: Tensor, settings: Settings, progress: Progress) -> list[Seen]:
+    """What each block's gate says at timesteps t [S], by block; empty for a method without gates."""
+    if model.patch is None:
+        return []
+    network, found = model.backbone.model, dict[int, Seen]()
+    each = [
+        gates_of(model.patch, network.embed_time(t) if model.patch.time_only else network.embed(t, cond))
+        for cond in conditions_seen(model, t, settings, progress)
+    ]
+    for views in zip(*each, strict=True):  # one patch under every condition
+        patch, mean = views[0][0], torch.stack([gates for _, gates in views]).mean(0)
+        found |= {block: Seen(block, mean[i], patch.prompts_of(i)) for i, block in enumerate(patch.shape.blocks)}
+    return [found[block] for block in sorted(found)]
 
 
-def _gates(backbone: Any, patch: Any, t: Tensor, label: int | None) -> Tensor:
-    """Gates [L, S, N] at timesteps t [S] for one class."""
-    cond = None if label is None else torch.full_like(t, label)
-    c = backbone.embed_time(t) if patch.time_only else backbone.embed(t, cond)
-    gates: Tensor = patch.route(c).gates
-    return gates
+def conditions_seen(model: Patched, t: Tensor, settings: Settings, progress: Progress) -> Iterator[Tensor | None]:
+    """Conditions for timesteps t [S] that gates are averaged over: every class, or some captions; None where no gate sees any."""
+    spec = model.backbone.spec
+    if model.patch is None or model.patch.time_only or not (spec.num_classes or spec.text):
+        yield None
+    elif spec.text is None:
+        yield from (torch.full_like(t, label) for label in range(spec.num_classes))
+    else:
+        prompts = model.with_text(settings).with_prompts(settings, CAPTIONS, progress).prompts
+        captions = prompts.captions if prompts is not None else ()
+        for number in range(len(captions)):
+            yield prompts.captions.of(torch.full_like(t, number)) if prompts is not None else None
 
 
 def _table(sites: Sequence[SiteGates]) -> tuple[dict[str, str], ...]:
@@ -139,7 +164,7 @@ def _table(sites: Sequence[SiteGates]) -> tuple[dict[str, str], ...]:
     )
 
 
-def heat_map(gates: Tensor, steps: Sequence[int], blocks: Sequence[int]) -> bytes:
+def heat_map(seen: Sequence[Seen], steps: Sequence[int]) -> bytes:
     """PNG: one panel per site, prompts down, timesteps across, weight in units of 1 / N (1 is uniform)."""
     import io
     import os
@@ -148,19 +173,19 @@ def heat_map(gates: Tensor, steps: Sequence[int], blocks: Sequence[int]) -> byte
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    sites, _, prompts = gates.shape
+    sites = len(seen)
     columns = min(4, sites)
     rows = -(-sites // columns)
     figure = Figure(figsize=(3.2 * columns + 0.8, 2.6 * rows + 0.4), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    scaled = gates * prompts
-    spread = max(0.05, float((scaled - 1).abs().max()))
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=len({len(one.gates[0]) for one in seen}) == 1)
+    scaled = [one.gates * one.gates.shape[-1] for one in seen]
+    spread = max(0.05, *(float((values - 1).abs().max()) for values in scaled))
     for site, axis in enumerate(axes.flat):
         if site >= sites:
             axis.set_visible(False)
             continue
-        extent = (steps[0], steps[-1], prompts - 0.5, -0.5)
+        extent = (steps[0], steps[-1], scaled[site].shape[-1] - 0.5, -0.5)
         axis.imshow(
             scaled[site].T.numpy(),
             aspect="auto",
@@ -170,7 +195,7 @@ def heat_map(gates: Tensor, steps: Sequence[int], blocks: Sequence[int]) -> byte
             vmax=1 + spread,
             interpolation="nearest",
         )
-        axis.set_title(f"site {blocks[site]}", fontsize=9)
+        axis.set_title(f"site {seen[site].block}", fontsize=9)
     for axis in axes[-1]:
         axis.set_xlabel("timestep", fontsize=8)
     for axis in axes[:, 0]:

@@ -124,11 +124,12 @@ class Patched:
 
     def with_codec(self, settings: Settings) -> "Patched":
         """The same with the codec and the text encoder that the settings name; what was loaded has none until then."""
-        codec = build_codec(self.backbone, settings, self.about.get("codec"))
+        return replace(self.with_text(settings), codec=build_codec(self.backbone, settings, self.about.get("codec")))
+
+    def with_text(self, settings: Settings) -> "Patched":
+        """The same with the text encoder alone."""
         recorded = self.about.get("text") or self.backbone.text
-        return replace(
-            self, codec=codec, text=open_encoder(settings, self.backbone.spec, recorded, resolve_device(settings.launch))
-        )
+        return replace(self, text=open_encoder(settings, self.backbone.spec, recorded, resolve_device(settings.launch)))
 
     def with_prompts(self, settings: Settings, count: int, progress: Progress, data: Source | None = None) -> "Patched":
         """The same with captions for `count` generated images, encoded; `data` None: of --prompts, or what it was trained on.

@@ -103,7 +103,7 @@ COMMANDS: dict[str, tuple[Part, ...]] = {
     "sample": (*_parts(Images, Sampling), *PROMPTS, DECODER, *_parts(Result, Launch, Cache, Console)),
     "fid": (*_parts(Fid, Sampling), *PROMPTS, DECODER, *_parts(Result, Launch, Cache, Console)),
     "compare": (Part(Launch, ("device", "cpu", "deterministic", "requeue")), Part(Console)),
-    "inspect-gates": (Part(Gates), Part(Images, ("out",), "Gates"), *_parts(Result, Console)),
+    "inspect-gates": (Part(Gates), Part(Images, ("out",), "Gates"), *PROMPTS, DEVICE, *_parts(Result, Cache, Console)),
     "import": (Part(Importing), Part(Data, ("data",), "Import"), Part(Console)),
     "export": (Part(Exporting), Part(Images, ("out",), "Export"), *_parts(Result, Console)),
     "doctor": _parts(Console),

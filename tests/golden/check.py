@@ -206,7 +206,8 @@ class Golden:
 
     def _guided(self) -> Tensor:
         null, scale = self.backbone.spec.null_class, float(self._input("cfg_scale"))
-        return guide(self._predict, self._labels("cfg_y"), null, scale, "3")(self._input("x"), self._input("t"))
+        nothing = None if null is None else torch.tensor([null])
+        return guide(self._predict, self._labels("cfg_y"), nothing, scale, "3")(self._input("x"), self._input("t"))
 
     def _timesteps(self, expected: Tensor) -> Tensor:
         """Kept timesteps, in the direction of `expected`."""

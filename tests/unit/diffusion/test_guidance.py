@@ -7,7 +7,7 @@ from torch import Tensor
 from dmpctl.diffusion.guidance import guide
 from dmpctl.errors import UsageError
 
-NULL = 10
+NULL = torch.tensor([10])
 COND = torch.tensor([0, 3, 9])
 
 
@@ -36,7 +36,7 @@ def test_only_the_asked_channels_are_guided(channels: str, available: int, guide
     x, t = inputs(available)
     toy = Toy(factor)
     found = guide(toy, COND, NULL, 1.5, channels)(x, t)  # type: ignore[arg-type]
-    conditional, null = Toy(factor)(x, t, COND), Toy(factor)(x, t, torch.full_like(COND, NULL))
+    conditional, null = Toy(factor)(x, t, COND), Toy(factor)(x, t, NULL.expand_as(COND))
     torch.testing.assert_close(found[:, :guided], (null + 1.5 * (conditional - null))[:, :guided])
     assert torch.equal(found[:, guided:], conditional[:, guided:])
     assert not torch.allclose(found[:, :guided], conditional[:, :guided])
@@ -64,10 +64,10 @@ def test_scale_one_is_no_guidance_and_no_second_half(cond: Tensor | None) -> Non
 def test_scale_zero_is_the_null_class() -> None:
     x, t = inputs(4)
     found = guide(Toy(), COND, NULL, 0.0, "all")(x, t)
-    torch.testing.assert_close(found[:, :4], Toy()(x, t, torch.full_like(COND, NULL))[:, :4])
+    torch.testing.assert_close(found[:, :4], Toy()(x, t, NULL.expand_as(COND))[:, :4])
 
 
 @pytest.mark.parametrize(("cond", "null"), [(None, None), (COND, None), (None, NULL)])
-def test_an_unconditional_backbone_cannot_be_guided(cond: Tensor | None, null: int | None) -> None:
-    with pytest.raises(UsageError, match="needs a class-conditional backbone"):
+def test_an_unconditional_backbone_cannot_be_guided(cond: Tensor | None, null: Tensor | None) -> None:
+    with pytest.raises(UsageError, match="needs a backbone with classes or captions"):
         guide(Toy(), cond, null, 1.5)

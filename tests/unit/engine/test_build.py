@@ -43,8 +43,10 @@ def test_a_shape_needs_weights():
         build.load_backbone(Base(base="DiT-L/2"))
     assert "dmpctl patch --base DiT-L/2 --data DIR --weights FILE" in failure.value.hint
     assert "--hidden-size 1024 --depth 24 --num-heads 16" in failure.value.hint
-    assert build.planned_config(Base(base="DiT-L/2")) == DiTConfig(32, 4, 2, 1024, 24, 16, 0)
-    assert build.planned_config(Base()) is None
+    with torch.device("meta"):
+        assert build.planned_model(Base(base="DiT-L/2")).config == DiTConfig(32, 4, 2, 1024, 24, 16, 0)
+    assert build.is_planned(Base(base="DiT-L/2"))
+    assert not build.is_planned(Base())
 
 
 @pytest.mark.parametrize(

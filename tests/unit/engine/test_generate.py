@@ -125,7 +125,10 @@ def test_other_places_are_refused(run, tmp_path):
 
 def test_what_cannot_be_sampled_writes_nothing(run):
     before = files(run)
-    for given, sentence in (({"image_label": 3}, "--label needs a class"), ({"cfg": 2.0}, "guidance 2 needs a class")):
+    for given, sentence in (
+        ({"image_label": 3}, "--label needs a class"),
+        ({"cfg": 2.0}, "guidance 2 needs a backbone with classes"),
+    ):
         with pytest.raises(UsageError, match=sentence):
             sample(run, **given)
     assert files(run) == before

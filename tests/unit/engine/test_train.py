@@ -176,7 +176,9 @@ def test_parts_of_a_batch_and_blocks_that_run_twice_change_nothing(tmp_path, giv
     patch_run(tmp_path / "twice", grad_checkpoint=True, **given)
     whole, parts = (tensors_of(tmp_path / name / "patch.safetensors") for name in ("whole", "parts"))
     for name, value in whole.items():
-        torch.testing.assert_close(parts[name], value, rtol=1e-4, atol=5e-6)
+        torch.testing.assert_close(
+            parts[name], value, rtol=1e-4, atol=2e-5
+        )  # where a gradient is near 0, AdamW makes much of its rounding
     assert sha256_of(tmp_path / "twice" / "patch.safetensors") == sha256_of(tmp_path / "whole" / "patch.safetensors")
     for one, other in zip(lines(tmp_path / "whole"), lines(tmp_path / "parts"), strict=True):
         for name in {"loss", "mse", "grad_norm", "importance", "load"} & set(one):
@@ -199,7 +201,7 @@ def test_a_batch_of_one_and_more_than_the_data(tmp_path):
 
 
 def test_guidance_that_cannot_be_fails_before_training(tmp_path):
-    with pytest.raises(UsageError, match=r"guidance 1\.5 needs a class-conditional backbone"):
+    with pytest.raises(UsageError, match=r"guidance 1\.5 needs a backbone with classes or captions"):
         patch_run(tmp_path / "run", evaluate=True, cfg=1.5)
     assert not (tmp_path / "run").exists()
 

@@ -225,8 +225,6 @@ def test_sizes_follow_from_backbone_and_settings(settings, expected):
         (Dmp(prompts=8), [(16, 8)], "one prompt per token: 16"),
         (Dmp(prompt_depth=2), [(16, 8)], "prompt-depth 2"),
         (Dmp(gate="topk", topk=17), [(16, 8)], "topk 17"),
-        (Dmp(), [(16, 8), (16, 4)], "several sizes"),
-        (Dmp(), [(16, 8), (4, 8)], "several sizes"),
         (Dmp(prompt_sites="0-1"), [(16, 8)], "no block 1"),
     ],
 )

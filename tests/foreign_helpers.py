@@ -1,0 +1,97 @@
+"""Tiny models of diffusers and transformers with random weights, in the files that these libraries write."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'-"
+WIDTH, TOKENS = 16, 77  # of the tiny encoders' states
+DIT = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "sample_size": 8, "num_embeds_ada_norm": 5}
+UNET = {
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "attention_head_dim": 4,
+    "norm_num_groups": 4,
+    "sample_size": 8,
+    "cross_attention_dim": WIDTH,
+}
+
+
+def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Every weight random, so that no path is dead."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in model.parameters():
+            tensor.normal_(0, 0.15, generator=draw)
+    return model.eval().requires_grad_(False)
+
+
+def tiny_dit(**config: Any) -> torch.nn.Module:
+    """A DiTTransformer2DModel with five classes whose blocks share the embedders of time and label, as converted ones do."""
+    from diffusers import DiTTransformer2DModel
+
+    model = randomised(DiTTransformer2DModel(**{**DIT, "in_channels": 4, "out_channels": 8, **config}))
+    first = model.transformer_blocks[0].norm1.emb.state_dict()
+    for block in model.transformer_blocks:
+        block.norm1.emb.load_state_dict(first)
+    return model
+
+
+def tiny_pixart(**config: Any) -> torch.nn.Module:
+    """A PixArtTransformer2DModel."""
+    from diffusers import PixArtTransformer2DModel
+
+    sizes = {key: value for key, value in DIT.items() if key != "num_embeds_ada_norm"}
+    return randomised(PixArtTransformer2DModel(**{**sizes, "caption_channels": WIDTH, "cross_attention_dim": 16, **config}))
+
+
+def tiny_unet(**config: Any) -> torch.nn.Module:
+    """A UNet2DConditionModel with transformer blocks at two scales: sites of 64 x 8 and, in its middle, 16 x 16."""
+    from diffusers import UNet2DConditionModel
+
+    return randomised(UNet2DConditionModel(**{**UNET, **config}))
+
+
+def tiny_clip(folder: Path, seed: int = 0, width: int = WIDTH, **config: Any) -> Path:
+    """A CLIP text encoder and its tokenizer of single letters, as a pipeline holds them: text_encoder/ and tokenizer/."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    words = letters(folder / "tokenizer")
+    shape = {"hidden_size": width, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, **config}
+    text = CLIPTextConfig(vocab_size=len(words), max_position_embeddings=TOKENS, eos_token_id=1, bos_token_id=0, **shape)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        CLIPTextModel(text).save_pretrained(folder / "text_encoder")
+    return folder
+
+
+def letters(folder: Path) -> dict[str, int]:
+    """The files of a CLIP tokenizer whose words are letters; returns its vocabulary."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
+    words = {name: number for number, name in enumerate(names)}
+    (folder / "vocab.json").write_text(json.dumps(words))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    about = {"tokenizer_class": "CLIPTokenizer", "model_max_length": TOKENS, "pad_token": "<|endoftext|>", **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    return words
+
+
+def pipeline(folder: Path, model: torch.nn.Module, schedule: str | None = None, text: bool = False) -> Path:
+    """A folder as diffusers saves a pipeline: model_index.json, the model, its scheduler, and an encoder of captions."""
+    part = "unet" if type(model).__name__ == "UNet2DConditionModel" else "transformer"
+    model.save_pretrained(folder / part)
+    (folder / "model_index.json").write_text(json.dumps({part: ["diffusers", type(model).__name__]}))
+    if schedule is not None:
+        start, end = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}[schedule]
+        about = {"beta_schedule": schedule, "beta_start": start, "beta_end": end, "num_train_timesteps": 1000}
+        (folder / "scheduler").mkdir(exist_ok=True)
+        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(about))
+    if text:
+        tiny_clip(folder)
+    return folder

@@ -85,7 +85,6 @@ class Seen:
     prompts: Tensor
 
 
-@torch.inference_mode()
 def inspect(settings: Settings, run: Path, progress: Progress) -> Report:
     """Table, JSON and heat map of a run's gates, written into its gates/ (or --out)."""
     run = run.expanduser().absolute()

@@ -8,12 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from dmpctl.backbones.dit import DiT, DiTConfig
+from dmpctl.backbones.pixart import PixArt
+from dmpctl.backbones.sd_unet import SdUnet
 from dmpctl.engine.build import PatchModule, build_patch, freeze
 from dmpctl.engine.patched import predict_patched
 from dmpctl.files import read_tensors, write_tensors
+from dmpctl.methods.by_size import PatchBySize
 from dmpctl.methods.dmp import DmpPatch
 from dmpctl.settings.methods import Dmp, Full, Lora, Method, PromptTuning
-from dmpctl.types import Plan
+from dmpctl.types import Plan, Routing, Routings
+from tests.foreign_helpers import TOKENS, WIDTH, tiny_pixart, tiny_unet
 
 BATCH = 4
 PATCHES: dict[str, Method] = {
@@ -49,8 +53,27 @@ PATCHES: dict[str, Method] = {
     "lora-all": Lora(rank=4, targets="qkv,proj,mlp"),
     "full": Full(),
 }
+# The same on other backbones: captions, and sites of several sizes.
+ELSEWHERE: dict[str, tuple[Method, Callable[[], nn.Module]]] = {
+    "pixart-dmp": (Dmp(), lambda: PixArt(tiny_pixart(), text_tokens=TOKENS)),
+    "pixart-dmp-prepend": (Dmp(position="prepend", prompts=3), lambda: PixArt(tiny_pixart(), text_tokens=TOKENS)),
+    "pixart-lora": (Lora(rank=2), lambda: PixArt(tiny_pixart(), text_tokens=TOKENS)),
+    "pixart-full": (Full(), lambda: PixArt(tiny_pixart(), text_tokens=TOKENS)),
+    "unet-dmp": (Dmp(), lambda: SdUnet(tiny_unet())),
+    "unet-dmp-topk": (Dmp(gate="topk", topk=4, balance="per-sample"), lambda: SdUnet(tiny_unet())),
+    "unet-dmp-per-site": (Dmp(gate_per_site=True), lambda: SdUnet(tiny_unet())),
+    "unet-dmp-up": (Dmp(sites="up"), lambda: SdUnet(tiny_unet())),
+    "unet-dmp-sites": (Dmp(prompt_sites="0-1"), lambda: SdUnet(tiny_unet())),
+    "unet-dmp-uniform": (Dmp(gate="uniform"), lambda: SdUnet(tiny_unet())),
+    "unet-prompt": (PromptTuning(), lambda: SdUnet(tiny_unet())),
+    "unet-lora": (Lora(rank=2), lambda: SdUnet(tiny_unet())),
+    "unet-full": (Full(), lambda: SdUnet(tiny_unet())),
+}
 UNCOUNTED = ("w_noise",)  # needed in training only
 CONFIG = DiTConfig(8, 2, 2, 16, 3, 2, 4)
+X = torch.randn(BATCH, 2, 8, 8, generator=torch.Generator().manual_seed(1))
+T = torch.tensor([0, 20, 500, 999])
+Y = torch.tensor([0, 1, 2, 4])  # 4: null
 
 
 def starts_as_its_backbone(settings: Method) -> bool:
@@ -62,15 +85,29 @@ def starts_as_its_backbone(settings: Method) -> bool:
 class Case:
     """A patch with random numbers in it, and its backbone."""
 
-    backbone: DiT
+    blank: Callable[[], nn.Module]
+    backbone: nn.Module
     patch: PatchModule
     fresh: Callable[[], PatchModule]
     settings: Method
+    x: Tensor
+    t: Tensor
+    y: Tensor
+
+    @property
+    def channels(self) -> int:
+        """Of the images."""
+        return self.x.shape[1]
+
+    @property
+    def each(self) -> list[PatchModule]:
+        """The patches of one size that it is made of."""
+        return self.patch.each if isinstance(self.patch, PatchBySize) else [self.patch]
 
     @property
     def choices(self) -> int:
         """What the gate chooses among; 1: nothing to choose, as there is no gate, or one of a single prompt."""
-        return self.patch.shape.choices if isinstance(self.patch, DmpPatch) else 1
+        return self.each[0].shape.choices if isinstance(self.each[0], DmpPatch) else 1
 
     def plan(self, which: list[int], noise: Tensor | None = None) -> Plan:
         """The plan for some samples of the batch."""
@@ -82,23 +119,25 @@ class Case:
 
     def run(self, plan: Plan, which: list[int]) -> Tensor:
         """Prediction of a plan for some samples of the batch."""
-        return (plan.backbone or self.backbone).denoise(X[which], T[which], Y[which], plan.edit)
+        return (plan.backbone or self.backbone).denoise(self.x[which], self.t[which], self.y[which], plan.edit)
 
     def c(self) -> Tensor:
-        return self.backbone.embed_time(T) if self.patch.time_only else self.backbone.embed(T, Y)
+        return self.backbone.embed_time(self.t) if self.patch.time_only else self.backbone.embed(self.t, self.y)
 
     def noise(self, seed: int = 0) -> Tensor | None:
         shape = self.patch.noise_shape()
         return None if shape is None else torch.randn(BATCH, *shape, generator=torch.Generator().manual_seed(seed))
 
     def predict(self, patch: nn.Module | None = None) -> Tensor:
-        return predict_patched(self.backbone, self.patch.time_only, patch or self.patch, X, T, Y)[0]
+        return predict_patched(self.backbone, self.patch.time_only, patch or self.patch, self.x, self.t, self.y)[0]
 
 
-X = torch.randn(BATCH, 2, 8, 8, generator=torch.Generator().manual_seed(1))
-T = torch.tensor([0, 20, 500, 999])
-Y = torch.tensor([0, 1, 2, 4])  # 4: null
 ALL = list(range(BATCH))
+
+
+def parts_of(routing: Routings) -> tuple[Routing, ...]:
+    """The routing of each patch of one size."""
+    return routing if isinstance(routing, tuple) else (routing,)
 
 
 def randomise(module: nn.Module, seed: int) -> None:
@@ -108,10 +147,14 @@ def randomise(module: nn.Module, seed: int) -> None:
             tensor.normal_(0, 0.15, generator=draw)
 
 
-@pytest.fixture(params=PATCHES)
+@pytest.fixture(params=[*PATCHES, *ELSEWHERE])
 def case(request) -> Case:
-    settings = PATCHES[request.param]
-    backbone = DiT(CONFIG)
+    settings, blank, x, y = PATCHES.get(request.param), lambda: DiT(CONFIG), X, Y
+    if settings is None:
+        settings, blank = ELSEWHERE[request.param]
+        text = torch.randn(BATCH, TOKENS, WIDTH + 1, generator=torch.Generator().manual_seed(2))
+        x, y = torch.randn(BATCH, 4, 8, 8, generator=torch.Generator().manual_seed(1)), text
+    backbone = blank()
     randomise(backbone, 0)
     freeze(backbone)
 
@@ -120,7 +163,7 @@ def case(request) -> Case:
 
     patch = fresh()
     randomise(patch, 1)
-    return Case(backbone, patch, fresh, settings)
+    return Case(blank, backbone, patch, fresh, settings, x, T, y)
 
 
 def test_parameter_groups_hold_what_is_trained_exactly_once(case):
@@ -134,18 +177,20 @@ def test_parameter_groups_hold_what_is_trained_exactly_once(case):
 
 
 def test_the_count_that_is_announced_is_the_count_there_is(case):
-    assert case.patch.added == sum(tensor.numel() for name, tensor in case.patch.named_parameters() if name not in UNCOUNTED)
+    assert case.patch.added == sum(
+        tensor.numel() for name, tensor in case.patch.named_parameters() if not name.endswith(UNCOUNTED)
+    )
     assert case.backbone.spec.parameters == sum(tensor.numel() for tensor in case.backbone.parameters())
     with torch.device("meta"):  # a report needs no weights
-        assert build_patch(freeze(DiT(CONFIG)), case.settings).added == case.patch.added
+        assert build_patch(freeze(case.blank()), case.settings).added == case.patch.added
 
 
 def test_a_fresh_patch_is_its_backbone_bit_for_bit(case):
     if not starts_as_its_backbone(case.settings):
         pytest.skip("it starts elsewhere")
-    patch, alone = case.fresh(), case.backbone.denoise(X, T, Y)
+    patch, alone = case.fresh(), case.backbone.denoise(case.x, case.t, case.y)
     for noise in (None, case.noise()):
-        assert torch.equal(predict_patched(case.backbone, patch.time_only, patch, X, T, Y, noise)[0], alone)
+        assert torch.equal(predict_patched(case.backbone, patch.time_only, patch, case.x, case.t, case.y, noise)[0], alone)
 
 
 def test_every_fresh_patch_is_alike_and_global_randomness_goes_on(case):
@@ -172,19 +217,19 @@ def test_a_change_of_weights_folds_into_a_plain_backbone(case):
         return
     assert list(merged) == list(case.backbone.state_dict())
     assert not any(value.requires_grad for value in merged.values())
-    plain = DiT(CONFIG)
+    plain = case.blank()
     plain.load_state_dict(merged)
-    torch.testing.assert_close(plain.eval().denoise(X, T, Y), case.predict(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(plain.eval().denoise(case.x, case.t, case.y), case.predict(), rtol=0, atol=1e-5)
 
 
 def test_training_changes_the_patch_and_never_the_backbone(case):
     patch, weights = case.fresh(), {name: value.clone() for name, value in case.backbone.state_dict().items()}
-    before, target = {name: value.clone() for name, value in patch.state_dict().items()}, torch.randn_like(X)
+    before, target = {name: value.clone() for name, value in patch.state_dict().items()}, torch.randn_like(case.x)
     start = case.predict(patch)
     optimizer = torch.optim.AdamW(patch.param_groups(), weight_decay=0.0)
     for step in range(4):
-        prediction, routing = predict_patched(case.backbone, patch.time_only, patch, X, T, Y, case.noise(step))
-        loss = (prediction[:, :2] - target).square().mean() + sum(patch.penalty(routing).values())
+        prediction, routing = predict_patched(case.backbone, patch.time_only, patch, case.x, case.t, case.y, case.noise(step))
+        loss = (prediction[:, : case.channels] - target).square().mean() + sum(patch.penalty(routing).values())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -192,14 +237,14 @@ def test_training_changes_the_patch_and_never_the_backbone(case):
     assert all(tensor.grad is None for tensor in case.backbone.parameters())
     changed = {name for name, value in patch.state_dict().items() if not torch.equal(value, before[name])}
     expected = {name for name, tensor in patch.named_parameters() if tensor.requires_grad}
-    lone = isinstance(patch, DmpPatch) and case.choices == 1
+    lone = isinstance(case.each[0], DmpPatch) and case.choices == 1
     assert changed == ({"prompt_embeddings"} if lone else expected)  # a lone prompt's gate is 1
     assert not torch.equal(case.predict(patch), start)
     assert all(tensor.isfinite().all() for tensor in patch.parameters())
 
 
 def test_the_patch_is_applied(case):
-    assert (case.predict() - case.backbone.denoise(X, T, Y)).abs().max() > 1e-3
+    assert (case.predict() - case.backbone.denoise(case.x, case.t, case.y)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("noisy", [False, True])
@@ -207,13 +252,14 @@ def test_routing_is_a_mixture_for_each_sample_and_block(case, noisy):
     routing = case.plan(ALL, case.noise() if noisy else None).routing
     if routing is None:
         pytest.skip("a method without gates")
-    assert routing.gates.shape == (case.patch.shape.sites, BATCH, case.choices)
-    assert routing.gates.dtype == torch.float32
-    assert (routing.gates >= 0).all()
-    torch.testing.assert_close(routing.gates.sum(-1), torch.ones(routing.gates.shape[:2]))
-    if routing.load is not None:
-        assert routing.load.shape == routing.gates.shape[::2]
-        assert ((routing.load >= 0) & (routing.load <= BATCH)).all()
+    for patch, one in zip(case.each, parts_of(routing), strict=True):
+        assert one.gates.shape == (patch.shape.sites, BATCH, patch.shape.choices)
+        assert one.gates.dtype == torch.float32
+        assert (one.gates >= 0).all()
+        torch.testing.assert_close(one.gates.sum(-1), torch.ones(one.gates.shape[:2]))
+        if one.load is not None:
+            assert one.load.shape == one.gates.shape[::2]
+            assert ((one.load >= 0) & (one.load <= BATCH)).all()
 
 
 @pytest.mark.parametrize("noisy", [False, True])
@@ -232,7 +278,7 @@ def test_penalties_are_finite_scalars_that_can_be_descended(case, noisy):
 def test_a_batch_of_one(case, noisy):
     plan = case.plan([2], case.noise() if noisy else None)
     prediction = case.run(plan, [2])
-    assert prediction.shape == (1, 4, 8, 8)
+    assert prediction.shape == (1, *case.predict().shape[1:])
     assert prediction.isfinite().all()
     assert all(loss.isfinite() for loss in case.patch.penalty(plan.routing).values())
 
@@ -264,20 +310,22 @@ def test_calling_the_module_is_its_plan(case):
 def test_gate_noise_is_felt_only_where_it_is_drawn(case):
     noise = case.noise()
     if noise is None:
-        assert not any(name in UNCOUNTED and tensor.requires_grad for name, tensor in case.patch.named_parameters())
+        assert not any(name.endswith(UNCOUNTED) and tensor.requires_grad for name, tensor in case.patch.named_parameters())
         return
     quiet, noisy = case.plan(ALL).routing, case.plan(ALL, noise).routing
-    assert torch.equal(quiet.gates, noisy.gates) == (case.choices == 1)
+    for one, other in zip(parts_of(quiet), parts_of(noisy), strict=True):
+        assert torch.equal(one.gates, other.gates) == (case.choices == 1)
 
 
 def test_an_edit_leaves_the_tokens_it_was_given_as_they_were(case):
-    tokens = torch.randn(BATCH, 16, 16, generator=torch.Generator().manual_seed(5))
-    kept, edit = tokens.clone(), case.plan(ALL).edit
+    edit = case.plan(ALL).edit
     if edit is None:
         pytest.skip("a method that edits no tokens")
-    for site in range(3):
-        edit(site, tokens)
-    assert torch.equal(tokens, kept)
+    for number, site in enumerate(case.backbone.spec.sites):
+        tokens = torch.randn(BATCH, site.tokens, site.width, generator=torch.Generator().manual_seed(5))
+        kept = tokens.clone()
+        edit(number, tokens)
+        assert torch.equal(tokens, kept)
 
 
 def test_a_saved_patch_is_the_same_patch(case, tmp_path):

@@ -95,3 +95,18 @@ def pipeline(folder: Path, model: torch.nn.Module, schedule: str | None = None, 
     if text:
         tiny_clip(folder)
     return folder
+
+
+def tiny_clip_model(folder: Path, side: int = 16) -> Path:
+    """A whole CLIP with its processor, in one folder."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+    words = letters(folder)
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": len(words), "max_position_embeddings": TOKENS, "eos_token_id": 1, "bos_token_id": 0}
+    seen = {**sizes, "image_size": side, "patch_size": 4}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        CLIPModel(CLIPConfig(text_config=text, vision_config=seen, projection_dim=8)).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side).save_pretrained(folder)
+    return folder

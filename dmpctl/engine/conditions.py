@@ -153,6 +153,7 @@ class Prompts:
     """What generated images shall show: image k has caption k modulo their count. `about`: how they were found, JSON-able."""
 
     captions: Captions
+    texts: tuple[str, ...]
     about: Mapping[str, Any]
 
 

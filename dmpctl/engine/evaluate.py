@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dmpctl.engine.assets import require
 from dmpctl.engine.cache import cache_dir
 from dmpctl.engine.extraction import build_extractor, features_in, protocol_for
 from dmpctl.engine.feature_store import FeatureStore
@@ -21,6 +22,7 @@ from dmpctl.engine.fid_record import (
     plus_minus,
     record_of,
     refuse_unpaired,
+    short,
     write_record,
 )
 from dmpctl.engine.fid_statistics import statistics_report
@@ -28,6 +30,7 @@ from dmpctl.engine.patched import Patched, load_result, outputs_of
 from dmpctl.engine.ranks import Ranks, join
 from dmpctl.engine.reference import Reference, features_wanted, find_reference, open_reference
 from dmpctl.errors import ThresholdError, UsageError
+from dmpctl.metrics.clip_score import ClipScore, ClipScorer, scores_to_clip_score
 from dmpctl.metrics.frechet import (
     GROUPS,
     FidEstimate,
@@ -66,7 +69,7 @@ def fid(settings: Settings, what: str, progress: Progress) -> Report:
     real = find_reference(name, images.shape, settings)
     protocol, extractor = protocol_for(options, images.shape), build_extractor(options, images.shape, device)
     _refuse_small(images.count, extractor, settings)
-    _refuse_others_metrics(extractor, settings)
+    _refuse_others_metrics(images, extractor, settings)
     other = _versus(images, path, settings, device, progress)
     unsure = None if other is None else refuse_unpaired(images, other)
     if settings.console.dry_run:
@@ -81,6 +84,11 @@ def fid(settings: Settings, what: str, progress: Progress) -> Report:
     store = _features(path, images, extractor, settings, progress)
     record = record_of(images, reference, extractor, protocol, settings, str(device))
     found, rows = _measured(store, reference, extractor, protocol, settings)
+    if "clip-score" in options.wanted:
+        score = _clip_score(images, settings, device, progress)
+        found["clip-score"] = asdict(score) | {"clip": options.clip}
+        name = f"clip-score-{short(images.count)}"
+        rows.append({"metric": name, "value": f"{score.value:.4f}{plus_minus(score.standard_error)}"})
     warnings = [
         *images.warnings,
         *reference.warnings,
@@ -168,7 +176,7 @@ def _measured(
     estimate = features_to_fid(features, reference.features, debias=debias)
     found: dict[str, Any] = {"fid": estimate}
     rows = [_row("fid", extractor, estimate, reference)]
-    for metric in settings.fid.wanted[1:]:
+    for metric in (metric for metric in settings.fid.wanted[1:] if metric != "clip-score"):
         match metric:
             case "sfid":
                 if reference.spatial is None:
@@ -193,6 +201,20 @@ def _measured(
                 found[metric], shown = asdict(line), f"{line.value:.4f} ± {line.standard_error:.4g} (R² {line.r_squared:.3f})"
         rows.append({"metric": metric_name(extractor, store.count, metric), "value": shown})
     return found, rows
+
+
+def _clip_score(images: ImageSet, settings: Settings, device: torch.device, progress: Progress) -> ClipScore:
+    """How well images of a run show what their captions say."""
+    model, name = images.model, settings.fid.clip
+    if model is None or model.prompts is None:  # refused before, `_refuse_others_metrics`
+        raise ValueError("images without captions have no CLIP score")
+    scorer = ClipScorer(require(name, settings) if name == "clip-l" else Path(name).expanduser(), device)
+    texts, scores = model.prompts.texts, []
+    with progress.track("CLIP score", images.count) as task:
+        for indices, part in images.read(range(images.count)):
+            scores.append(scorer(part, [texts[k % len(texts)] for k in indices]))
+            task.advance(len(part))
+    return scores_to_clip_score(scores)
 
 
 def _named(found: Mapping[str, Any], extractor: Extractor, images: ImageSet) -> dict[str, Any]:
@@ -282,7 +304,12 @@ def _refuse_small(count: int, extractor: Extractor, settings: Settings) -> None:
         )
 
 
-def _refuse_others_metrics(extractor: Extractor, settings: Settings) -> None:
+def _refuse_others_metrics(images: ImageSet, extractor: Extractor, settings: Settings) -> None:
+    if "clip-score" in settings.fid.wanted:
+        if images.model is None or images.model.prompts is None:
+            raise UsageError("clip-score is of a text-conditional run, whose captions are known", "leave it out of --metrics")
+        if images.shape[0] != 3:
+            raise UsageError("clip-score is of colour images", "leave it out of --metrics")
     if {"is", "sfid"} & set(settings.fid.wanted) and extractor.name != "inception":
         raise UsageError(f"is and sfid are Inception's, the extractor is {extractor.name}", "leave them out of --metrics")
 

@@ -141,7 +141,7 @@ class Patched:
                 raise UsageError("--prompt needs a text-conditional backbone, this one is not", "leave it out")
             return self
         texts, about = prompts_for(settings, data or self.trained_on, count)
-        return replace(self, prompts=Prompts(encoded(texts, self.text, settings, progress), about))
+        return replace(self, prompts=Prompts(encoded(texts, self.text, settings, progress), tuple(texts), about))
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -188,7 +188,7 @@ class Evaluate(Section):
     eval_images: Annotated[int, Field(ge=2, description="Images sampled for each side of the comparison.")] = 5_000
 
 
-_METRIC = "fid|sfid|is|pr|dc|kid|fid-infinity"
+_METRIC = "fid|sfid|is|pr|dc|kid|fid-infinity|clip-score"
 SMALL_SIDE = 32  # pixels: below it, Inception has nothing to say
 
 
@@ -217,9 +217,10 @@ class Fid(Section):
         str,
         Field(
             pattern=rf"^({_METRIC})(,({_METRIC}))*$",
-            description="Of fid, sfid, is, pr, dc, kid, fid-infinity, joined by commas; fid is always there.",
+            description="Of fid, sfid, is, pr, dc, kid, fid-infinity, clip-score, joined by commas; fid is always there.",
         ),
     ] = "fid"
+    clip: Annotated[str, Field(description="CLIP for clip-score: clip-l, or a folder.")] = "clip-l"
     max_images: Annotated[int, Field(ge=2, description="Images compared.")] = 50_000
     allow_small: Annotated[bool, Field(description="Allow fewer images than features.")] = False
     stream: Annotated[bool, Field(description="Make a run's images for this alone, and write none.")] = False

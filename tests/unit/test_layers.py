@@ -27,7 +27,7 @@ HOMES = {
     "accelerate": ("engine",),
     "diffusers": ("diffusion", "backbones", "codecs"),
     "peft": ("methods",),
-    "transformers": ("codecs",),
+    "transformers": ("codecs", "metrics"),
     "typer": ("cli",),
     "rich": ("cli",),
 }

@@ -66,7 +66,7 @@ class BackboneSpec:
 
 def text_parts(cond: Tensor) -> tuple[Tensor, Tensor]:
     """States [B, T, D] and mask bool [B, T] of text conditions [B, T, D + 1], whose last column is 1 where a token counts."""
-    return cond[..., :-1], cond[..., -1] > 0.5
+    return cond[..., :-1].contiguous(), cond[..., -1] > 0.5
 
 
 class Edit(Protocol):

@@ -80,7 +80,7 @@ def made(config: Mapping[str, Any], schedule: ScheduleSpec | None, text_tokens: 
         model = kind.from_config(dict(config))
         backbone = KINDS[name]
         return backbone(model, schedule) if backbone is DiffusersDiT else backbone(model, schedule, text_tokens)  # type: ignore[call-arg]
-    except (AttributeError, TypeError, ValueError, KeyError) as error:
+    except (AttributeError, TypeError, ValueError, KeyError, RuntimeError) as error:
         raise IntegrityError(f"a config of {name} makes no model ({error})") from None
 
 

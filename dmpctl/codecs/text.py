@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from dmpctl.errors import DmpError, IntegrityError, MissingError, UsageError
@@ -86,7 +87,7 @@ class TextEncoder:
                 model, found = kind.from_pretrained(
                     self._folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
                 )
-            except (OSError, ValueError, RuntimeError, TypeError, KeyError, ImportError) as error:
+            except (OSError, ValueError, RuntimeError, TypeError, KeyError, ImportError, SafetensorError) as error:
                 raise self._refused(str(error).splitlines()[0]) from None
             if found["missing_keys"]:
                 raise self._refused(f"it lacks {sorted(found['missing_keys'])[0]}")

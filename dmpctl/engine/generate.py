@@ -114,10 +114,9 @@ def folder_name(model: Patched, settings: Sampling) -> str:
 def sample(settings: Settings, run: Path, progress: Progress) -> Report:
     """Write images of a run: a PNG folder and a contact sheet, or one npz in ADM layout. What is there already is kept."""
     model = load_result(run, settings.result.result_weights).with_codec(settings)
-    if settings.images.unpatched:
-        model = model.unpatched()
     wanted, sampling = settings.images, settings.sampling
     model = model.with_prompts(settings, wanted.num_images, progress)
+    model = model.unpatched() if wanted.unpatched else model
     folder = (wanted.out or samples_folder(run, model, sampling)).absolute()
     about = samples_about(model, settings)
     ranks = join(settings.launch)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from dmpctl.errors import IntegrityError
@@ -31,7 +32,7 @@ class ClipScorer:
         kinds: tuple[Any, Any] = (transformers.CLIPModel, transformers.AutoProcessor)
         try:
             model, self._processor = (kind.from_pretrained(folder, local_files_only=True) for kind in kinds)
-        except (OSError, ValueError, RuntimeError, TypeError, KeyError, ImportError) as error:
+        except (OSError, ValueError, RuntimeError, TypeError, KeyError, ImportError, SafetensorError) as error:
             raise IntegrityError(
                 f"{folder} is no CLIP that can be read: {str(error).splitlines()[0]}", "fetch it again"
             ) from None

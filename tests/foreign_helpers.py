@@ -1,13 +1,18 @@
 """Tiny models of diffusers and transformers with random weights, in the files that these libraries write."""
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'-"
-WIDTH, TOKENS = 16, 77  # of the tiny encoders' states
+EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny_text_encoder.py"
+_spec = importlib.util.spec_from_file_location("tiny_text_encoder", EXAMPLE)
+encoder = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(encoder)
+LETTERS, TOKENS = encoder.LETTERS, encoder.TOKENS
+WIDTH = 16  # of the tiny encoders' states
 DIT = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "sample_size": 8, "num_embeds_ada_norm": 5}
 UNET = {
     "block_out_channels": (8, 16),
@@ -56,30 +61,9 @@ def tiny_unet(**config: Any) -> torch.nn.Module:
     return randomised(UNet2DConditionModel(**{**UNET, **config}))
 
 
-def tiny_clip(folder: Path, seed: int = 0, width: int = WIDTH, **config: Any) -> Path:
+def tiny_clip(folder: Path, seed: int = 0, width: int = WIDTH) -> Path:
     """A CLIP text encoder and its tokenizer of single letters, as a pipeline holds them: text_encoder/ and tokenizer/."""
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    words = letters(folder / "tokenizer")
-    shape = {"hidden_size": width, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, **config}
-    text = CLIPTextConfig(vocab_size=len(words), max_position_embeddings=TOKENS, eos_token_id=1, bos_token_id=0, **shape)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        CLIPTextModel(text).save_pretrained(folder / "text_encoder")
-    return folder
-
-
-def letters(folder: Path) -> dict[str, int]:
-    """The files of a CLIP tokenizer whose words are letters; returns its vocabulary."""
-    folder.mkdir(parents=True, exist_ok=True)
-    names = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
-    words = {name: number for number, name in enumerate(names)}
-    (folder / "vocab.json").write_text(json.dumps(words))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
-    about = {"tokenizer_class": "CLIPTokenizer", "model_max_length": TOKENS, "pad_token": "<|endoftext|>", **special}
-    (folder / "tokenizer_config.json").write_text(json.dumps(about))
-    return words
+    return encoder.write_encoder(folder, seed, width)
 
 
 def pipeline(folder: Path, model: torch.nn.Module, schedule: str | None = None, text: bool = False) -> Path:
@@ -101,7 +85,7 @@ def tiny_clip_model(folder: Path, side: int = 16) -> Path:
     """A whole CLIP with its processor, in one folder."""
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
-    words = letters(folder)
+    words = encoder.write_words(folder)
     sizes = {"hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     text = {**sizes, "vocab_size": len(words), "max_position_embeddings": TOKENS, "eos_token_id": 1, "bos_token_id": 0}
     seen = {**sizes, "image_size": side, "patch_size": 4}

@@ -6,7 +6,7 @@ A finished cell is not done again; one that was made in another way is refused; 
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +217,7 @@ def _session(cell: Cell) -> Session:
     if cell.goes_on is None:
         return patch.session_of(settings, stage.loaded, stage.codec, cell.source)
     config = pretrain.config_for(settings, stage.codec, cell.goes_on.source)
-    return pretrain.session_of(settings, config, stage.loaded.spec.schedule, stage.codec, cell.goes_on.source)
+    return pretrain.session_of(settings, config, stage.loaded.spec.schedule, stage.codec, cell.goes_on.source, stage.text)
 
 
 def _begin_from(goes_on: GoingOn, cell: Cell, run: RunDir, session: Session) -> None:
@@ -236,8 +236,8 @@ def _begin_from(goes_on: GoingOn, cell: Cell, run: RunDir, session: Session) -> 
 def _model(cell: Cell) -> Patched:
     """What the cell's training has made, as it is on disk."""
     if cell.goes_on is None:
-        return replace(load_patch(cell.path, cell.settings.base), codec=cell.stage.codec)
-    return Patched(load_backbone(Base(base=str(cell.path))), None, {}, cell.stage.codec)
+        return cell.stage.fitted(load_patch(cell.path, cell.settings.base))
+    return cell.stage.fitted(Patched(load_backbone(Base(base=str(cell.path))), None, {}))
 
 
 def measured(model: Patched, stage: Stage, side: Side, tuning: bool, device: torch.device) -> dict[str, Any]:

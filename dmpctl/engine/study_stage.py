@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import stdev
 from typing import Any
@@ -13,12 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmpctl.codecs.text import TextEncoder
 from dmpctl.engine import paired_loss
 from dmpctl.engine.build import Loaded, build_codec, load_backbone, open_data
+from dmpctl.engine.conditions import open_encoder
 from dmpctl.engine.extraction import build_extractor, extract
 from dmpctl.engine.fid_images import images_of
-from dmpctl.engine.generate import denoiser_of, in_batches
+from dmpctl.engine.generate import in_batches
 from dmpctl.engine.paired_loss import epsilon_errors
+from dmpctl.engine.patch import refuse_sampling
 from dmpctl.engine.patched import Patched
 from dmpctl.errors import UsageError
 from dmpctl.files import make_folder, read_json, read_tensors, sha256_of_json, write_json, write_tensors, writing
@@ -34,7 +37,6 @@ from dmpctl.types import Codec, Extractor, Progress, Silent, Source
 SCHEMA_VERSION = 1
 TRAINING = ("patch", "pretrain")  # commands whose settings shape a cell
 OTHER_SEEDS = 3  # of sampling: how much the backbone's distance moves without any change
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -64,12 +66,17 @@ class Stage:
     source: Source
     images: int
     extractor: Extractor | None
+    text: TextEncoder | None = None
     sides: list[Side] = field(default_factory=list)  # one, once it was made or read
 
     @property
     def plain(self) -> Patched:
         """The backbone alone."""
-        return Patched(self.loaded, None, {}, self.codec)
+        return self.fitted(Patched(self.loaded, None, {}))
+
+    def fitted(self, model: Patched) -> Patched:
+        """A model with the codec and the text encoder of this stage."""
+        return replace(model, codec=self.codec, text=self.text)
 
     @property
     def sampling(self) -> Sampling:
@@ -109,17 +116,14 @@ def open_stage(study: Study, name: str, settings: Settings, device: torch.device
     source = open_data(data, spec, codec, loaded.data)
     if len(source) < 2:
         raise UsageError(f"{study.path}: the images to measure on are {len(source)}, a standard error takes 2")
-    if spec.num_classes and source.num_classes != spec.num_classes:
-        raise UsageError(
-            f"{study.path} [stages]: {name} has {spec.num_classes} classes, the images to measure on have {source.num_classes}"
-        )
     extractor = None
     if compare.eval_images:
-        denoiser_of(Patched(loaded, None, {}), [0], plain.sampling, CPU)  # what does not suit the backbone fails now
+        refuse_sampling(plain, loaded, source)
         options = Fid(extractor=compare.extractor, extractor_weights=compare.extractor_weights)
         extractor = build_extractor(options, codec.image_shape(spec.latent_shape), device)
     folder = compare.run.expanduser().absolute() / name
-    return Stage(name, folder, plain, loaded, codec, source, compare.eval_images, extractor)
+    text = open_encoder(plain, spec, loaded.text, device)
+    return Stage(name, folder, plain, loaded, codec, source, compare.eval_images, extractor, text)
 
 
 def refuse_other(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -177,6 +181,8 @@ def sampled_features(
 ) -> Tensor:
     """Features [M, D] of the images that the study samples, with common sampling seeds for every model."""
     sampling = stage.sampling.model_copy(update={"sample_seed": seed})
+    settings = stage.settings.model_copy(update={"sampling": sampling})
+    model = model.with_prompts(settings, stage.images, progress, stage.source)
     return extract(extractor, (images for _, images in in_batches(model, range(stage.images), sampling, device, progress)))
 
 

@@ -124,7 +124,9 @@ def _usage(error: typer.TyperException) -> tuple[str, str | None]:
     near = getattr(error, "possibilities", None)
     if not near and ctx is not None and ctx.parent is None:
         hint = f"options follow the command: dmpctl COMMAND {option}"
-    return f"no such option {option}" + (f", did you mean {near[0]}?" if near else ""), hint
+    from dmpctl.settings.layers import did_you_mean  # costs pydantic, which a help page does without
+
+    return f"no such option {option}{did_you_mean(str(option), near or ())}", hint
 
 
 def _fail(error: BaseException, message: str, hint: str | None, code: int, state: dict[str, bool]) -> int:

@@ -1,6 +1,6 @@
 """`dmpctl inspect-gates`: which prompts speak at which timestep, for every site. Needs no block and no image."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ class SiteGates:
     """
 
     site: int
+    prompts: int
     effective: float
     entropy: float
     top1: float
@@ -49,6 +50,7 @@ def site_gates(site: int, gates: Tensor, prompts: Tensor) -> SiteGates:
     cosine = gates.sum(-1) / (gates.norm(dim=-1) * n**0.5)
     return SiteGates(
         site=site,
+        prompts=n,
         effective=float(entropy.exp().mean()),
         entropy=float(entropy.mean()),
         top1=float(gates.max(-1).values.mean()),
@@ -60,9 +62,10 @@ def site_gates(site: int, gates: Tensor, prompts: Tensor) -> SiteGates:
     )
 
 
-def judge(sites: Sequence[SiteGates], counts: Iterable[int]) -> list[str]:
-    """What the figures say, in sentences; `counts`: how many prompts there are at a site."""
-    lines, prompts = [], " or ".join(map(str, sorted(counts)))
+def judge(sites: Sequence[SiteGates]) -> list[str]:
+    """What the figures say, in sentences."""
+    lines: list[str] = []
+    prompts = " or ".join(map(str, sorted({s.prompts for s in sites})))
     if all(s.distance < UNIFORM for s in sites):
         lines.append("uniform: the gate has not learned, every prompt has the same weight at every timestep")
     elif all(s.over_time < UNIFORM for s in sites):
@@ -94,13 +97,11 @@ def inspect(settings: Settings, run: Path, progress: Progress) -> Report:
     if not seen:
         raise UsageError(f"{run} has no gates: it holds no patch of --method dmp", "name a run of dmpctl patch")
     sites = [site_gates(one.block, one.gates, one.prompts) for one in seen]
-    counts = {one.gates.shape[-1] for one in seen}
-    lines = judge(sites, counts)
+    lines = judge(sites)
     data: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "run": str(run),
         "step": model.step,
-        "prompts": [one.gates.shape[-1] for one in seen],
         "timesteps": steps,
         "sites": [vars(s) for s in sites],
         "judgement": list(lines),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dmpctl.backbones.diffusers_dit import DiffusersDiT, to_original
 from dmpctl.backbones.diffusers_folder import open_folder
-from dmpctl.backbones.dit import SHAPES, DiTConfig, is_flow, shape_config
+from dmpctl.backbones.dit import SHAPES, DiT, DiTConfig, is_flow, shape_config
 from dmpctl.backbones.dit_weights import Weights, digest_of, dit_from, infer_config, is_patched, read_weights
 from dmpctl.backbones.foreign import value_in
 from dmpctl.engine.build import Loaded, facts_of, freeze, metadata_of
@@ -223,7 +223,8 @@ def _files(found: Opened, target: Path, source: Mapping[str, Any]) -> dict[str, 
 
 def _report(found: Opened, target: Path, more: tuple[str, ...]) -> Report:
     backbone, patch = found.model.backbone, found.model.patch
-    spec = backbone.spec
+    spec, network = backbone.spec, backbone.model
+    heads = f", {network.config.num_heads} heads" if isinstance(network, DiT) else ""
     data: dict[str, Any] = {
         "run": str(target),
         "taken": found.taken,
@@ -235,7 +236,7 @@ def _report(found: Opened, target: Path, more: tuple[str, ...]) -> Report:
         "assumed": list(found.assumed),
     }
     row = {
-        "backbone": f"{spec.sites[0].width} wide, {len(spec.sites)} blocks ({spec.parameters:,})",
+        "backbone": f"{spec.sites[0].width} wide, {len(spec.sites)} blocks{heads} ({spec.parameters:,})",
         "classes": str(spec.num_classes or "none"),
         "patch": "none" if patch is None or found.method is None else f"{found.method.method} ({patch.added:,})",
         "run": str(target),

@@ -66,6 +66,8 @@ def _named(values: Mapping[str, Any], rows: Registry) -> Iterator[AssetRow]:
     for key, value in values.items():
         if key in PLACES or not isinstance(value, str) or (key == "data" and values.get("streaming")):
             continue
+        if key == "clip" and "clip-score" not in str(values.get("metrics")):
+            continue
         if value in rows:
             yield rows[value]
         elif key in ("base", "weights") and (address := address_in(value)):
@@ -80,7 +82,7 @@ def _is_shape(base: str) -> bool:
     """Whether it is a published shape, whose backbones work on latents of 4 channels."""
     from dmpctl.backbones.dit import shape_config  # torch: only where an experiment is looked at
 
-    return shape_config(base) is not None
+    return shape_config(base.removesuffix("-text")) is not None
 
 
 def _is_small(values: Mapping[str, Any]) -> bool:

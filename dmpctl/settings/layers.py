@@ -204,5 +204,6 @@ def _sentence(details: ErrorDetails, found: Mapping[str, Found], options: Mappin
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`, did you mean X?` for the nearest of the known words; empty where none is near."""
-    nearest = difflib.get_close_matches(word, list(known), n=1)
-    return f", did you mean {nearest[0]}?" if nearest else ""
+    near = difflib.get_close_matches(word, list(known), n=3)
+    near.sort(key=lambda other: other.lstrip("-")[:1] != word.lstrip("-")[:1])  # of equals, the one that begins alike
+    return f", did you mean {near[0]}?" if near else ""

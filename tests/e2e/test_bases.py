@@ -146,8 +146,9 @@ def test_a_published_backbone(known_width, cli, tmp_path, monkeypatch, weights):
     ("base", "code", "sentence"),
     [
         ("vae-ema", 2, "--base vae-ema is no backbone but SD VAE"),
-        ("dit-xl2-256-diffusers", 2, "is in a layout of its own"),
-        ("sd15", 2, "take the original layout, such as --base dit-xl2-256"),
+        ("dit-xl2-256-diffusers", 3, "run dmpctl download dit-xl2-256-diffusers"),
+        ("sd15", 3, "run dmpctl download sd15"),
+        ("hf://owner/name/file.pt", 2, "is no model of the Hub"),
         ("dit-xl-256", 2, "did you mean dit-xl2-256?"),
         ("DiT-XL/2", 3, "the published ones: dmpctl patch --base dit-xl2-256 --data ffhq"),
     ],

@@ -69,7 +69,7 @@ def test_patch_sample_fid_and_gates(cli, made, tmp_path, kind):
     assert gates.code == 0, gates.err
     found = json.loads(gates.out)
     assert [site["site"] for site in found["sites"]] == list(range(4 if kind == "sd" else 2))
-    assert found["prompts"] == ([64, 16, 64, 64] if kind == "sd" else [16, 16])
+    assert [site["prompts"] for site in found["sites"]] == ([64, 16, 64, 64] if kind == "sd" else [16, 16])
     assert "uniform: the gate has not learned" in found["judgement"][0]
 
 

@@ -65,12 +65,12 @@ def test_sentences():
     one_hot = torch.zeros(5, 16)
     one_hot[:, 3] = 1
     follows = figures(moving())
-    assert gates.judge([uniform, uniform], 16) == [
+    assert gates.judge([uniform, uniform]) == [
         "uniform: the gate has not learned, every prompt has the same weight at every timestep"
     ]
-    assert gates.judge([uniform, figures(fixed)], 16) == ["the gate prefers some prompts, but the same ones at every timestep"]
-    assert gates.judge([uniform, follows], 4)[0].startswith("the gate follows the timestep: weights move by ")
-    lines = gates.judge([uniform, figures(one_hot, 1)], 16)
+    assert gates.judge([uniform, figures(fixed)]) == ["the gate prefers some prompts, but the same ones at every timestep"]
+    assert gates.judge([uniform, follows])[0].startswith("the gate follows the timestep: weights move by ")
+    lines = gates.judge([uniform, figures(one_hot, 1)])
     assert "warning: collapsed at site 1: fewer than 2 prompts are in use" in lines
     assert "warning: 15 dead prompts in all (mean weight under 0.1 / 16)" in lines
 
@@ -88,7 +88,7 @@ def test_what_is_written(finished, tmp_path):
     assert files(run) - files(finished) == {"gates/0000006.json", "gates/0000006.png"}
     found = json.loads((run / "gates" / "0000006.json").read_text())
     assert found == json.loads(json.dumps(report.data))
-    assert (found["schema_version"], found["step"], found["prompts"]) == (1, 6, 16)
+    assert (found["schema_version"], found["step"], {site["prompts"] for site in found["sites"]}) == (1, 6, {16})
     assert found["timesteps"] == [0, 166, 333, 500, 666, 832, 999]
     weights = torch.tensor(found["gates"])
     assert weights.shape == (BUNDLED.depth, 7, 16)
@@ -138,7 +138,11 @@ def test_a_backbone_has_no_gates(conditional):
 
 @pytest.mark.parametrize("sites", [1, 4, 5])
 def test_a_heat_map_of_any_number_of_sites(sites):
-    weights = torch.rand(sites, 6, 3, generator=torch.Generator().manual_seed(0)).softmax(-1)
-    data = gates.heat_map(weights, [0, 200, 400, 600, 800, 999], range(sites))
+    draw = torch.Generator().manual_seed(0)
+    seen = [
+        gates.Seen(site, torch.rand(6, 3 + site % 2, generator=draw).softmax(-1), torch.ones(3 + site % 2, 4))
+        for site in range(sites)
+    ]
+    data = gates.heat_map(seen, [0, 200, 400, 600, 800, 999])
     assert data.startswith(b"\x89PNG")
-    assert gates.heat_map(weights, [0, 200, 400, 600, 800, 999], range(sites)) == data
+    assert gates.heat_map(seen, [0, 200, 400, 600, 800, 999]) == data

@@ -65,7 +65,7 @@ def test_a_whole_file(study):
     [
         ("[compare]", "[compaer]", ("compaer is no table of a study, did you mean compare?",)),
         ("tuning_seeds", "tuning_seed", ("[compare]: tuning_seed is no setting, did you mean tuning_seeds?",)),
-        ("iters = 7", "iter = 7", ("[settings]: iter is no setting, did you mean iters?",)),
+        ("iters = 7", "itres = 7", ("[settings]: itres is no setting, did you mean iters?",)),
         ('method = "dmp"', 'methud = "dmp"', ("[variants.dmp]: methud is no setting, did you mean method?",)),
         ("continue = true", "contineu = true", ("[variants.trained-on]: contineu is no setting, did you mean continue?",)),
         ("tune.gate_lr", "tune.gate_rl", ("[variants.dmp] tune: gate_rl is no setting, did you mean gate_lr?",)),

@@ -49,12 +49,14 @@ def test_each_module_of_the_tests_that_a_page_runs_is_there(module: str) -> None
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "examples").glob("*.toml")), ids=lambda path: path.name)
-def test_each_example_resolves_for_the_command_it_opens_with(file: Path, cli: Callable[..., Done]) -> None:
+def test_each_example_resolves_for_the_commands_it_opens_with(file: Path, cli: Callable[..., Done]) -> None:
     commands = re.findall(r"^#[ \t]+(dmpctl .*?)[ \t]*(?:#.*)?$", file.read_text("utf-8"), re.M)
-    (words,) = [words for words in (shlex.split(line)[1:] for line in commands) if words[-1] == f"examples/{file.name}"]
-    if words[0] == "compare":
-        assert read_study(file).variants
-        return
-    done = cli(*words[:-1], file, "--print-config")
-    assert done.code == 0, done.err
-    assert f"{file}" in done.out
+    named = [words for words in (shlex.split(line)[1:] for line in commands) if words[-1] == f"examples/{file.name}"]
+    assert named
+    for words in named:
+        if words[0] == "compare":
+            assert read_study(file).variants
+            continue
+        done = cli(*words[:-1], file, "--print-config")
+        assert done.code == 0, done.err
+        assert f"{file}" in done.out

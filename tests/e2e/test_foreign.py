@@ -103,6 +103,31 @@ def test_resumed_is_uninterrupted(cli, made, tmp_path, kind):
     assert same_but_time(lines[0]) == same_but_time(lines[1])
 
 
+@pytest.mark.parametrize("kind", ["pixart", "sd"])
+def test_two_processes_are_one(made, tmp_path, kind):
+    """Captions are encoded by both; balance is of the global batch, at every size of sites."""
+    given = (
+        "patch",
+        "--base",
+        made / kind,
+        "--data",
+        made / "images",
+        *TRAIN,
+        "--no-evaluate",
+        "--prompt-lr",
+        "0.1",
+        "--gate-lr",
+        "0.1",
+    )
+    for count in (1, 2):
+        done = run_cli(*given, "--run", f"run{count}", "--num-processes", count, cwd=tmp_path)
+        assert done.code == 0, done.err
+    one, two = (tensors_of(tmp_path / f"run{count}" / "patch.safetensors") for count in (1, 2))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=0, atol=2e-4)
+        assert value.any()
+
+
 def test_another_backbone_or_encoder_is_refused(cli, made, tmp_path):
     own, run = copied(made / "sd", tmp_path / "sd"), tmp_path / "run"
     shutil.copytree(made / "images", tmp_path / "images")

@@ -6,7 +6,9 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from dmpctl.engine.build import build_patch, load_backbone
+from dmpctl.backbones.pixart import PixArt
+from dmpctl.backbones.sd_unet import SdUnet
+from dmpctl.engine.build import build_patch, freeze, load_backbone
 from dmpctl.engine.patched import backbone_digest, predict_patched
 from dmpctl.engine.speed import allow_tf32, compile_blocks, frozen_weights
 from dmpctl.errors import UsageError
@@ -14,6 +16,7 @@ from dmpctl.files import sha256_of
 from dmpctl.settings.methods import Dmp
 from dmpctl.settings.sections import Base
 from tests.bench.__main__ import saved_bytes
+from tests.foreign_helpers import TOKENS, WIDTH, tiny_pixart, tiny_unet
 from tests.helpers import patch_run, settings_for
 
 
@@ -69,6 +72,32 @@ def test_a_patched_block_is_one_graph():
         block.compile(fullgraph=True, backend=counting)
     assert torch.equal(predict_patched(loaded.model, False, patch, x, t, None)[0], plain)
     assert len(graphs) == 1  # the blocks are alike
+
+
+@pytest.mark.parametrize("kind", [PixArt, SdUnet])
+def test_a_block_with_a_hook_is_one_graph(kind, monkeypatch):
+    """The edit enters by a hook, which stays outside of the graph: another edit compiles nothing anew."""
+    model = freeze(kind(tiny_pixart() if kind is PixArt else tiny_unet()))
+    patch, text = build_patch(model, Dmp()), torch.rand(3, TOKENS, WIDTH + 1, generator=torch.Generator().manual_seed(0))
+    x, t = torch.randn(3, *model.spec.latent_shape), torch.tensor([3, 500, 900])
+    for tensor in patch.parameters():
+        torch.nn.init.normal_(tensor, std=0.1)
+    plain = predict_patched(model, patch.time_only, patch, x, t, text)[0]
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled(function, backend=counting, **options))
+    compile_blocks(model, settings_for("patch", compile=True).launch)
+    for _ in range(2):
+        torch.testing.assert_close(predict_patched(model, patch.time_only, patch, x, t, text)[0], plain, rtol=0, atol=1e-5)
+    count = len(graphs)
+    assert 1 <= count <= len(model.spec.sites)  # one for each size, and for tokens that lie otherwise in memory
+    predict_patched(model, patch.time_only, build_patch(model, Dmp()), x, t, text)
+    assert len(graphs) == count
 
 
 def test_blocks_are_compiled_only_where_that_was_asked_for(monkeypatch):

@@ -10,52 +10,30 @@ import torch
 from torch import Tensor
 
 from dmpctl.backbones.dit import DiTConfig
-from dmpctl.backbones.sites import Hooked, LastTokens, numbers_in
-from dmpctl.types import BackboneSpec, ScheduleSpec, Site
+from dmpctl.backbones.sites import AlikeBlocks
+from dmpctl.types import BackboneSpec, ScheduleSpec
 
 
-class DiffusersDiT(Hooked):
+class DiffusersDiT(AlikeBlocks):
     """DiTTransformer2DModel as a backbone. Conditions are labels int64 [B]; the last row of its table is the null class."""
 
     def __init__(self, model: Any, schedule: ScheduleSpec | None = None) -> None:
-        config = model.config
-        names = [f"transformer_blocks.{number}" for number in range(config.num_layers)]
-        super().__init__(model, names, schedule or ScheduleSpec())
-        model.norm_out.register_forward_pre_hook(LastTokens(self._tokens))
-
-    @property
-    def _tokens(self) -> int:
-        return int((self.model.config.sample_size // self.model.config.patch_size) ** 2)
+        super().__init__(model, schedule)
 
     @property
     def spec(self) -> BackboneSpec:
         """What the rest of the program may know of this backbone."""
-        model, config = self.model, self.model.config
-        return BackboneSpec(
-            latent_shape=(config.in_channels, config.sample_size, config.sample_size),
-            sites=(Site(self._tokens, model.inner_dim),) * config.num_layers,
-            prediction="epsilon",
-            learned_sigma=model.out_channels == 2 * config.in_channels,
-            schedule=self.schedule,
-            num_classes=config.num_embeds_ada_norm,
-            null_class=config.num_embeds_ada_norm,
-            parameters=numbers_in(model),
-        )
-
-    def _embed(self, t: Tensor, cond: Tensor | None) -> Tensor:
-        if cond is None:
-            raise ValueError("a class-conditional backbone needs labels")
-        embedder = self._embedder
-        return self._embed_time(t) + embedder.class_embedder(cond)  # type: ignore[no-any-return]
-
-    def _embed_time(self, t: Tensor) -> Tensor:
-        embedder = self._embedder
-        dtype = embedder.timestep_embedder.linear_1.weight.dtype
-        return embedder.timestep_embedder(embedder.time_proj(t).to(dtype))  # type: ignore[no-any-return]
+        classes = self.model.config.num_embeds_ada_norm
+        return self._spec(num_classes=classes, null_class=classes)
 
     @property
     def _embedder(self) -> Any:
         return self.model.transformer_blocks[0].norm1.emb
+
+    def _embed(self, t: Tensor, cond: Tensor | None) -> Tensor:
+        if cond is None:
+            raise ValueError("a class-conditional backbone needs labels")
+        return self._embed_time(t) + self._embedder.class_embedder(cond)  # type: ignore[no-any-return]
 
     def _predict(self, x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
         return self.model(x, timestep=t, class_labels=cond, return_dict=False)[0]  # type: ignore[no-any-return]

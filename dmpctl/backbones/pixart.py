@@ -8,44 +8,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmpctl.backbones.sites import Hooked, LastTokens, numbers_in
-from dmpctl.types import BackboneSpec, ScheduleSpec, Site, TextSpec, text_parts
+from dmpctl.backbones.sites import AlikeBlocks
+from dmpctl.types import BackboneSpec, ScheduleSpec, TextSpec, text_parts
 
 TOKENS = 120  # of a caption: PixArt-alpha's; the model itself takes any number
 PIXELS = 8  # side of the square that one latent stands for, where the model is told of the size of its images
 
 
-class PixArt(Hooked):
+class PixArt(AlikeBlocks):
     """PixArtTransformer2DModel as a backbone. Conditions are text [B, T, D + 1] (`types.text_parts`); padding is left out.
 
     c is the embedded timestep plus the mean of the caption's projected states: the gate's `t+y`. `text_tokens`: T, None: 120.
     """
 
     def __init__(self, model: Any, schedule: ScheduleSpec | None = None, text_tokens: int | None = None) -> None:
-        config = model.config
-        names = [f"transformer_blocks.{number}" for number in range(config.num_layers)]
-        super().__init__(model, names, schedule or ScheduleSpec())
+        super().__init__(model, schedule)
         self.text_tokens = text_tokens or TOKENS
-        model.norm_out.register_forward_pre_hook(LastTokens(self._tokens))
-
-    @property
-    def _tokens(self) -> int:
-        return int((self.model.config.sample_size // self.model.config.patch_size) ** 2)
 
     @property
     def spec(self) -> BackboneSpec:
         """What the rest of the program may know of this backbone."""
-        model, config = self.model, self.model.config
-        return BackboneSpec(
-            latent_shape=(config.in_channels, config.sample_size, config.sample_size),
-            sites=(Site(self._tokens, model.inner_dim),) * config.num_layers,
-            prediction="epsilon",
-            learned_sigma=model.out_channels == 2 * config.in_channels,
-            schedule=self.schedule,
-            num_classes=0,
-            text=TextSpec(self.text_tokens, config.caption_channels),
-            parameters=numbers_in(model),
-        )
+        return self._spec(text=TextSpec(self.text_tokens, self.model.config.caption_channels))
+
+    @property
+    def _embedder(self) -> Any:
+        return self.model.adaln_single.emb
 
     def _embed(self, t: Tensor, cond: Tensor | None) -> Tensor:
         states, mask = text_parts(_needed(cond))
@@ -53,11 +40,6 @@ class PixArt(Hooked):
         weights = mask.to(projected.dtype).unsqueeze(-1)
         mean: Tensor = (projected * weights).sum(1) / weights.sum(1).clamp(min=1)
         return self._embed_time(t) + mean
-
-    def _embed_time(self, t: Tensor) -> Tensor:
-        embedder = self.model.adaln_single.emb
-        dtype = embedder.timestep_embedder.linear_1.weight.dtype
-        return embedder.timestep_embedder(embedder.time_proj(t).to(dtype))  # type: ignore[no-any-return]
 
     def _predict(self, x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
         states, mask = text_parts(_needed(cond))

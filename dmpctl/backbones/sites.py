@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dmpctl.types import BackboneSpec, Edit, ScheduleSpec
+from dmpctl.types import BackboneSpec, Edit, ScheduleSpec, Site, TextSpec
 
 
 class EditInForce:
@@ -125,6 +125,43 @@ class Hooked(nn.Module):
 
     def _predict(self, x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
         raise NotImplementedError
+
+
+class AlikeBlocks(Hooked):
+    """A transformer of diffusers over square patches, whose blocks (`transformer_blocks`) all have the same tokens."""
+
+    def __init__(self, model: Any, schedule: ScheduleSpec | None) -> None:
+        names = [f"transformer_blocks.{number}" for number in range(model.config.num_layers)]
+        super().__init__(model, names, schedule or ScheduleSpec())
+        model.norm_out.register_forward_pre_hook(LastTokens(self._site.tokens))
+
+    @property
+    def _site(self) -> Site:
+        config = self.model.config
+        return Site((config.sample_size // config.patch_size) ** 2, self.model.inner_dim)
+
+    def _spec(self, num_classes: int = 0, null_class: int | None = None, text: TextSpec | None = None) -> BackboneSpec:
+        config = self.model.config
+        return BackboneSpec(
+            latent_shape=(config.in_channels, config.sample_size, config.sample_size),
+            sites=(self._site,) * config.num_layers,
+            prediction="epsilon",
+            learned_sigma=self.model.out_channels == 2 * config.in_channels,
+            schedule=self.schedule,
+            num_classes=num_classes,
+            null_class=null_class,
+            text=text,
+            parameters=numbers_in(self.model),
+        )
+
+    @property
+    def _embedder(self) -> Any:
+        """What embeds time: `time_proj`, then `timestep_embedder`."""
+        raise NotImplementedError
+
+    def _embed_time(self, t: Tensor) -> Tensor:
+        dtype = self._embedder.timestep_embedder.linear_1.weight.dtype
+        return self._embedder.timestep_embedder(self._embedder.time_proj(t).to(dtype))  # type: ignore[no-any-return]
 
 
 def numbers_in(model: nn.Module) -> int:

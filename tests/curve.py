@@ -14,7 +14,7 @@ from typing import Any
 from dmpctl.backbones.dit import DiTConfig
 from dmpctl.backbones.dit_weights import Weights, digest_of, dit_from
 from dmpctl.data.bundled import Digits
-from dmpctl.engine.build import Loaded, freeze
+from dmpctl.engine.backbone import Loaded, freeze
 from dmpctl.engine.checkpoint import complete, step_of
 from dmpctl.engine.extraction import extract, in_parts
 from dmpctl.engine.fid_images import images_of

@@ -14,7 +14,7 @@ from PIL import Image
 import dmpctl
 from dmpctl.backbones.dit import DiT
 from dmpctl.data.bundled import Digits
-from dmpctl.engine.build import load_backbone
+from dmpctl.engine.backbone import load_backbone
 from dmpctl.engine.patch import patch
 from dmpctl.engine.pictures import write_pngs
 from dmpctl.engine.pretrain import pretrain

@@ -15,7 +15,8 @@ from typing import Any, get_args
 import torch
 
 from dmpctl.diffusion.samplers import Sampler
-from dmpctl.engine.build import load_backbone, open_images
+from dmpctl.engine.backbone import load_backbone
+from dmpctl.engine.build import open_images
 from dmpctl.engine.extraction import extract
 from dmpctl.engine.fid_images import images_of
 from dmpctl.engine.generate import in_batches

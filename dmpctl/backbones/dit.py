@@ -203,7 +203,7 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """The published DiT; satisfies `types.Backbone`. Freezing is the caller's (`engine.build`).
+    """The published DiT; satisfies `types.Backbone`. Freezing is the caller's (`engine.backbone`).
 
     `recompute`: blocks keep their input alone and are run again in the backward pass.
     """

@@ -44,7 +44,7 @@ class LastTokens:
 class Hooked(nn.Module):
     """A model of diffusers that satisfies `types.Backbone`. Its parts and parameters keep the names they have in `model`.
 
-    Freezing is the caller's (`engine.build`).
+    Freezing is the caller's (`engine.backbone`).
     """
 
     def __init__(self, model: nn.Module, block_names: Sequence[str], schedule: ScheduleSpec) -> None:

@@ -11,7 +11,8 @@ import torch
 
 from dmpctl.backbones.dit import DiT
 from dmpctl.backbones.dit_weights import PATCH, infer_config
-from dmpctl.engine.build import Loaded, PatchModule, metadata_of
+from dmpctl.engine.backbone import Loaded, metadata_of
+from dmpctl.engine.build import PatchModule
 from dmpctl.engine.patched import PATCH_PREFIX, Patched, load_result, method_of, outputs_of
 from dmpctl.errors import UsageError
 from dmpctl.files import json_to_bytes, make_folder, sha256_of_bytes, tensors_to_bytes, write_atomic

@@ -16,7 +16,7 @@ from dmpctl.backbones.diffusers_folder import open_folder
 from dmpctl.backbones.dit import SHAPES, DiT, DiTConfig, is_flow, shape_config
 from dmpctl.backbones.dit_weights import Weights, digest_of, dit_from, infer_config, is_patched, read_weights
 from dmpctl.backbones.foreign import value_in
-from dmpctl.engine.build import Loaded, facts_of, freeze, metadata_of
+from dmpctl.engine.backbone import Loaded, facts_of, freeze, metadata_of
 from dmpctl.engine.export import put_all
 from dmpctl.engine.patched import Patched, describe_patch, lasting_name, load_merged, method_of, patch_from
 from dmpctl.engine.rundir import RunDir

@@ -13,18 +13,8 @@ from dmpctl.backbones.dit_weights import digest_of
 from dmpctl.diffusion.samplers import refuse_other_kind
 from dmpctl.engine import before_after
 from dmpctl.engine.assets import resolve_weights
-from dmpctl.engine.build import (
-    Loaded,
-    build_codec,
-    build_patch,
-    is_planned,
-    load_backbone,
-    open_data,
-    own_data,
-    planned_model,
-    published_file,
-    resolve_device,
-)
+from dmpctl.engine.backbone import Loaded, is_planned, load_backbone, planned_model, published_file
+from dmpctl.engine.build import build_codec, build_patch, open_data, own_data, resolve_device
 from dmpctl.engine.codec import latent_record
 from dmpctl.engine.conditions import captions_of, encoder_record, open_encoder
 from dmpctl.engine.generate import denoiser_of

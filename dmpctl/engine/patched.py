@@ -16,18 +16,8 @@ from dmpctl.codecs.identity import Identity
 from dmpctl.codecs.text import TextEncoder
 from dmpctl.data.source import BUNDLED as BUNDLED_DATA
 from dmpctl.engine import checkpoint
-from dmpctl.engine.build import (
-    BUNDLED,
-    BackboneModule,
-    Loaded,
-    PatchModule,
-    build_codec,
-    build_patch,
-    freeze,
-    load_backbone,
-    model_from,
-    resolve_device,
-)
+from dmpctl.engine.backbone import BUNDLED, BackboneModule, Loaded, freeze, load_backbone, model_from
+from dmpctl.engine.build import PatchModule, build_codec, build_patch, resolve_device
 from dmpctl.engine.checkpoint import refuse_other_keys
 from dmpctl.engine.conditions import Prompts, encoded, open_encoder, prompts_for
 from dmpctl.engine.rundir import version_of

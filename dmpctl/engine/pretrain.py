@@ -12,7 +12,8 @@ from dmpctl.backbones.pixart import PixArt, fresh
 from dmpctl.codecs.identity import Identity
 from dmpctl.codecs.text import TextEncoder
 from dmpctl.engine.assets import require
-from dmpctl.engine.build import Loaded, facts_of, metadata_of, open_images, own_data, resolve_device
+from dmpctl.engine.backbone import Loaded, facts_of, metadata_of
+from dmpctl.engine.build import open_images, own_data, resolve_device
 from dmpctl.engine.codec import latent_record, open_codec
 from dmpctl.engine.conditions import captions_of, encoder_record, open_encoder
 from dmpctl.engine.launch import accelerator_for

@@ -14,7 +14,8 @@ import torch
 
 from dmpctl.backbones.dit_weights import digest_of
 from dmpctl.engine import checkpoint, patch, pretrain
-from dmpctl.engine.build import load_backbone, open_images
+from dmpctl.engine.backbone import load_backbone
+from dmpctl.engine.build import open_images
 from dmpctl.engine.launch import accelerator_for
 from dmpctl.engine.paired_loss import epsilon_errors, loss_difference
 from dmpctl.engine.patched import Patched, load_patch

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dmpctl.codecs.text import TextEncoder
 from dmpctl.engine import paired_loss
-from dmpctl.engine.build import Loaded, build_codec, load_backbone, open_data
+from dmpctl.engine.backbone import Loaded, load_backbone
+from dmpctl.engine.build import build_codec, open_data
 from dmpctl.engine.conditions import open_encoder
 from dmpctl.engine.extraction import build_extractor, extract
 from dmpctl.engine.fid_images import images_of

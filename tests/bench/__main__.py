@@ -28,7 +28,8 @@ from dmpctl.backbones.dit import DiT, shape_config
 from dmpctl.backbones.dit_weights import digest_of
 from dmpctl.diffusion.objective import HybridObjective
 from dmpctl.diffusion.schedule import NoiseSchedule
-from dmpctl.engine.build import Loaded, build_patch, freeze
+from dmpctl.engine.backbone import Loaded, freeze
+from dmpctl.engine.build import build_patch
 from dmpctl.engine.generate import denoiser_of
 from dmpctl.engine.patched import Patched, predict_patched
 from dmpctl.engine.speed import frozen_weights, to_bf16

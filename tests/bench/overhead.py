@@ -23,7 +23,7 @@ from dmpctl.backbones.dit import DiT, DiTConfig, shape_config
 from dmpctl.backbones.dit_weights import digest_of
 from dmpctl.codecs.identity import Identity
 from dmpctl.engine import patch
-from dmpctl.engine.build import Loaded, freeze
+from dmpctl.engine.backbone import Loaded, freeze
 from dmpctl.engine.launch import accelerator_for
 from dmpctl.engine.rundir import RunDir
 from dmpctl.engine.saver import Saver

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from dmpctl.backbones.dit import DiT, DiTConfig
 from dmpctl.backbones.pixart import PixArt
 from dmpctl.backbones.sd_unet import SdUnet
-from dmpctl.engine.build import PatchModule, build_patch, freeze
+from dmpctl.engine.backbone import freeze
+from dmpctl.engine.build import PatchModule, build_patch
 from dmpctl.engine.patched import predict_patched
 from dmpctl.files import read_tensors, write_tensors
 from dmpctl.methods.by_size import PatchBySize

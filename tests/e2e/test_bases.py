@@ -9,8 +9,9 @@ import torch
 
 from dmpctl.backbones.dit import DiT
 from dmpctl.backbones.dit_weights import HEADS, digest_of
-from dmpctl.engine import build
-from dmpctl.engine.build import load_backbone
+from dmpctl.engine import backbone
+from dmpctl.engine.backbone import load_backbone
+from dmpctl.errors import MissingError
 from dmpctl.settings.commands import options_of
 from dmpctl.settings.sections import Base
 from tests.helpers import BUNDLED, digit_folder, flip
@@ -45,8 +46,8 @@ def server(weights, monkeypatch, tmp_path):
 @pytest.fixture
 def small_shape(monkeypatch):
     """DiT-S/2 is as small as the bundled backbone."""
-    real = build.shape_config
-    monkeypatch.setattr(build, "shape_config", lambda name: BUNDLED if name == "DiT-S/2" else real(name))
+    real = backbone.shape_config
+    monkeypatch.setattr(backbone, "shape_config", lambda name: BUNDLED if name == "DiT-S/2" else real(name))
 
 
 DIGEST = digest_of(load_backbone(Base()).model.state_dict())
@@ -63,7 +64,7 @@ def test_a_shape_with_weights_from_anywhere(server, small_shape, cli, tmp_path, 
     assert (offline.code, offline.out) == (3, "")
     assert f"{given} is not in the cache and --offline forbids fetching it" in offline.err
     monkeypatch.setenv("HF_HUB_OFFLINE", "")
-    with pytest.raises(build.MissingError, match=r"is not in the cache") as caught:  # as a stage of compare finds it
+    with pytest.raises(MissingError, match=r"is not in the cache") as caught:  # as a stage of compare finds it
         load_backbone(Base(base="DiT-S/2", weights=given))
     assert caught.value.hint == f"run dmpctl download {given}"
     done = cli(*line)
@@ -177,4 +178,4 @@ def test_a_shape_without_weights_says_both_ways_out(cli, tmp_path, monkeypatch):
     assert {word for word in shlex.split(second) if word.startswith("--")} <= known
     assert not list(tmp_path.iterdir())
     with torch.device("meta"):
-        assert DiT(build.shape_config("DiT-L/2")).config.hidden_size == 1024
+        assert DiT(backbone.shape_config("DiT-L/2")).config.hidden_size == 1024

@@ -11,7 +11,8 @@ import torch
 from dmpctl.codecs.identity import Identity
 from dmpctl.data.bundled import Digits
 from dmpctl.engine import checkpoint, generate, patch, pretrain
-from dmpctl.engine.build import build_patch, load_backbone
+from dmpctl.engine.backbone import load_backbone
+from dmpctl.engine.build import build_patch
 from dmpctl.engine.launch import accelerator_for
 from dmpctl.engine.patched import load_patch, load_result, predict_patched
 from dmpctl.engine.rundir import RunDir

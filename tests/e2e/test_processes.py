@@ -320,7 +320,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from dmpctl.engine import patch
-from dmpctl.engine.build import load_backbone
+from dmpctl.engine.backbone import load_backbone
 from dmpctl.engine.launch import accelerator_for
 from dmpctl.engine.rundir import RunDir
 from dmpctl.engine.train import Trainer

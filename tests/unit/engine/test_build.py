@@ -7,9 +7,8 @@ import torch
 from dmpctl.backbones.dit import DiT, DiTConfig
 from dmpctl.codecs.identity import Identity
 from dmpctl.data.bundled import Digits
-from dmpctl.engine import build
-from dmpctl.errors import IntegrityError, MissingError, UsageError
-from dmpctl.files import read_tensors, write_tensors
+from dmpctl.engine import backbone, build
+from dmpctl.errors import MissingError, UsageError
 from dmpctl.methods.dmp import DmpPatch
 from dmpctl.methods.full import FullPatch
 from dmpctl.methods.lora import LoraPatch
@@ -28,58 +27,6 @@ def spec_of(channels: int = 1, size: int = 8, tokens: int = 16, width: int = 32,
     return BackboneSpec((channels, size, size), (Site(tokens, width),) * depth, "epsilon", True, ScheduleSpec(), 0, 1000)
 
 
-def test_the_bundled_backbone_is_frozen_and_describes_itself():
-    loaded = build.load_backbone(Base())
-    model = loaded.model
-    assert not model.training
-    assert not any(p.requires_grad for p in model.parameters())
-    assert (loaded.data, loaded.spec.latent_shape, len(loaded.spec.sites)) == ("digits", (1, 8, 8), model.config.depth)
-    assert loaded.spec.parameters == sum(p.numel() for p in model.parameters()) == model.config.parameters()
-    assert loaded.digest == build.load_backbone(Base()).digest
-
-
-def test_a_shape_needs_weights():
-    with pytest.raises(MissingError, match="no weights for DiT-L/2") as failure:
-        build.load_backbone(Base(base="DiT-L/2"))
-    assert "dmpctl patch --base DiT-L/2 --data DIR --weights FILE" in failure.value.hint
-    assert "--hidden-size 1024 --depth 24 --num-heads 16" in failure.value.hint
-    with torch.device("meta"):
-        assert build.planned_model(Base(base="DiT-L/2")).config == DiTConfig(32, 4, 2, 1024, 24, 16, 0)
-    assert build.is_planned(Base(base="DiT-L/2"))
-    assert not build.is_planned(Base())
-
-
-@pytest.mark.parametrize(
-    ("name", "hint"),
-    [("digit", "did you mean digits?"), ("DiT-XL2", "did you mean DiT-XL/2?"), ("qqq", "name one of digits, a shape")],
-)
-def test_an_unknown_name_gets_the_nearest(name, hint):
-    with pytest.raises(UsageError, match=f"--base {name} is no known backbone") as failure:
-        build.load_backbone(Base(base=name))
-    assert hint in failure.value.hint
-
-
-def test_a_folder_without_a_backbone(tmp_path):
-    with pytest.raises(MissingError, match="holds no finished backbone"):
-        build.load_backbone(Base(base=str(tmp_path)))
-
-
-def test_a_run_and_its_file_are_the_same_backbone(conditional):
-    of_run = build.load_backbone(Base(base=str(conditional)))
-    of_file = build.load_backbone(Base(base=str(conditional / "backbone.safetensors")))
-    assert of_run.digest == of_file.digest
-    assert of_run.spec == of_file.spec
-    assert of_run.spec.num_classes == 10
-
-
-def test_weights_that_lack_a_tensor_are_refused(conditional, tmp_path):
-    tensors, metadata = read_tensors(conditional / "backbone.safetensors")
-    del tensors["blocks.1.mlp.fc1.weight"]
-    write_tensors(tmp_path / "less.safetensors", tensors, metadata)
-    with pytest.raises(IntegrityError, match=r"blocks\.1\.mlp\.fc1\.weight is missing"):
-        build.load_backbone(Base(base=str(tmp_path / "less.safetensors")))
-
-
 def test_a_patch_adds_what_the_paper_counts():
     """Ham et al. 2025: 6 554 112 parameters for DiT-L/2 on 256 tokens, +1.43 %."""
     with torch.device("meta"):
@@ -95,11 +42,11 @@ def test_a_patch_adds_what_the_paper_counts():
     ("method", "kind"), [(Dmp(), DmpPatch), (PromptTuning(), PromptPatch), (Lora(rank=2), LoraPatch), (Full(), FullPatch)]
 )
 def test_every_method_is_built_without_touching_its_backbone(method, kind):
-    model = build.freeze(DiT(DiTConfig(8, 1, 2, 16, 2, 2, 0)))
-    before = build.digest_of(model.state_dict())
+    model = backbone.freeze(DiT(DiTConfig(8, 1, 2, 16, 2, 2, 0)))
+    before = backbone.digest_of(model.state_dict())
     patch = build.build_patch(model, method)
     assert isinstance(patch, kind)
-    assert build.digest_of(model.state_dict()) == before
+    assert backbone.digest_of(model.state_dict()) == before
     assert not any(p.requires_grad for p in model.parameters())
 
 
@@ -144,9 +91,9 @@ def test_published_data_is_found_in_the_one_cache(tmp_path, monkeypatch):
 
 
 def test_the_codec_is_the_one_the_backbone_was_trained_with(tmp_path):
-    settings, loaded = settings_for("patch"), build.load_backbone(Base())
+    settings, loaded = settings_for("patch"), backbone.load_backbone(Base())
     assert build.build_codec(loaded, settings).name == "identity"
-    latent = replace(loaded, model=build.freeze(DiT(DiTConfig(8, 4, 2, 16, 2, 2, 0))))
+    latent = replace(loaded, model=backbone.freeze(DiT(DiTConfig(8, 4, 2, 16, 2, 2, 0))))
     with pytest.raises(MissingError, match="vae-ema"):
         build.build_codec(latent, settings)
     recorded = replace(latent, codec={"name": "vae-mse", "fingerprint": "", "scale": 1.0})
@@ -154,17 +101,11 @@ def test_the_codec_is_the_one_the_backbone_was_trained_with(tmp_path):
         build.build_codec(recorded, settings)
 
 
-def test_freezing():
-    model = build.freeze(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout()))
-    assert not model.training
-    assert not any(p.requires_grad for p in model.parameters())
-
-
 @pytest.mark.parametrize(
     "method", [Dmp(prompt_init="random"), Dmp(gate="random"), PromptTuning(prompt_init="random"), Lora(rank=2)]
 )
 def test_a_random_start_is_a_function_of_the_seed(method):
-    model = build.freeze(DiT(DiTConfig(8, 1, 2, 16, 2, 2, 0)))
+    model = backbone.freeze(DiT(DiTConfig(8, 1, 2, 16, 2, 2, 0)))
     first, again, other = (build.build_patch(model, method, seed).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(value, again[name]) for name, value in first.items())
     assert any(not torch.equal(value, other[name]) for name, value in first.items())

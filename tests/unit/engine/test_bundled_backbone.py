@@ -4,7 +4,7 @@ import json
 from importlib import resources
 
 from dmpctl.data.bundled import Digits
-from dmpctl.engine.build import BUNDLED, load_backbone
+from dmpctl.engine.backbone import BUNDLED, load_backbone
 from dmpctl.files import sha256_of
 from dmpctl.settings.sections import Base
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dmpctl.backbones.dit_weights import digest_of, read_weights
-from dmpctl.engine.build import load_backbone
+from dmpctl.engine.backbone import load_backbone
 from dmpctl.engine.export import export
 from dmpctl.engine.importer import import_file
 from dmpctl.engine.patched import Patched, load_merged, load_patch, load_result, outputs_of

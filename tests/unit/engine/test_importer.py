@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dmpctl.backbones.dit import DiT, DiTConfig
 from dmpctl.backbones.dit_weights import digest_of, dit_metadata
-from dmpctl.engine.build import load_backbone
+from dmpctl.engine.backbone import load_backbone
 from dmpctl.engine.importer import PATCH_KEYS, import_file
 from dmpctl.engine.patched import Patched, load_patch, load_result
 from dmpctl.errors import DmpError, IntegrityError, MissingError, UsageError

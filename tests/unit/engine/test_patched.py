@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from dmpctl.engine.build import load_backbone
+from dmpctl.engine.backbone import load_backbone
 from dmpctl.engine.patched import backbone_digest, lasting_name, load_patch, load_result
 from dmpctl.errors import IntegrityError, MissingError
 from dmpctl.files import read_json, read_tensors, sha256_of, write_json, write_tensors

@@ -8,7 +8,8 @@ from accelerate.state import AcceleratorState
 
 from dmpctl.backbones.pixart import PixArt
 from dmpctl.backbones.sd_unet import SdUnet
-from dmpctl.engine.build import build_patch, freeze, load_backbone
+from dmpctl.engine.backbone import freeze, load_backbone
+from dmpctl.engine.build import build_patch
 from dmpctl.engine.patched import backbone_digest, predict_patched
 from dmpctl.engine.speed import allow_tf32, compile_blocks, frozen_weights
 from dmpctl.errors import UsageError

@@ -4,6 +4,7 @@ It embeds time with frequencies 10000^(-i / 127) where the original has 10000^(-
 block holds its own copy of the embedders of time and label, of which the published conversion made equals.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -34,6 +35,10 @@ class DiffusersDiT(AlikeBlocks):
         if cond is None:
             raise ValueError("a class-conditional backbone needs labels")
         return self._embed_time(t) + self._embedder.class_embedder(cond)  # type: ignore[no-any-return]
+
+    def _cond(self, arguments: Mapping[str, Any]) -> Tensor | None:
+        labels: Tensor | None = arguments.get("class_labels")
+        return labels
 
     def _predict(self, x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
         return self.model(x, timestep=t, class_labels=cond, return_dict=False)[0]  # type: ignore[no-any-return]

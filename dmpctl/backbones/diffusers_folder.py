@@ -63,6 +63,14 @@ def open_folder(folder: Path) -> Opened:
     return Opened(_as_backbone(inside, name, loaded(inside, name), schedule), pipeline)
 
 
+def wrapped(model: nn.Module) -> Foreign:
+    """A model of diffusers in memory as a backbone; UsageError for one of another kind."""
+    name = type(model).__name__
+    if name not in KINDS:
+        raise UsageError(f"a {name} cannot be patched", f"known are {', '.join(KINDS)}")
+    return KINDS[name](model)
+
+
 def _as_backbone(inside: Path, name: str, model: nn.Module, schedule: ScheduleSpec | None) -> Foreign:
     try:
         return KINDS[name](model, schedule)

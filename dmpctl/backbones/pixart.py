@@ -3,6 +3,7 @@
 Of any size, from its config; the paper's text DiT is `DiT-B/2-text` (engine.backbone), as its published code has none.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -40,6 +41,14 @@ class PixArt(AlikeBlocks):
         weights = mask.to(projected.dtype).unsqueeze(-1)
         mean: Tensor = (projected * weights).sum(1) / weights.sum(1).clamp(min=1)
         return self._embed_time(t) + mean
+
+    def _cond(self, arguments: Mapping[str, Any]) -> Tensor | None:
+        states, mask = arguments["encoder_hidden_states"], arguments.get("encoder_attention_mask")
+        if mask is None:
+            mask = states.new_ones(states.shape[:2])
+        elif mask.ndim == 3:  # a bias: 0 where a token counts
+            mask = mask.squeeze(1) > -1
+        return torch.cat([states, mask.to(states.dtype).unsqueeze(-1)], -1)
 
     def _predict(self, x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
         states, mask = text_parts(_needed(cond))

@@ -5,7 +5,7 @@ an image is tokens: 4096, 1024, 256 and 64 of widths 320, 640 and 1280 for 64x64
 per token; the gate sees the time embedding (1280 numbers), as no vector of the caption's exists; sites of one size share a gate.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, assert_never
 
 from torch import Tensor, nn
@@ -54,6 +54,9 @@ class SdUnet(Hooked):
     def _embed_time(self, t: Tensor) -> Tensor:
         dtype = self.model.time_embedding.linear_1.weight.dtype
         return self.model.time_embedding(self.model.time_proj(t).to(dtype))  # type: ignore[no-any-return]
+
+    def _cond(self, arguments: Mapping[str, Any]) -> None:
+        """None: the gate sees no caption."""
 
     def _predict(self, x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
         if cond is None:

@@ -6,6 +6,7 @@ A subclass says which blocks, and what a model of its kind calls time and condit
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dmpctl.types import BackboneSpec, Edit, ScheduleSpec, Site, TextSpec
@@ -90,6 +91,18 @@ class Hooked(nn.Module):
             "proj": tuple(f"{attention}.to_out.0" for attention in attentions),
             "mlp": ("ff.net.0.proj", "ff.net.2"),
         }
+
+    def told(self, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """Timesteps [B] and conditions that a call of `model` by these arguments means, for `embed`."""
+        x, t = next(iter(arguments.values())), torch.as_tensor(arguments["timestep"])
+        return t.to(x.device).reshape(-1).expand(len(x)) if t.numel() == 1 else t.to(x.device), self._cond(arguments)
+
+    def put_in_force(self, edit: Edit | None) -> None:
+        """Let calls of `model` itself, by others, be edited; None: no more."""
+        self._held.edit = edit
+
+    def _cond(self, arguments: Mapping[str, Any]) -> Tensor | None:
+        raise NotImplementedError
 
     # Each of the next four is entered from outside; none calls another, as each may be wrapped (engine.sharding).
 

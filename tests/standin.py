@@ -1,5 +1,6 @@
 """A stand-in for the places that downloads come from, on this machine: plain files and a Hub in miniature, with their faults."""
 
+import base64
 import hashlib
 import json
 import threading
@@ -101,6 +102,50 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.respond()
+
+    def do_POST(self) -> None:
+        """What publishing takes: a repository is made, files are announced, and one commit brings them, all inline."""
+        path, body = unquote(urlsplit(self.path).path), self.body()
+        self.server.asked.append(("POST", path, None))
+        if not self.headers.get("Authorization"):
+            return self.plain(401)
+        if path == "/api/repos/create":
+            about = json.loads(body)
+            name = f"{about['organization']}/{about['name']}"
+            self.server.repositories.setdefault(f"models/{name}", Repository({}))
+            return self.say({"url": f"{self.server.url}/{name}"})
+        if path == "/api/validate-yaml":  # of a card
+            return self.say({"errors": [], "warnings": []})
+        kind, owner, name, what, _ = path.removeprefix("/api/").split("/")
+        repository = self.server.repositories[f"{kind}/{owner}/{name}"]
+        if what == "preupload":
+            files = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(body)["files"]]
+            return self.say({"files": [file | {"shouldIgnore": False} for file in files]})
+        lines = [json.loads(line) for line in body.splitlines()]
+        sent = [line["value"] for line in lines if line["key"] == "file"]
+        repository.files |= {file["path"]: base64.b64decode(file["content"]) for file in sent}
+        url = f"{self.server.url}/{owner}/{name}/commit/{repository.commit}"
+        self.say({"success": True, "commitOid": repository.commit, "commitUrl": url})
+
+    def body(self) -> bytes:
+        """What was sent, in one piece or in chunks."""
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def say(self, value: object) -> None:
+        """JSON."""
+        body = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
 
     def respond(self) -> None:
         path = unquote(urlsplit(self.path).path)

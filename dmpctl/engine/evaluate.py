@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dmpctl.engine.assets import require
+from dmpctl.engine.assets import address_in, require
 from dmpctl.engine.cache import cache_dir
 from dmpctl.engine.extraction import build_extractor, features_in, protocol_for
 from dmpctl.engine.feature_store import FeatureStore
@@ -123,7 +123,11 @@ def fid(settings: Settings, what: str, progress: Progress) -> Report:
 
 def _model(path: Path, settings: Settings, progress: Progress) -> Patched | None:
     """The model that a path stands for, with the captions of its images; None for images."""
-    made = path.suffix in MODELS or any((path / name).is_file() for name in ("config.json", "patch.json"))
+    made = (
+        path.suffix in MODELS
+        or address_in(path) is not None
+        or any((path / name).is_file() for name in ("config.json", "patch.json"))
+    )
     if not made:
         return None
     model = load_result(path, settings.result.result_weights).with_codec(settings)

@@ -41,6 +41,13 @@ def plus_minus(error: float | None) -> str:
     return "" if error is None else f" ± {error:.4g}"
 
 
+def sampling_words(values: Mapping[str, Any] | None) -> str:
+    """How images were sampled, for people; empty where nothing was."""
+    if not values:
+        return ""
+    return f"{values['sampler']} {values['steps']}, cfg {values['cfg']:g}, seed {values['sample_seed']}"
+
+
 def record_of(
     images: ImageSet, reference: Reference, extractor: Extractor, protocol: MetricProtocol, settings: Settings, device: str
 ) -> dict[str, Any]:

@@ -90,9 +90,8 @@ class Seen:
 
 def inspect(settings: Settings, run: Path, progress: Progress) -> Report:
     """Table, JSON and heat map of a run's gates, written into its gates/ (or --out)."""
-    run = run.expanduser().absolute()
     model = load_result(run, settings.result.result_weights)
-    steps = [int(t) for t in torch.linspace(0, model.backbone.spec.schedule.steps - 1, settings.gates.timesteps).round()]
+    steps = timesteps_seen(model, settings.gates.timesteps)
     seen = gates_seen(model, torch.tensor(steps), settings, progress)
     if not seen:
         raise UsageError(f"{run} has no gates: it holds no patch of --method dmp", "name a run of dmpctl patch")
@@ -100,7 +99,7 @@ def inspect(settings: Settings, run: Path, progress: Progress) -> Report:
     lines = judge(sites)
     data: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
-        "run": str(run),
+        "run": str(outputs_of(run)),
         "step": model.step,
         "timesteps": steps,
         "sites": [vars(s) for s in sites],
@@ -108,7 +107,7 @@ def inspect(settings: Settings, run: Path, progress: Progress) -> Report:
         "gates": [one.gates.tolist() for one in seen],
     }
     if settings.console.dry_run:
-        return Report(data, _table(sites), (*lines, "dry run: nothing was written"))
+        return Report(data, sites_table(sites), (*lines, "dry run: nothing was written"))
     folder = make_folder((settings.images.out or outputs_of(run) / "gates").absolute())
     target = folder / f"{model.step:07d}.json"
     write_json(target, data)
@@ -117,7 +116,12 @@ def inspect(settings: Settings, run: Path, progress: Progress) -> Report:
         picture = target.with_suffix(".png")
         write_atomic(picture, heat_map(seen, steps))
         lines.append(f"look at: {picture}")
-    return Report(data, _table(sites), tuple(lines))
+    return Report(data, sites_table(sites), tuple(lines))
+
+
+def timesteps_seen(model: Patched, count: int) -> list[int]:
+    """`count` timesteps of its schedule, evenly spaced with both ends."""
+    return [int(t) for t in torch.linspace(0, model.backbone.spec.schedule.steps - 1, count).round()]
 
 
 def gates_seen(model: Patched, t: Tensor, settings: Settings, progress: Progress) -> list[Seen]:
@@ -149,7 +153,8 @@ def conditions_seen(model: Patched, t: Tensor, settings: Settings, progress: Pro
             yield prompts.captions.of(torch.full_like(t, number)) if prompts is not None else None
 
 
-def _table(sites: Sequence[SiteGates]) -> tuple[dict[str, str], ...]:
+def sites_table(sites: Sequence[SiteGates]) -> tuple[dict[str, str], ...]:
+    """The figures for people, one row for each site."""
     return tuple(
         {
             "site": str(s.site),

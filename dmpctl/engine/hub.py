@@ -139,13 +139,13 @@ def _asked(row: AssetRow, call: Callable[[], T], progress: Progress) -> T:
         except DmpError:
             raise
         except Exception as error:
-            raise _said(row, error) from None
+            raise said(row, error) from None
 
     answer: T = with_patience(row.label, once, progress)
     return answer
 
 
-def _said(row: AssetRow, error: Exception) -> Exception:
+def said(row: AssetRow, error: Exception) -> Exception:
     """A failure of the Hub's library: Again where it may pass, else ours; what is no matter of the Hub stays what it is."""
     from huggingface_hub import errors
 
@@ -156,6 +156,8 @@ def _said(row: AssetRow, error: Exception) -> Exception:
     status = getattr(getattr(cause, "response", None), "status_code", None)
     token = f"open {page}, accept its terms, then set HF_TOKEN (or run hf auth login)"
     match cause:
+        case errors.LocalTokenNotFoundError():
+            return MissingError(f"{page} needs a token, and there is none", "set HF_TOKEN, or run hf auth login")
         case errors.GatedRepoError():
             return MissingError(f"{page} is gated: its terms must be accepted first", token)
         case errors.RevisionNotFoundError():

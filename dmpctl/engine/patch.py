@@ -1,7 +1,6 @@
 """`dmpctl patch`: train a patch on a frozen backbone, and say with numbers and pictures what it did."""
 
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,16 @@ from dmpctl.engine.conditions import captions_of, encoder_record, open_encoder
 from dmpctl.engine.generate import denoiser_of
 from dmpctl.engine.launch import accelerator_for
 from dmpctl.engine.paired_loss import error_profile
-from dmpctl.engine.patched import Patched, backbone_digest, describe_patch, lasting_name, load_patch, predict_patched, routing_of
+from dmpctl.engine.patched import (
+    Patched,
+    added_words,
+    backbone_digest,
+    describe_patch,
+    lasting_name,
+    load_patch,
+    predict_patched,
+    routing_of,
+)
 from dmpctl.engine.pictures import write_picture
 from dmpctl.engine.rundir import RunDir
 from dmpctl.engine.session import Session, Trained, train_in
@@ -206,8 +214,3 @@ def _compared(settings: Settings, run: RunDir, source: Source, patched: Patched,
     recorded = {"schema_version": SCHEMA_VERSION, **identity, **figures, "eval_seconds": round(time.perf_counter() - began, 1)}
     write_json(path, recorded)
     return recorded
-
-
-def added_words(described: Mapping[str, Any]) -> str:
-    """Size of a patch for people: `6,554,112 parameters (+1.43 %)`."""
-    return f"{described['added_parameters']:,} parameters (+{described['added_percent']:.2f} %)"

@@ -16,6 +16,7 @@ from dmpctl.codecs.identity import Identity
 from dmpctl.codecs.text import TextEncoder
 from dmpctl.data.source import BUNDLED as BUNDLED_DATA
 from dmpctl.engine import checkpoint
+from dmpctl.engine.assets import address_in, folder_at_hand
 from dmpctl.engine.backbone import BUNDLED, BackboneModule, Loaded, freeze, load_backbone, model_from
 from dmpctl.engine.build import PatchModule, build_codec, build_patch, resolve_device
 from dmpctl.engine.checkpoint import refuse_other_keys
@@ -176,6 +177,11 @@ def describe_patch(
     return about | {name: dict(record) for name, record in parts.items() if record is not None}
 
 
+def added_words(described: Mapping[str, Any]) -> str:
+    """Size of a patch for people: `6,554,112 parameters (+1.43 %)`."""
+    return f"{described['added_parameters']:,} parameters (+{described['added_percent']:.2f} %)"
+
+
 def lasting_name(name: str) -> str:
     """A --base or --data that still means the same from another folder; what is bundled is no path, whatever lies here."""
     path = Path(name).expanduser()
@@ -312,8 +318,11 @@ def refuse_other_backbone(folder: Path, about: Mapping[str, Any], loaded: Loaded
 def load_result(folder: Path, which: Which | None = None) -> Patched:
     """What a run has made: its patch on its backbone, or the backbone that it trained; `which` as in `load_patch`.
 
-    A file: the patched model that `dmpctl export --to merged` wrote, or a backbone alone.
+    A file: the patched model that `dmpctl export --to merged` wrote, or a backbone alone. hf://OWNER/NAME@REVISION: what
+    `dmpctl push` has published, after `dmpctl download` of it.
     """
+    address = address_in(folder)
+    folder = folder if address is None else folder_at_hand(address)
     folder = folder.expanduser().absolute()
     if is_patched(folder):
         return load_merged(folder, which)
@@ -331,7 +340,13 @@ def load_result(folder: Path, which: Which | None = None) -> Patched:
 
 
 def outputs_of(run: Path) -> Path:
-    """Where a command puts what it makes of a run: into the run; for a file, beside it into a folder of its name."""
+    """Where a command puts what it makes of a run: into the run; for a file, beside it into a folder of its name.
+
+    For what is on the Hub into runs/NAME.
+    """
+    address = address_in(run)
+    if address is not None:
+        return Path("runs").absolute() / address.rsplit("/", 1)[-1].partition("@")[0]
     run = run.expanduser().absolute()
     return run.with_suffix("") if run.is_file() else run
 

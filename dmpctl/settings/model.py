@@ -24,6 +24,7 @@ from dmpctl.settings.sections import (
     Images,
     Importing,
     Prompting,
+    Push,
     Result,
     Run,
     Sampling,
@@ -67,6 +68,7 @@ class Settings(BaseSettings):
     codec: Codec = Codec()
     text: Text = Text()
     prompting: Prompting = Prompting()
+    push: Push = Push()
 
     @classmethod
     def settings_customise_sources(

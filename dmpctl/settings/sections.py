@@ -349,6 +349,15 @@ class Exporting(Section):
     ] = "merged"
 
 
+class Push(Section):
+    """`dmpctl push`: what goes to the Hub."""
+
+    panel: ClassVar[str] = "Push"
+    science: ClassVar[bool] = False
+    with_backbone: Annotated[bool, Field(description="Upload the backbone beside the patch: others have no other.")] = False
+    private: Annotated[bool, Field(description="Make the repository private, if it is made.")] = False
+
+
 class Cache(Section):
     panel: ClassVar[str] = "Cache"
     science: ClassVar[bool] = False

@@ -1,0 +1,25 @@
+"""`dmpctl report`."""
+
+from pathlib import Path
+
+from dmpctl.cli.options import Argument, Call, command
+from dmpctl.types import Report
+
+
+def report(call: Call) -> Report:
+    """Write what a run was asked, did and measured as one HTML page.
+
+    The page stands alone: no script, no font and no picture is fetched. It has the verdicts, before and after on the same
+    seeds, measurements, curves, gates, and the command that makes the run again.
+    """
+    from dmpctl.engine import report
+
+    return report.report(call.settings, call.argument, call.progress)
+
+
+app = command(
+    "report",
+    report,
+    ["dmpctl report runs/digits", "dmpctl report runs/digits --out digits.html"],
+    Argument("run", Path, "Run of dmpctl patch or pretrain."),
+)

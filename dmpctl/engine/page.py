@@ -20,14 +20,15 @@ p { margin: .35rem 0; } .soft { color: var(--soft); } .verdict { font-size: 1.1r
 .wide { overflow-x: auto; border: 1px solid var(--line); border-radius: .5rem; background: var(--paper); }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .45rem .7rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
-tr:last-child td, tr:last-child th { border-bottom: 0; } th { font-weight: 600; color: var(--soft); }
-td { overflow-wrap: anywhere; min-width: 5rem; }
+tbody tr:last-child > * { border-bottom: 0; } th { font-weight: 600; color: var(--soft); }
+td { overflow-wrap: break-word; min-width: 6.5rem; } td.long { overflow-wrap: anywhere; }
 .grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); }
 figure { margin: 0; } figcaption { color: var(--soft); font-size: .9rem; margin-top: .3rem; }
 img { display: block; max-width: 100%; height: auto; background: #fff; border: 1px solid var(--line); border-radius: .5rem; }
+.grid img { width: 100%; }
 img.pixels { image-rendering: pixelated; }
-pre { overflow-x: auto; padding: .8rem 1rem; margin: 0; border: 1px solid var(--line); border-radius: .5rem; }
-pre { background: var(--paper); }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; padding: .8rem 1rem; margin: 0; background: var(--paper); }
+pre { border: 1px solid var(--line); border-radius: .5rem; }
 code, pre { font: .9rem/1.45 ui-monospace, monospace; }
 details { border: 1px solid var(--line); border-radius: .5rem; background: var(--paper); padding: .6rem .9rem; margin: .6rem 0; }
 summary { cursor: pointer; } details .wide { border: 0; }
@@ -71,7 +72,8 @@ def _cell(column: str, value: Any) -> str:
 def pairs(values: Mapping[str, Any]) -> str:
     """Names and values, one pair on each line."""
     lines = "".join(
-        f'<tr><th scope="row">{escape(name)}</th><td>{escape(str(value))}</td></tr>' for name, value in values.items()
+        f'<tr><th scope="row">{escape(name)}</th><td class="long">{escape(str(value))}</td></tr>'
+        for name, value in values.items()
     )
     return f'<div class="wide"><table><tbody>{lines}</tbody></table></div>'
 

@@ -114,7 +114,7 @@ def _measurements(path: Path) -> Iterator[str]:
                     "against": record["reference"]["name"],
                     "protocol": record["protocol"]["name"],
                     "sampling": sampling_words(record.get("sampling")),
-                    "measured": record.get("measured", ""),
+                    "measured": str(record.get("measured", ""))[:16].replace("T", " "),
                 }
             )
     if rows:

@@ -28,7 +28,7 @@ COMMANDS = {
     "fid": "Measure the Frechet distance to real images.",
     "compare": "Compare variants over seeds, with tests and a plot.",
     "inspect-gates": "Show how the gates mix the prompts, per block and timestep.",
-    "report": "Write what a run was asked, did and measured as one HTML page.",
+    "report": "Write a run as one HTML page that stands alone.",
     "push": "Publish a patch on the Hub, with a card.",
     "import": "Take other people's checkpoints apart into a run.",
     "export": "Write a run's result in a form for others.",

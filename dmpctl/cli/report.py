@@ -7,9 +7,9 @@ from dmpctl.types import Report
 
 
 def report(call: Call) -> Report:
-    """Write what a run was asked, did and measured as one HTML page.
+    """Write a run as one HTML page that stands alone.
 
-    The page stands alone: no script, no font and no picture is fetched. It has the verdicts, before and after on the same
+    No script, no font and no picture is fetched. It has what the run was asked, the verdicts, before and after on the same
     seeds, measurements, curves, gates, and the command that makes the run again.
     """
     from dmpctl.engine import report

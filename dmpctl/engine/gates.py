@@ -1,211 +1,211 @@
-"""`dmpctl inspect-gates`: which prompts speak at which timestep, for every site. Needs no block and no image."""
+"""`dmpctl inspect-gates`: which prompts speak at which timestep, for every site. Needs no block and no image, unless asked to."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import csv
+import io
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dmpctl.engine.cache import cache_dir
+from dmpctl.data.latents import unpack
+from dmpctl.diffusion.schedule import schedule_of
+from dmpctl.engine import checkpoint, page
+from dmpctl.engine.build import open_data
+from dmpctl.engine.conditions import Labels, captions_of, encoded
+from dmpctl.engine.gate_figures import (
+    Seen,
+    SiteGates,
+    gates_seen,
+    judge,
+    site_gates,
+    sites_table,
+    timestep_similarity,
+    timesteps_seen,
+)
+from dmpctl.engine.gate_plots import heat_map, similarity_map
 from dmpctl.engine.patched import Patched, load_result, outputs_of
-from dmpctl.errors import UsageError
+from dmpctl.engine.stop import Stop
+from dmpctl.errors import MissingError, UsageError
 from dmpctl.files import make_folder, write_atomic, write_json
-from dmpctl.methods.by_size import gates_of
+from dmpctl.rng import seed_of
 from dmpctl.settings.model import Settings
+from dmpctl.settings.sections import Data
 from dmpctl.types import Progress, Report
 
 SCHEMA_VERSION = 1
-DEAD = 0.1  # a prompt is dead if its mean weight is below this share of 1 / N
-UNIFORM = 0.02  # mean distance from uniform, in units of 1 / N, below which a gate has learned nothing
-CAPTIONS = 32  # over which gates that see the caption are averaged
-COLLAPSED = 2.0  # effective number of prompts below which a gate has collapsed
-
-
-@dataclass(frozen=True)
-class SiteGates:
-    """Figures of one site over its timesteps. `effective` is exp(entropy), N for a uniform gate, 1 for one prompt.
-
-    `distance` is the mean absolute distance from uniform in units of 1 / N; `over_time` how far a prompt's weight moves
-    along the timesteps, standard deviation in the same units.
-    """
-
-    site: int
-    prompts: int
-    effective: float
-    entropy: float
-    top1: float
-    dead: int
-    cosine_to_uniform: float
-    distance: float
-    over_time: float
-    prompt_norm: float
-
-
-def site_gates(site: int, gates: Tensor, prompts: Tensor) -> SiteGates:
-    """Figures of gates [S, N] over S timesteps and prompts [N, D]."""
-    n = gates.shape[-1]
-    entropy = torch.special.entr(gates).sum(-1)
-    cosine = gates.sum(-1) / (gates.norm(dim=-1) * n**0.5)
-    return SiteGates(
-        site=site,
-        prompts=n,
-        effective=float(entropy.exp().mean()),
-        entropy=float(entropy.mean()),
-        top1=float(gates.max(-1).values.mean()),
-        dead=int((gates.mean(0) < DEAD / n).sum()),
-        cosine_to_uniform=float(cosine.mean()),
-        distance=float((gates * n - 1).abs().mean()),
-        over_time=float((gates * n).std(0).mean()),
-        prompt_norm=float(prompts.norm(dim=-1).mean()),
-    )
-
-
-def judge(sites: Sequence[SiteGates]) -> list[str]:
-    """What the figures say, in sentences."""
-    lines: list[str] = []
-    prompts = " or ".join(map(str, sorted({s.prompts for s in sites})))
-    if all(s.distance < UNIFORM for s in sites):
-        lines.append("uniform: the gate has not learned, every prompt has the same weight at every timestep")
-    elif all(s.over_time < UNIFORM for s in sites):
-        lines.append("the gate prefers some prompts, but the same ones at every timestep")
-    else:
-        lines.append(f"the gate follows the timestep: weights move by {max(s.over_time for s in sites):.2g} / {prompts} along it")
-    if collapsed := [s.site for s in sites if s.effective < COLLAPSED]:
-        lines.append(f"warning: collapsed at site {', '.join(map(str, collapsed))}: fewer than {COLLAPSED:g} prompts are in use")
-    if dead := sum(s.dead for s in sites):
-        lines.append(f"warning: {dead} dead prompts in all (mean weight under {DEAD:g} / {prompts})")
-    return lines
-
-
-@dataclass(frozen=True)
-class Seen:
-    """Gates [S, N] of one block over S timesteps, mean over classes or captions, and its prompts [N, D] (sets: [E, N·D])."""
-
-    block: int
-    gates: Tensor
-    prompts: Tensor
+IMAGES, LEVELS = 16, 5  # on which, and at so many timesteps, the size of an edit is measured
+POLL = 1.0  # sec between looks at a run in progress
 
 
 def inspect(settings: Settings, run: Path, progress: Progress) -> Report:
-    """Table, JSON and heat map of a run's gates, written into its gates/ (or --out)."""
-    model = load_result(run, settings.result.result_weights)
-    steps = timesteps_seen(model, settings.gates.timesteps)
+    """Table, JSON, pictures and a page of a run's gates, written into its gates/ (or --out).
+
+    Under --watch again for each new checkpoint, until the run has ended or a signal comes.
+    """
+    if settings.gates.watch is None:
+        return _inspected(settings, run, progress)
+    path, report, before = run.expanduser().absolute(), None, -1
+    with Stop() as stop:
+        while not stop.got:
+            for newest in checkpoint.complete(path / "checkpoints")[-1:]:
+                step = int(newest.name.removeprefix("step-"))
+                if step > before:
+                    report, before = _inspected(settings, newest, progress, path), step
+                    progress.say(f"step {step}: {report.lines[0]}")
+            if (path / "patch.json").is_file():
+                break
+            _wait(settings.gates.watch, stop)
+    if report is None:
+        raise MissingError(f"{path} has no checkpoint yet", "wait for its first, or name another run")
+    return report
+
+
+def _wait(seconds: float, stop: Stop) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and not stop.got:
+        time.sleep(min(POLL, until - time.monotonic()) if until > time.monotonic() else 0)
+
+
+def _inspected(settings: Settings, run: Path, progress: Progress, owner: Path | None = None) -> Report:
+    """One look at a run or a checkpoint; `owner`: the run that it is a checkpoint of, None: itself."""
+    model, options = load_result(run, settings.result.result_weights), settings.gates
+    steps = timesteps_seen(model, options.timesteps)
     seen = gates_seen(model, torch.tensor(steps), settings, progress)
     if not seen:
         raise UsageError(f"{run} has no gates: it holds no patch of --method dmp", "name a run of dmpctl patch")
     sites = [site_gates(one.block, one.gates, one.prompts) for one in seen]
-    lines = judge(sites)
+    lines, rows = judge(sites), [dict(row) for row in sites_table(sites)]
+    place = owner or outputs_of(run)
     data: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
-        "run": str(outputs_of(run)),
+        "run": str(place),
         "step": model.step,
         "timesteps": steps,
         "sites": [vars(s) for s in sites],
         "judgement": list(lines),
         "gates": [one.gates.tolist() for one in seen],
+        "timestep_similarity": [timestep_similarity(one.gates).tolist() for one in seen],
     }
+    if options.with_backbone:
+        data["edit"] = edit_sizes(model, settings, progress)
+        for row, site in zip(rows, sites, strict=True):
+            row["edit / tokens"] = f"{data['edit']['sites'][str(site.site)]['mean']:.2%}"
+    if options.compare_with is not None:
+        data["compared"] = _compared(sites, seen, options.compare_with, settings, progress)
+        for row, difference in zip(rows, data["compared"]["sites"], strict=True):
+            row["other: effective"] = f"{difference['effective']:.2f}"
+            row["difference of weights"] = f"{difference['distance']:.3f}"
     if settings.console.dry_run:
-        return Report(data, sites_table(sites), (*lines, "dry run: nothing was written"))
-    folder = make_folder((settings.images.out or outputs_of(run) / "gates").absolute())
+        return Report(data, tuple(rows), (*lines, "dry run: nothing was written"))
+    folder = make_folder((settings.images.out or place / "gates").absolute())
     target = folder / f"{model.step:07d}.json"
     write_json(target, data)
     lines.append(f"figures: {target}")
-    if settings.gates.plot:
-        picture = target.with_suffix(".png")
-        write_atomic(picture, heat_map(seen, steps))
-        lines.append(f"look at: {picture}")
-    return Report(data, sites_table(sites), tuple(lines))
+    if options.csv:
+        write_atomic(target.with_suffix(".csv"), _csv(seen, steps))
+        lines.append(f"every weight: {target.with_suffix('.csv')}")
+    if options.plot:
+        pictures = {"": heat_map(seen, steps), "-timesteps": similarity_map(seen, steps)}
+        for name, picture in pictures.items():
+            write_atomic(folder / f"{model.step:07d}{name}.png", picture)
+        write_atomic(target.with_suffix(".html"), _page(data, rows, list(pictures.values())))
+        lines.append(f"look at: {target.with_suffix('.html')} and {target.with_suffix('.png').name}")
+    return Report(data, tuple(rows), tuple(lines))
 
 
-def timesteps_seen(model: Patched, count: int) -> list[int]:
-    """`count` timesteps of its schedule, evenly spaced with both ends."""
-    return [int(t) for t in torch.linspace(0, model.backbone.spec.schedule.steps - 1, count).round()]
+def _csv(seen: Sequence[Seen], steps: Sequence[int]) -> bytes:
+    """site, timestep, prompt, weight: one line for each."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("site", "timestep", "prompt", "weight"))
+    for one in seen:
+        for t, weights in zip(steps, one.gates.tolist(), strict=True):
+            writer.writerows((one.block, t, prompt, f"{weight:.8g}") for prompt, weight in enumerate(weights))
+    return text.getvalue().encode()
 
 
-def gates_seen(model: Patched, t: Tensor, settings: Settings, progress: Progress) -> list[Seen]:
-    """What each block's gate says at timesteps t [S], by block; empty for a method without gates."""
-    if model.patch is None:
-        return []
-    network, found = model.backbone.model, dict[int, Seen]()
-    each = [
-        gates_of(model.patch, network.embed_time(t) if model.patch.time_only else network.embed(t, cond))
-        for cond in conditions_seen(model, t, settings, progress)
+def _page(data: dict[str, Any], rows: Sequence[dict[str, str]], pictures: Sequence[bytes]) -> bytes:
+    """The same as one HTML page that stands alone."""
+    count = len(data["sites"])
+    down = f"Heat maps of the gate weights of {count} blocks: prompts from top to bottom, timesteps from left to right"
+    alike = f"Correlation of the gates of every two timesteps, for each of {count} blocks"
+    parts = [
+        page.heading(f"Gates of {Path(data['run']).name} at step {data['step']}", 1),
+        *(page.paragraph(line, "verdict") for line in data["judgement"]),
+        page.table(rows),
+        page.heading("Which prompts speak at which timestep"),
+        page.figure(pictures[0], "png", down, "Weight of each prompt in units of 1 / N: 1 is uniform"),
+        page.heading("How alike the gates of two timesteps are"),
+        page.figure(
+            pictures[1], "png", alike, "Blocks of one colour along the diagonal are stages of denoising; 0 is a uniform gate"
+        ),
     ]
-    for views in zip(*each, strict=True):  # one patch under every condition
-        patch, mean = views[0][0], torch.stack([gates for _, gates in views]).mean(0)
-        found |= {block: Seen(block, mean[i], patch.prompts_of(i)) for i, block in enumerate(patch.shape.blocks)}
-    return [found[block] for block in sorted(found)]
+    return page.page(f"Gates of {Path(data['run']).name}", parts)
 
 
-def conditions_seen(model: Patched, t: Tensor, settings: Settings, progress: Progress) -> Iterator[Tensor | None]:
-    """Conditions for timesteps t [S] that gates are averaged over: every class, or some captions; None where no gate sees any."""
-    spec = model.backbone.spec
-    if model.patch is None or model.patch.time_only or not (spec.num_classes or spec.text):
-        yield None
-    elif spec.text is None:
-        yield from (torch.full_like(t, label) for label in range(spec.num_classes))
-    else:
-        prompts = model.with_text(settings).with_prompts(settings, CAPTIONS, progress).prompts
-        captions = prompts.captions if prompts is not None else ()
-        for number in range(len(captions)):
-            yield prompts.captions.of(torch.full_like(t, number)) if prompts is not None else None
-
-
-def sites_table(sites: Sequence[SiteGates]) -> tuple[dict[str, str], ...]:
-    """The figures for people, one row for each site."""
-    return tuple(
-        {
-            "site": str(s.site),
-            "effective prompts": f"{s.effective:.2f}",
-            "top-1 share": f"{s.top1:.3f}",
-            "dead": str(s.dead),
-            "distance from uniform": f"{s.distance:.3f}",
-            "change over t": f"{s.over_time:.3f}",
-            "prompt norm": f"{s.prompt_norm:.3f}",
-        }
-        for s in sites
-    )
-
-
-def heat_map(seen: Sequence[Seen], steps: Sequence[int]) -> bytes:
-    """PNG: one panel per site, prompts down, timesteps across, weight in units of 1 / N (1 is uniform)."""
-    import io
-    import os
-
-    os.environ.setdefault("MPLCONFIGDIR", str(cache_dir() / "matplotlib"))  # its font list, else written elsewhere in the home
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    sites = len(seen)
-    columns = min(4, sites)
-    rows = -(-sites // columns)
-    figure = Figure(figsize=(3.2 * columns + 0.8, 2.6 * rows + 0.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=len({len(one.gates[0]) for one in seen}) == 1)
-    scaled = [one.gates * one.gates.shape[-1] for one in seen]
-    spread = max(0.05, *(float((values - 1).abs().max()) for values in scaled))
-    for site, axis in enumerate(axes.flat):
-        if site >= sites:
-            axis.set_visible(False)
-            continue
-        extent = (steps[0], steps[-1], scaled[site].shape[-1] - 0.5, -0.5)
-        axis.imshow(
-            scaled[site].T.numpy(),
-            aspect="auto",
-            extent=extent,
-            cmap="RdBu_r",
-            vmin=1 - spread,
-            vmax=1 + spread,
-            interpolation="nearest",
+def _compared(
+    sites: Sequence[SiteGates], seen: Sequence[Seen], other: Path, settings: Settings, progress: Progress
+) -> dict[str, Any]:
+    """The same figures of another run, and how far its weights are from these, mean over timesteps and prompts in 1 / N."""
+    model = load_result(other, settings.result.result_weights)
+    theirs = gates_seen(model, torch.tensor(timesteps_seen(model, settings.gates.timesteps)), settings, progress)
+    if [(one.block, one.gates.shape) for one in theirs] != [(one.block, one.gates.shape) for one in seen]:
+        raise UsageError(
+            f"the gates of {other} are of other sites or sizes", "compare runs on one backbone, with one shape of patch"
         )
-        axis.set_title(f"site {seen[site].block}", fontsize=9)
-    for axis in axes[-1]:
-        axis.set_xlabel("timestep", fontsize=8)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("prompt", fontsize=8)
-    figure.colorbar(axes.flat[0].images[0], ax=axes, label="gate weight (uniform = 1)")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
-    return buffer.getvalue()
+    found = []
+    for mine, one in zip(seen, theirs, strict=True):
+        figures = vars(site_gates(one.block, one.gates, one.prompts))
+        found.append({**figures, "distance": float((mine.gates - one.gates).abs().mean() * mine.gates.shape[-1])})
+    return {"run": str(outputs_of(other)), "step": model.step, "sites": found}
+
+
+@torch.no_grad()
+def edit_sizes(model: Patched, settings: Settings, progress: Progress) -> dict[str, Any]:
+    """How large an edit is beside the tokens it enters: the ratio of their norms, per site and timestep, mean over images.
+
+    On images the patch was trained on, noised; runs the backbone. UsageError where nothing says which images.
+    """
+    model = model.with_codec(settings)
+    spec = model.backbone.spec
+    source = open_data(Data(data=model.trained_on), spec, model.codec, None, settings)
+    chosen = [k * len(source) // IMAGES for k in range(min(IMAGES, len(source)))]
+    items = [source.item(k) for k in chosen]
+    images = torch.stack([image for image, _ in items])
+    x0 = unpack(images).mean if images.is_floating_point() else model.codec.encode(images).mean
+    cond = None
+    if model.text is not None:
+        texts = encoded([captions_of(source, k, 1)[0] for k in chosen], model.text, settings, progress)
+        cond = texts.of(torch.arange(len(chosen)))
+    elif spec.num_classes:
+        cond = Labels(spec.null_class).of(torch.tensor([label for _, label in items]))
+    schedule, steps = schedule_of(spec.schedule), timesteps_seen(model, 2 * LEVELS + 1)[1::2]
+    ratios: dict[int, list[float]] = {}
+    for t in steps:
+        at = torch.full((len(x0),), t)
+        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed_of(0, "edit", t)))
+        for site, ratio in _ratios(model, schedule.add_noise(x0, at, noise), at, cond).items():
+            ratios.setdefault(site, []).append(ratio)
+    sites = {str(site): {"mean": sum(values) / len(values), "by_timestep": values} for site, values in sorted(ratios.items())}
+    return {"timesteps": steps, "images": len(chosen), "sites": sites}
+
+
+def _ratios(model: Patched, x_t: Tensor, t: Tensor, cond: Tensor | None) -> dict[int, float]:
+    """|edit| / |tokens| at each site that is edited by adding."""
+    network, patch = model.backbone.model, model.patch
+    if patch is None:
+        return {}
+    edit = patch.plan(network.embed_time(t) if patch.time_only else network.embed(t, cond)).edit
+    found: dict[int, float] = {}
+
+    def watched(site: int, tokens: Tensor) -> Tensor:
+        edited = tokens if edit is None else edit(site, tokens)
+        if edited is not tokens and edited.shape == tokens.shape:
+            found[site] = float(((edited - tokens).flatten(1).norm(dim=1) / tokens.flatten(1).norm(dim=1)).mean())
+        return edited
+
+    network.denoise(x_t, t, cond, watched)
+    return found

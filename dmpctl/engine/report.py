@@ -13,7 +13,8 @@ from dmpctl.engine import page
 from dmpctl.engine.before_after import table as comparison_table
 from dmpctl.engine.cache import cache_dir
 from dmpctl.engine.fid_record import sampling_words
-from dmpctl.engine.gates import gates_seen, heat_map, judge, site_gates, sites_table, timesteps_seen
+from dmpctl.engine.gate_figures import gates_seen, judge, site_gates, sites_table, timesteps_seen
+from dmpctl.engine.gate_plots import heat_map
 from dmpctl.engine.patched import added_words, load_result
 from dmpctl.engine.rundir import RunDir
 from dmpctl.errors import DmpError, MissingError

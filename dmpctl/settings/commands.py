@@ -104,7 +104,7 @@ COMMANDS: dict[str, tuple[Part, ...]] = {
     "sample": (*_parts(Images, Sampling), *PROMPTS, DECODER, *_parts(Result, Launch, Cache, Console)),
     "fid": (*_parts(Fid, Sampling), *PROMPTS, DECODER, *_parts(Result, Launch, Cache, Console)),
     "compare": (Part(Launch, ("device", "cpu", "deterministic", "requeue")), Part(Console)),
-    "inspect-gates": (Part(Gates), Part(Images, ("out",), "Gates"), *PROMPTS, DEVICE, *_parts(Result, Cache, Console)),
+    "inspect-gates": (Part(Gates), Part(Images, ("out",), "Gates"), *PROMPTS, DECODER, DEVICE, *_parts(Result, Cache, Console)),
     "report": (Part(Images, ("out",), "Report"), Part(Gates, ("timesteps",)), *PROMPTS, DEVICE, *_parts(Cache, Console)),
     "push": _parts(Push, Cache, Console),
     "import": (Part(Importing), Part(Data, ("data",), "Import"), Part(Console)),

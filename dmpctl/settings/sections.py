@@ -254,7 +254,17 @@ class Gates(Section):
     panel: ClassVar[str] = "Gates"
     science: ClassVar[bool] = False
     timesteps: Annotated[int, Field(ge=2, le=1000, description="Timesteps looked at, evenly spaced.")] = 50
-    plot: Annotated[bool, Field(description="Write a heat map (PNG).")] = True
+    plot: Annotated[bool, Field(description="Write heat maps (PNG) and a page that stands alone (HTML).")] = True
+    csv: Annotated[bool, Field(description="Write every weight as a line of a CSV file, too.")] = False
+    with_backbone: Annotated[
+        bool, Field(description="Run the backbone on some images: the size of the edit beside the tokens.")
+    ] = False
+    compare_with: Annotated[
+        Path | None, Field(description="Another run on the same backbone, beside this one; default: none."), Flag("compare")
+    ] = None
+    watch: Annotated[
+        float | None, Field(ge=1, description="Look again every so many seconds at a run in progress; default: once.")
+    ] = None
 
 
 class Text(Section):

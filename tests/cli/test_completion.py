@@ -17,7 +17,7 @@ def completed(dmpctl_, monkeypatch):
 
 
 def test_commands(completed):
-    assert completed("dmpctl p") == ["pretrain", "patch"]
+    assert completed("dmpctl p") == ["pretrain", "patch", "push"]
 
 
 def test_option_names(completed):

@@ -17,6 +17,7 @@ SHARE = f"(+{100 * BUNDLED_PATCH.parameters() / BUNDLED.parameters():.2f} %)"
 PATCH = ("--iters", 6, "--batch-size", 8, "--save-every", 3, "--log-every", 2, "--eval-images", 80, "--steps", 4, "--cpu")
 SHAPE = ("--hidden-size", 16, "--depth", 2, "--num-heads", 2, "--batch-size", 8, "--log-every", 2, "--cpu")
 CHECKPOINT = {"patch.safetensors", "patch.json", "trainer.safetensors", "trainer.json"}
+GATES = {f"gates/0000006{end}" for end in (".json", ".png", "-timesteps.png", ".html")}
 RUN = {
     ".lock",
     "config.json",
@@ -66,7 +67,7 @@ def test_from_nothing_to_gates_in_processes_of_their_own(tmp_path):
 
     gates = run_cli("inspect-gates", "../first/runs/digits", cwd=tmp_path / "second", env=env)
     assert gates.code == 0, gates.err
-    assert files(run) == RUN | {"gates/0000006.json", "gates/0000006.png"}
+    assert files(run) == RUN | GATES
     assert files(tmp_path / "second") == files(tmp_path / "home") == set()
     assert all(name.startswith("dmpctl/") for name in files(tmp_path / "cache"))
 
@@ -102,7 +103,7 @@ def test_patch_sample_fid_and_gates_with_a_path_alone(tmp_path, monkeypatch, cli
     recorded = json.loads((run / "metrics" / "comparison-0000006.json").read_text())
     assert metric["value"] == pytest.approx(recorded["patched"]["value"], rel=1e-6)  # the same images, the same number
     assert cli("inspect-gates", "../runs/digits").code == 0
-    made = {"gates/0000006.json", "gates/0000006.png", *(f"{folder}{k:06d}.png" for k in range(80))}
+    made = {*GATES, *(f"{folder}{k:06d}.png" for k in range(80))}
     new = files(run) - RUN - {folder + name for name in PNGS} - made
     (record,) = {name for name in new if not name.startswith("metrics/features/")}
     assert re.fullmatch(r"metrics/fd-pixels-80-0000006-ddim-4-cfg1-seed0-[0-9a-f]{8}\.json", record)

@@ -1,20 +1,24 @@
+import csv
 import json
 import math
+import re
+import shutil
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from scipy import stats
 
-from dmpctl.engine import gates
+from dmpctl.engine import gate_figures, gate_plots, gates
 from dmpctl.engine.patched import load_patch
-from dmpctl.errors import UsageError
+from dmpctl.errors import MissingError, UsageError
 from dmpctl.types import Silent
 from tests.helpers import BUNDLED, copied, files, patch_run, settings_for
 
 
-def figures(weights: torch.Tensor, site: int = 0) -> gates.SiteGates:
-    return gates.site_gates(site, weights, torch.ones(weights.shape[1], 4))
+def figures(weights: torch.Tensor, site: int = 0) -> gate_figures.SiteGates:
+    return gate_figures.site_gates(site, weights, torch.ones(weights.shape[1], 4))
 
 
 def moving(n: int = 4, steps: int = 8) -> torch.Tensor:
@@ -65,12 +69,12 @@ def test_sentences():
     one_hot = torch.zeros(5, 16)
     one_hot[:, 3] = 1
     follows = figures(moving())
-    assert gates.judge([uniform, uniform]) == [
+    assert gate_figures.judge([uniform, uniform]) == [
         "uniform: the gate has not learned, every prompt has the same weight at every timestep"
     ]
-    assert gates.judge([uniform, figures(fixed)]) == ["the gate prefers some prompts, but the same ones at every timestep"]
-    assert gates.judge([uniform, follows])[0].startswith("the gate follows the timestep: weights move by ")
-    lines = gates.judge([uniform, figures(one_hot, 1)])
+    assert gate_figures.judge([uniform, figures(fixed)]) == ["the gate prefers some prompts, but the same ones at every timestep"]
+    assert gate_figures.judge([uniform, follows])[0].startswith("the gate follows the timestep: weights move by ")
+    lines = gate_figures.judge([uniform, figures(one_hot, 1)])
     assert "warning: collapsed at site 1: fewer than 2 prompts are in use" in lines
     assert "warning: 15 dead prompts in all (mean weight under 0.1 / 16)" in lines
 
@@ -85,7 +89,12 @@ def test_a_fresh_patch_is_uniform(tmp_path):
 def test_what_is_written(finished, tmp_path):
     run = copied(finished, tmp_path / "run")
     report = gates.inspect(settings_for("inspect-gates", timesteps=7), run, Silent())
-    assert files(run) - files(finished) == {"gates/0000006.json", "gates/0000006.png"}
+    assert files(run) - files(finished) == {
+        "gates/0000006.json",
+        "gates/0000006.png",
+        "gates/0000006-timesteps.png",
+        "gates/0000006.html",
+    }
     found = json.loads((run / "gates" / "0000006.json").read_text())
     assert found == json.loads(json.dumps(report.data))
     assert (found["schema_version"], found["step"], {site["prompts"] for site in found["sites"]}) == (1, 6, {16})
@@ -140,9 +149,90 @@ def test_a_backbone_has_no_gates(conditional):
 def test_a_heat_map_of_any_number_of_sites(sites):
     draw = torch.Generator().manual_seed(0)
     seen = [
-        gates.Seen(site, torch.rand(6, 3 + site % 2, generator=draw).softmax(-1), torch.ones(3 + site % 2, 4))
+        gate_figures.Seen(site, torch.rand(6, 3 + site % 2, generator=draw).softmax(-1), torch.ones(3 + site % 2, 4))
         for site in range(sites)
     ]
-    data = gates.heat_map(seen, [0, 200, 400, 600, 800, 999])
+    data = gate_plots.heat_map(seen, [0, 200, 400, 600, 800, 999])
     assert data.startswith(b"\x89PNG")
-    assert gates.heat_map(seen, [0, 200, 400, 600, 800, 999]) == data
+    assert gate_plots.heat_map(seen, [0, 200, 400, 600, 800, 999]) == data
+
+
+def test_similarity_of_prompts_and_of_timesteps():
+    assert gate_figures.mean_cosine(torch.eye(4)) == 0
+    assert gate_figures.mean_cosine(torch.ones(3, 5)) == pytest.approx(1)
+    assert gate_figures.mean_cosine(torch.tensor([[1.0, 0], [-2, 0]])) == pytest.approx(-1)
+    assert gate_figures.mean_cosine(torch.ones(1, 5)) == 0
+    weights = torch.tensor([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2], [0.2, 0.3, 0.5], [1 / 3] * 3])
+    found = gate_figures.timestep_similarity(weights)
+    expected = torch.tensor(np.corrcoef(weights[:3].numpy())).float()
+    torch.testing.assert_close(found[:3, :3], expected, rtol=0, atol=1e-5)
+    assert found[3].abs().max() < 1e-3
+
+
+def test_every_weight_as_a_line(finished, tmp_path):
+    run = copied(finished, tmp_path / "run")
+    report = gates.inspect(settings_for("inspect-gates", timesteps=3, csv=True), run, Silent())
+    lines = list(csv.DictReader((run / "gates" / "0000006.csv").open()))
+    assert len(lines) == BUNDLED.depth * 3 * 16
+    last = lines[-1]
+    assert (last["site"], last["timestep"], last["prompt"]) == (str(BUNDLED.depth - 1), "999", "15")
+    assert float(last["weight"]) == pytest.approx(report.data["gates"][-1][-1][-1], rel=1e-6)
+    text = (run / "gates" / "0000006.html").read_text("utf-8")
+    assert text.count("data:image/png;base64,") == 2
+    assert "http" not in re.sub(r"data:[^\"]*", "", text)
+
+
+def test_the_size_of_an_edit_is_what_it_adds(finished, tmp_path):
+    """Against prompts that are all one vector, whose edit is known whatever the gate says."""
+    run = copied(finished, tmp_path / "run")
+    report = gates.inspect(settings_for("inspect-gates", with_backbone=True, plot=False), run, Silent())
+    found = report.data["edit"]
+    assert len(found["timesteps"]) == 5
+    assert set(found["sites"]) == {str(site) for site in range(BUNDLED.depth)}
+    model = load_patch(finished)
+    with torch.no_grad():
+        for tensor in model.patch.prompt_parameters():
+            tensor.mul_(2)
+    twice = gates.edit_sizes(model, settings_for("inspect-gates"), Silent())
+    first = (found["sites"]["0"]["mean"], twice["sites"]["0"]["mean"])
+    assert first[1] == pytest.approx(2 * first[0], rel=1e-4)  # no block has run before the first
+    assert 0 < first[0] < 1
+
+
+def test_beside_another_run(finished, tmp_path):
+    same = gates.inspect(
+        settings_for("inspect-gates", compare_with=finished, plot=False), copied(finished, tmp_path / "a"), Silent()
+    )
+    assert all(site["distance"] == 0 for site in same.data["compared"]["sites"])
+    patch_run(tmp_path / "b", prompt_lr=1e-12, gate_lr=1e-12)  # uniform
+    other = gates.inspect(settings_for("inspect-gates", compare_with=tmp_path / "b", plot=False), tmp_path / "a", Silent())
+    for site, mine in zip(other.data["compared"]["sites"], other.data["sites"], strict=True):
+        assert site["distance"] == pytest.approx(mine["distance"], rel=1e-4)
+    patch_run(tmp_path / "c", prompt_depth=1)
+    with pytest.raises(UsageError, match="are of other sites or sizes"):
+        gates.inspect(settings_for("inspect-gates", compare_with=tmp_path / "c"), tmp_path / "a", Silent())
+
+
+def test_a_run_in_progress_is_watched_until_it_ends(finished, tmp_path):
+    run = copied(finished, tmp_path / "run")
+    for name in ("patch.json", "patch.safetensors"):
+        (run / name).rename(tmp_path / name)
+    shutil.move(run / "checkpoints" / "step-0000006", tmp_path / "later")
+    said: list[str] = []
+
+    class Talk(Silent):
+        def say(self, message: str) -> None:
+            said.append(message)
+            if len(said) == 1:  # the next checkpoint, then the end
+                shutil.move(tmp_path / "later", run / "checkpoints" / "step-0000006")
+            else:
+                (tmp_path / "patch.json").rename(run / "patch.json")
+
+    report = gates.inspect(settings_for("inspect-gates", watch=1, plot=False), run, Talk())
+    assert [line.split(":")[0] for line in said] == ["step 3", "step 6"]
+    assert report.data["step"] == 6
+    assert {path.name for path in (run / "gates").iterdir()} == {"0000003.json", "0000006.json"}
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "patch.json").write_text("{}")
+    with pytest.raises(MissingError, match="has no checkpoint yet"):
+        gates.inspect(settings_for("inspect-gates", watch=1), tmp_path / "empty", Silent())

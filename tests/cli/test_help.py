@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.main import get_command
@@ -12,7 +13,9 @@ from typer.main import get_command
 from dmpctl import __version__
 from dmpctl.cli.app import COMMANDS, module_of
 from dmpctl.settings import commands
+from tests.helpers import environment
 
+FROZEN = Path(__file__).parent / "help"
 HEAVY = ("torch", "numpy", "pydantic_settings", "datasets", "diffusers", "huggingface_hub", "accelerate", "rich", "pydantic")
 
 
@@ -24,6 +27,18 @@ def imported_by(*argv: str) -> set[str]:
     line = [sys.executable, "-X", "importtime", "-m", "dmpctl", *argv]
     found = subprocess.run(line, capture_output=True, text=True, check=True)
     return {row.rsplit("|", 1)[1].strip().split(".")[0] for row in found.stderr.splitlines() if row.startswith("import time:")}
+
+
+@pytest.mark.parametrize("name", ["", *COMMANDS])
+def test_help_is_what_it_was(name, dmpctl_, monkeypatch):
+    """A change of what users read is made on purpose: `python -m tests.cli.test_help` writes the files anew."""
+    monkeypatch.setenv("COLUMNS", "100")
+    kept = FROZEN / f"{name or 'dmpctl'}.txt"
+    assert dmpctl_(*filter(None, (name, "--help")))[1] == kept.read_text("utf-8")
+
+
+def test_no_help_is_kept_of_a_command_that_is_gone():
+    assert {path.stem for path in FROZEN.glob("*.txt")} == {"dmpctl", *COMMANDS}
 
 
 def test_root_help_imports_nothing_heavy():
@@ -100,3 +115,11 @@ def test_no_command_shows_the_help_and_is_a_usage_error(dmpctl_):
     code, out, _ = dmpctl_()
     assert code == 2
     assert "Commands:" in out
+
+
+if __name__ == "__main__":
+    for one in ("", *COMMANDS):
+        line = [sys.executable, "-m", "dmpctl", *filter(None, (one, "--help"))]
+        env = environment() | {"COLUMNS": "100"}
+        text = subprocess.run(line, capture_output=True, text=True, check=True, env=env).stdout
+        (FROZEN / f"{one or 'dmpctl'}.txt").write_text(text, "utf-8")

@@ -3,13 +3,15 @@
 import importlib
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from dmpctl.settings.study import read_study
-from tests.helpers import Done
+from tests.helpers import Done, environment
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -38,6 +40,14 @@ def test_each_command_of_the_readme_parses(command: str, cli: Callable[..., Done
     done = cli(*shlex.split(command)[1:], "--print-config")
     assert done.code == 0, done.err
     assert "origin" in done.out
+
+
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.S))
+def test_each_python_block_of_the_readme_runs(block: str, tmp_path: Path) -> None:
+    env = environment() | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) == 2
 
 
 @pytest.mark.parametrize("module", sorted({name for page in PAGES for name in re.findall(r"python -m (tests[.\w]*\w)", page)}))

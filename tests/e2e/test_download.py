@@ -37,14 +37,7 @@ def server():
 
 @pytest.fixture
 def env(server, tmp_path):
-    return {
-        "HF_ENDPOINT": server.url,
-        "HOME": str(tmp_path),
-        "XDG_CACHE_HOME": str(tmp_path / "cache"),
-        "HF_HOME": str(tmp_path / "hf"),
-        "NO_PROXY": "127.0.0.1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-    }
+    return server.environment(tmp_path)
 
 
 @pytest.fixture

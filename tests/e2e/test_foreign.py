@@ -272,15 +272,9 @@ def test_a_diffusers_dit_becomes_one_in_the_original_layout(cli, made, tmp_path)
 def test_from_the_hub(made, tmp_path):
     """A stand-in serves the pipeline; what was downloaded works offline, by its address."""
     content = {str(path.relative_to(made / "sd")): path.read_bytes() for path in (made / "sd").rglob("*") if path.is_file()}
-    env = {
-        "HOME": str(tmp_path),
-        "XDG_CACHE_HOME": str(tmp_path / "cache"),
-        "HF_HOME": str(tmp_path / "hf"),
-        "NO_PROXY": "127.0.0.1",
-    }
     with running() as server:
         server.repositories["models/owner/sd"] = Repository(content)
-        env |= {"HF_ENDPOINT": server.url}
+        env = server.environment(tmp_path)
         missing = run_cli("patch", "--base", "hf://owner/sd", "--data", made / "images", *TRAIN, cwd=tmp_path, env=env)
         assert missing.code == 3
         assert "run dmpctl download hf://owner/sd" in missing.err

@@ -19,16 +19,7 @@ def server():
 
 @pytest.fixture
 def env(server, tmp_path):
-    return {
-        "HF_ENDPOINT": server.url,
-        "HOME": str(tmp_path),
-        "XDG_CACHE_HOME": str(tmp_path / "cache"),
-        "HF_HOME": str(tmp_path / "hf"),
-        "HF_TOKEN": "hf_none",
-        "NO_PROXY": "127.0.0.1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_XET": "1",
-    }
+    return server.environment(tmp_path) | {"HF_TOKEN": "hf_none"}
 
 
 @pytest.fixture

@@ -35,13 +35,18 @@ BATCH = 256  # images held at once while an npz is put together
 
 def labels_of(indices: Sequence[int], seed: int, num_classes: int, label: int | None) -> Tensor | None:
     """Label of each image, int64 [B]: `label`, or (None) drawn from (seed, index); None for an unconditional backbone."""
+    refuse_label(label, num_classes)
     if num_classes == 0:
-        if label is not None:
-            raise UsageError("--label needs a class-conditional backbone, this one is not", "leave --label out")
         return None
+    return torch.tensor([seed_of(seed, "label", i) % num_classes if label is None else label for i in indices])
+
+
+def refuse_label(label: int | None, num_classes: int) -> None:
+    """UsageError for a label that the backbone does not have."""
+    if label is not None and num_classes == 0:
+        raise UsageError("--label needs a class-conditional backbone, this one is not", "leave --label out")
     if label is not None and label >= num_classes:
         raise UsageError(f"--label {label} is out of range: this backbone has classes 0 to {num_classes - 1}")
-    return torch.tensor([seed_of(seed, "label", i) % num_classes if label is None else label for i in indices])
 
 
 def denoiser_of(

@@ -138,6 +138,10 @@ def test_classes_are_averaged(conditional, tmp_path):
     with torch.no_grad():
         each = [model.patch.route(model.backbone.model.embed(t, torch.full((4,), label))).gates for label in range(10)]
     torch.testing.assert_close(torch.tensor(report.data["gates"]), torch.stack(each).mean(0))
+    one = gates.inspect(settings_for("inspect-gates", timesteps=4, plot=False, image_label=7), tmp_path / "run", Silent())
+    torch.testing.assert_close(torch.tensor(one.data["gates"]), each[7])
+    with pytest.raises(UsageError, match="--label 10 is out of range"):
+        gates.inspect(settings_for("inspect-gates", image_label=10), tmp_path / "run", Silent())
 
 
 def test_a_backbone_has_no_gates(conditional):

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dmpctl.engine.generate import refuse_label
 from dmpctl.engine.patched import Patched
 from dmpctl.methods.by_size import gates_of
 from dmpctl.settings.model import Settings
@@ -123,13 +122,15 @@ def gates_seen(model: Patched, t: Tensor, settings: Settings, progress: Progress
 
 
 def conditions_seen(model: Patched, t: Tensor, settings: Settings, progress: Progress) -> Iterator[Tensor | None]:
-    """Conditions for timesteps t [S] that gates are averaged over: every class (or --label), or some captions; None where no gate sees any."""
+    """Conditions for timesteps t [S] that gates are averaged over: every class (or --label), or some captions.
+
+    None where no gate sees any.
+    """
     spec = model.backbone.spec
     if model.patch is None or model.patch.time_only or not (spec.num_classes or spec.text):
         yield None
     elif spec.text is None:
         wanted = settings.images.image_label
-        refuse_label(wanted, spec.num_classes)
         yield from (torch.full_like(t, label) for label in (range(spec.num_classes) if wanted is None else [wanted]))
     else:
         prompts = model.with_text(settings).with_prompts(settings, CAPTIONS, progress).prompts

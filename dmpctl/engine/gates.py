@@ -26,6 +26,7 @@ from dmpctl.engine.gate_figures import (
     timesteps_seen,
 )
 from dmpctl.engine.gate_plots import heat_map, similarity_map
+from dmpctl.engine.generate import refuse_label
 from dmpctl.engine.patched import Patched, load_result, outputs_of
 from dmpctl.engine.stop import Stop
 from dmpctl.errors import MissingError, UsageError
@@ -72,6 +73,7 @@ def _wait(seconds: float, stop: Stop) -> None:
 def _inspected(settings: Settings, run: Path, progress: Progress, owner: Path | None = None) -> Report:
     """One look at a run or a checkpoint; `owner`: the run that it is a checkpoint of, None: itself."""
     model, options = load_result(run, settings.result.result_weights), settings.gates
+    refuse_label(settings.images.image_label, model.backbone.spec.num_classes)
     steps = timesteps_seen(model, options.timesteps)
     seen = gates_seen(model, torch.tensor(steps), settings, progress)
     if not seen:

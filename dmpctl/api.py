@@ -13,7 +13,8 @@ from dmpctl.engine.backbone import Loaded
 from dmpctl.engine.backbone import load_backbone as _load_backbone
 from dmpctl.engine.build import resolve_device
 from dmpctl.engine.conditions import Prompts, encoded
-from dmpctl.engine.patched import Patched, load_result
+from dmpctl.engine.patch_files import load_result
+from dmpctl.engine.patched import Patched
 from dmpctl.errors import UsageError
 from dmpctl.settings.layers import resolve
 from dmpctl.settings.sections import Base

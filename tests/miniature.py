@@ -21,7 +21,8 @@ from dmpctl.engine.fid_images import images_of
 from dmpctl.engine.generate import generate
 from dmpctl.engine.paired_loss import epsilon_errors, loss_difference
 from dmpctl.engine.patch import patch
-from dmpctl.engine.patched import Patched, load_patch
+from dmpctl.engine.patch_files import load_patch
+from dmpctl.engine.patched import Patched
 from dmpctl.files import write_json
 from dmpctl.metrics.features.pixels import Pixels
 from dmpctl.metrics.frechet import Factor, features_to_fid, paired_difference

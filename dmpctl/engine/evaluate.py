@@ -1,18 +1,18 @@
 """`dmpctl fid`: how far images are from real ones, by a stated protocol, how sure that is, and what a pipeline makes of it."""
 
 import os
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dmpctl.engine.assets import address_in, require
+from dmpctl.engine.assets import address_in
 from dmpctl.engine.cache import cache_dir
 from dmpctl.engine.extraction import build_extractor, features_in, protocol_for
 from dmpctl.engine.feature_store import FeatureStore
 from dmpctl.engine.fid_images import ImageSet, open_images_of
+from dmpctl.engine.fid_metrics import clip_score_of, measured, named, noise_floor_of
 from dmpctl.engine.fid_record import (
     distance_verdict,
     failures_of,
@@ -26,24 +26,16 @@ from dmpctl.engine.fid_record import (
     write_record,
 )
 from dmpctl.engine.fid_statistics import statistics_report
-from dmpctl.engine.patched import Patched, load_result, outputs_of
+from dmpctl.engine.patch_files import load_result, outputs_of
+from dmpctl.engine.patched import Patched
 from dmpctl.engine.ranks import Ranks, join
 from dmpctl.engine.reference import Reference, features_wanted, find_reference, open_reference
 from dmpctl.errors import ThresholdError, UsageError
-from dmpctl.metrics.clip_score import ClipScore, ClipScorer, scores_to_clip_score
 from dmpctl.metrics.frechet import (
-    GROUPS,
     FidEstimate,
     PairedDifference,
-    features_to_fid,
-    moments_to_fid,
     paired_difference,
 )
-from dmpctl.metrics.inception_score import logits_to_score
-from dmpctl.metrics.infinity import fid_infinity
-from dmpctl.metrics.kid import features_to_kid
-from dmpctl.metrics.moments import BLOCK, features_to_moments
-from dmpctl.metrics.prdc import density_coverage, precision_recall
 from dmpctl.metrics.protocols import MetricProtocol
 from dmpctl.metrics.statistics import SUFFIXES, is_statistics
 from dmpctl.settings.model import Settings
@@ -83,9 +75,9 @@ def fid(settings: Settings, what: str, progress: Progress) -> Report:
     reference = open_reference(real, images.shape, extractor, protocol.name, settings, progress)
     store = _features(path, images, extractor, settings, progress)
     record = record_of(images, reference, extractor, protocol, settings, str(device))
-    found, rows = _measured(store, reference, extractor, protocol, settings)
+    found, rows = measured(store, reference, extractor, protocol, settings)
     if "clip-score" in options.wanted:
-        score = _clip_score(images, settings, device, progress)
+        score = clip_score_of(images, settings, device, progress)
         found["clip-score"] = asdict(score) | {"clip": options.clip}
         name = f"clip-score-{short(images.count)}"
         rows.append({"metric": name, "value": f"{score.value:.4f}{plus_minus(score.standard_error)}"})
@@ -96,9 +88,9 @@ def fid(settings: Settings, what: str, progress: Progress) -> Report:
         *_warnings(found["fid"], store, extractor, protocol),
     ]
     metric = metric_name(extractor, images.count)
-    data: dict[str, Any] = {"metric": metric, **asdict(found["fid"]), "metrics": _named(found, extractor, images), **record}
+    data: dict[str, Any] = {"metric": metric, **asdict(found["fid"]), "metrics": named(found, extractor, images), **record}
     if options.noise_floor:
-        data["noise_floor"], row = _noise_floor(reference, settings)
+        data["noise_floor"], row = noise_floor_of(reference, settings)
         rows.append(row)
     gap = None
     if other is not None:
@@ -169,87 +161,6 @@ def _extract_together(
 
 def _distance_only(settings: Settings) -> Settings:
     return settings.model_copy(update={"fid": settings.fid.model_copy(update={"metrics": "fid"})})
-
-
-def _measured(
-    store: FeatureStore, reference: Reference, extractor: Extractor, protocol: MetricProtocol, settings: Settings
-) -> tuple[dict[str, Any], list[dict[str, str]]]:
-    """Every metric that was asked for, by its name, and the rows that people see."""
-    features, seed = store.features, settings.sampling.sample_seed
-    debias = store.count > max(extractor.width, 2 * GROUPS - 1)
-    estimate = features_to_fid(features, reference.features, debias=debias)
-    found: dict[str, Any] = {"fid": estimate}
-    rows = [_row("fid", extractor, estimate, reference)]
-    for metric in (metric for metric in settings.fid.wanted[1:] if metric != "clip-score"):
-        match metric:
-            case "sfid":
-                if reference.spatial is None:
-                    raise UsageError("sfid needs spatial statistics of the reference", "leave sfid out of --metrics")
-                value = moments_to_fid(features_to_moments(torch.split(store.spatial, BLOCK)), reference.spatial)
-                found[metric] = {"value": value}
-                shown = f"{value:.4f}"
-            case "is":
-                score = logits_to_score(store.logits, protocol.split_size, seed)
-                found[metric], shown = asdict(score), f"{score.value:.4f} ± {score.deviation:.4g} (sd over {score.splits} splits)"
-            case "pr":
-                pr = precision_recall(reference.vectors(), features)
-                found[metric], shown = asdict(pr), f"precision {pr.precision:.4f}, recall {pr.recall:.4f} (k = {pr.neighbours})"
-            case "dc":
-                dc = density_coverage(reference.vectors(), features)
-                found[metric], shown = asdict(dc), f"density {dc.density:.4f}, coverage {dc.coverage:.4f} (k = {dc.neighbours})"
-            case "kid":
-                kid = features_to_kid(features, reference.vectors(), seed=seed)
-                found[metric], shown = asdict(kid), f"{kid.value:.6f} ± {kid.deviation:.2g} (sd over {kid.subsets} subsets)"
-            case _:
-                line = fid_infinity(features, reference.features, seed)
-                found[metric], shown = asdict(line), f"{line.value:.4f} ± {line.standard_error:.4g} (R² {line.r_squared:.3f})"
-        rows.append({"metric": metric_name(extractor, store.count, metric), "value": shown})
-    return found, rows
-
-
-def _clip_score(images: ImageSet, settings: Settings, device: torch.device, progress: Progress) -> ClipScore:
-    """How well images of a run show what their captions say."""
-    model, name = images.model, settings.fid.clip
-    if model is None or model.prompts is None:  # refused before, `_refuse_others_metrics`
-        raise ValueError("images without captions have no CLIP score")
-    scorer = ClipScorer(require(name, settings) if name == "clip-l" else Path(name).expanduser(), device)
-    texts, scores = model.prompts.texts, []
-    with progress.track("CLIP score", images.count) as task:
-        for indices, part in images.read(range(images.count)):
-            scores.append(scorer(part, [texts[k % len(texts)] for k in indices]))
-            task.advance(len(part))
-    return scores_to_clip_score(scores)
-
-
-def _named(found: Mapping[str, Any], extractor: Extractor, images: ImageSet) -> dict[str, Any]:
-    """The metrics under names that carry N."""
-    plain = {key: asdict(value) if isinstance(value, FidEstimate) else value for key, value in found.items()}
-    return {metric_name(extractor, images.count, key): value for key, value in plain.items()}
-
-
-def _row(metric: str, extractor: Extractor, estimate: FidEstimate, reference: Reference) -> dict[str, str]:
-    return {
-        "metric": metric_name(extractor, estimate.n, metric),
-        "value": f"{estimate.value:.4f}{plus_minus(estimate.standard_error)}",
-        "debiased": "" if estimate.debiased is None else f"{estimate.debiased:.4f}",
-        "images": str(estimate.n),
-        "reference": f"{reference.record['name']} ({'n unknown' if reference.count is None else reference.count})",
-    }
-
-
-def _noise_floor(reference: Reference, settings: Settings) -> tuple[dict[str, Any], dict[str, str]]:
-    """One random half of the real images against the other: what a perfect generator would score with so few."""
-    vectors = reference.vectors()
-    generator = torch.Generator().manual_seed(settings.sampling.sample_seed)
-    order = torch.randperm(len(vectors), generator=generator)
-    halves = [half.sort().values for half in order.tensor_split(2)]
-    one, two = (features_to_moments(vectors[part] for part in torch.split(half, BLOCK)) for half in halves)
-    found = {"value": moments_to_fid(one, two), "n": len(halves[0]), "n_reference": len(halves[1])}
-    return found, {
-        "metric": "noise floor",
-        "value": f"{found['value']:.4f}",
-        "images": f"{found['n']} real against {found['n_reference']}",
-    }
 
 
 def _versus(images: ImageSet, path: Path, settings: Settings, device: torch.device, progress: Progress) -> ImageSet | None:

@@ -13,7 +13,8 @@ from dmpctl.backbones.dit import DiT
 from dmpctl.backbones.dit_weights import PATCH, infer_config
 from dmpctl.engine.backbone import Loaded, metadata_of
 from dmpctl.engine.build import PatchModule
-from dmpctl.engine.patched import PATCH_PREFIX, Patched, load_result, method_of, outputs_of
+from dmpctl.engine.patch_files import PATCH_PREFIX, load_result, method_of, outputs_of
+from dmpctl.engine.patched import Patched
 from dmpctl.errors import UsageError
 from dmpctl.files import json_to_bytes, make_folder, sha256_of_bytes, tensors_to_bytes, write_atomic
 from dmpctl.settings.methods import Dmp, Full, Lora, Method, PromptTuning

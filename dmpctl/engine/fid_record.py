@@ -9,7 +9,8 @@ from typing import Any
 from dmpctl.engine.codec import codec_record
 from dmpctl.engine.conditions import encoder_record
 from dmpctl.engine.fid_images import ImageSet
-from dmpctl.engine.patched import Patched, outputs_of
+from dmpctl.engine.patch_files import outputs_of
+from dmpctl.engine.patched import Patched
 from dmpctl.engine.reference import Reference
 from dmpctl.engine.rundir import version_of
 from dmpctl.errors import MissingError, UsageError

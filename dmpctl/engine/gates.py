@@ -27,7 +27,8 @@ from dmpctl.engine.gate_figures import (
 )
 from dmpctl.engine.gate_plots import heat_map, similarity_map
 from dmpctl.engine.generate import refuse_label
-from dmpctl.engine.patched import Patched, load_result, outputs_of
+from dmpctl.engine.patch_files import load_result, outputs_of
+from dmpctl.engine.patched import Patched
 from dmpctl.engine.stop import Stop
 from dmpctl.errors import MissingError, UsageError
 from dmpctl.files import make_folder, write_atomic, write_json

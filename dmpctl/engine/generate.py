@@ -17,7 +17,8 @@ from dmpctl.diffusion.samplers import sample as run_sampler
 from dmpctl.diffusion.schedule import schedule_of
 from dmpctl.engine.codec import latent_record
 from dmpctl.engine.conditions import Conditions, Labels, encoder_record
-from dmpctl.engine.patched import Patched, load_result, outputs_of
+from dmpctl.engine.patch_files import load_result, outputs_of
+from dmpctl.engine.patched import Patched
 from dmpctl.engine.pictures import is_png, read_png, write_contact_sheet, write_npz, write_pngs
 from dmpctl.engine.ranks import Ranks, join
 from dmpctl.engine.speed import compile_blocks

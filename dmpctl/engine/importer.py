@@ -18,7 +18,8 @@ from dmpctl.backbones.dit_weights import Weights, digest_of, dit_from, infer_con
 from dmpctl.backbones.foreign import value_in
 from dmpctl.engine.backbone import Loaded, facts_of, freeze, metadata_of
 from dmpctl.engine.export import put_all
-from dmpctl.engine.patched import Patched, describe_patch, lasting_name, load_merged, method_of, patch_from
+from dmpctl.engine.patch_files import describe_patch, lasting_name, load_merged, method_of, patch_from
+from dmpctl.engine.patched import Patched
 from dmpctl.engine.rundir import RunDir
 from dmpctl.errors import IntegrityError, UsageError
 from dmpctl.files import json_to_bytes, sha256_of, sha256_of_bytes, tensors_to_bytes

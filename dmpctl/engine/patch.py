@@ -19,16 +19,8 @@ from dmpctl.engine.conditions import captions_of, encoder_record, open_encoder
 from dmpctl.engine.generate import denoiser_of
 from dmpctl.engine.launch import accelerator_for
 from dmpctl.engine.paired_loss import error_profile
-from dmpctl.engine.patched import (
-    Patched,
-    added_words,
-    backbone_digest,
-    describe_patch,
-    lasting_name,
-    load_patch,
-    predict_patched,
-    routing_of,
-)
+from dmpctl.engine.patch_files import added_words, backbone_digest, describe_patch, lasting_name, load_patch
+from dmpctl.engine.patched import Patched, predict_patched, routing_of
 from dmpctl.engine.pictures import write_picture
 from dmpctl.engine.rundir import RunDir
 from dmpctl.engine.session import Session, Trained, train_in

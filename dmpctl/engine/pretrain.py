@@ -17,7 +17,7 @@ from dmpctl.engine.build import open_images, own_data, resolve_device
 from dmpctl.engine.codec import latent_record, open_codec
 from dmpctl.engine.conditions import captions_of, encoder_record, open_encoder
 from dmpctl.engine.launch import accelerator_for
-from dmpctl.engine.patched import lasting_name
+from dmpctl.engine.patch_files import lasting_name
 from dmpctl.engine.rundir import RunDir
 from dmpctl.engine.session import Session, Trained, train_in
 from dmpctl.engine.train import Subject

@@ -10,7 +10,8 @@ from dmpctl.engine.backbone import BUNDLED, metadata_of
 from dmpctl.engine.fid_record import sampling_words
 from dmpctl.engine.https import Again
 from dmpctl.engine.hub import page_of, parse, said
-from dmpctl.engine.patched import Patched, added_words, load_patch
+from dmpctl.engine.patch_files import added_words, load_patch
+from dmpctl.engine.patched import Patched
 from dmpctl.engine.registry import SHIPPED
 from dmpctl.errors import MissingError, UsageError
 from dmpctl.files import json_to_bytes, read_json, tensors_to_bytes

@@ -15,7 +15,7 @@ from dmpctl.engine.cache import cache_dir
 from dmpctl.engine.fid_record import sampling_words
 from dmpctl.engine.gate_figures import gates_seen, judge, site_gates, sites_table, timesteps_seen
 from dmpctl.engine.gate_plots import heat_map
-from dmpctl.engine.patched import added_words, load_result
+from dmpctl.engine.patch_files import added_words, load_result
 from dmpctl.engine.rundir import RunDir
 from dmpctl.errors import DmpError, MissingError
 from dmpctl.files import make_folder, read_json, write_atomic

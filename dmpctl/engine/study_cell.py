@@ -18,7 +18,8 @@ from dmpctl.engine.backbone import load_backbone
 from dmpctl.engine.build import open_images
 from dmpctl.engine.launch import accelerator_for
 from dmpctl.engine.paired_loss import epsilon_errors, loss_difference
-from dmpctl.engine.patched import Patched, load_patch
+from dmpctl.engine.patch_files import load_patch
+from dmpctl.engine.patched import Patched
 from dmpctl.engine.rundir import RunDir
 from dmpctl.engine.session import Session, train_in
 from dmpctl.engine.study_stage import Side, Stage, refuse_other, sampled_features

@@ -14,7 +14,8 @@ from dmpctl.engine import checkpoint, generate, patch, pretrain
 from dmpctl.engine.backbone import load_backbone
 from dmpctl.engine.build import build_patch
 from dmpctl.engine.launch import accelerator_for
-from dmpctl.engine.patched import load_patch, load_result, predict_patched
+from dmpctl.engine.patch_files import load_patch, load_result
+from dmpctl.engine.patched import predict_patched
 from dmpctl.engine.rundir import RunDir
 from dmpctl.engine.saver import Saver
 from dmpctl.engine.train import Trainer

@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 
 from dmpctl.engine import checkpoint
 from dmpctl.engine.generate import generate
-from dmpctl.engine.patched import load_patch
+from dmpctl.engine.patch_files import load_patch
 from dmpctl.engine.rundir import RunDir
 from dmpctl.files import sha256_of
 from dmpctl.settings.sections import Sampling

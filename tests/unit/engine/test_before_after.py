@@ -9,7 +9,7 @@ import torch
 
 from dmpctl.data.bundled import Digits
 from dmpctl.engine import before_after, paired_loss, patch
-from dmpctl.engine.patched import load_patch
+from dmpctl.engine.patch_files import load_patch
 from dmpctl.errors import Interrupted
 from dmpctl.types import Silent
 from tests.helpers import SMALL, copied, files, patch_run, settings_for

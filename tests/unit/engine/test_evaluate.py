@@ -11,7 +11,7 @@ from dmpctl.engine import evaluate, extraction
 from dmpctl.engine.fid_images import images_of
 from dmpctl.engine.fid_record import metric_name
 from dmpctl.engine.generate import generate
-from dmpctl.engine.patched import load_patch
+from dmpctl.engine.patch_files import load_patch
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.metrics.features.pixels import Pixels
 from dmpctl.types import Silent

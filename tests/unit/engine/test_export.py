@@ -11,7 +11,8 @@ from dmpctl.backbones.dit_weights import digest_of, read_weights
 from dmpctl.engine.backbone import load_backbone
 from dmpctl.engine.export import export
 from dmpctl.engine.importer import import_file
-from dmpctl.engine.patched import Patched, load_merged, load_patch, load_result, outputs_of
+from dmpctl.engine.patch_files import load_merged, load_patch, load_result, outputs_of
+from dmpctl.engine.patched import Patched
 from dmpctl.errors import IntegrityError, UsageError
 from dmpctl.files import read_json, read_tensors, write_json, write_tensors
 from dmpctl.settings.sections import Base

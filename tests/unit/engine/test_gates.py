@@ -11,7 +11,7 @@ from PIL import Image
 from scipy import stats
 
 from dmpctl.engine import gate_figures, gate_plots, gates
-from dmpctl.engine.patched import load_patch
+from dmpctl.engine.patch_files import load_patch
 from dmpctl.errors import MissingError, UsageError
 from dmpctl.types import Silent
 from tests.helpers import BUNDLED, copied, files, patch_run, settings_for

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from dmpctl.engine import generate
-from dmpctl.engine.patched import load_patch, load_result
+from dmpctl.engine.patch_files import load_patch, load_result
 from dmpctl.errors import Interrupted, UsageError
 from dmpctl.rng import seed_of
 from dmpctl.types import Silent

@@ -19,7 +19,8 @@ from dmpctl.backbones.dit import DiT, DiTConfig
 from dmpctl.backbones.dit_weights import digest_of, dit_metadata
 from dmpctl.engine.backbone import load_backbone
 from dmpctl.engine.importer import PATCH_KEYS, import_file
-from dmpctl.engine.patched import Patched, load_patch, load_result
+from dmpctl.engine.patch_files import load_patch, load_result
+from dmpctl.engine.patched import Patched
 from dmpctl.errors import DmpError, IntegrityError, MissingError, UsageError
 from dmpctl.files import read_json, read_tensors, write_tensors
 from dmpctl.methods.dmp import DmpPatch

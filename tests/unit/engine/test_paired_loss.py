@@ -7,7 +7,8 @@ from dmpctl.data.bundled import Digits
 from dmpctl.diffusion.schedule import NoiseSchedule
 from dmpctl.engine import paired_loss
 from dmpctl.engine.paired_loss import epsilon_errors, loss_difference
-from dmpctl.engine.patched import Patched, load_patch, load_result
+from dmpctl.engine.patch_files import load_patch, load_result
+from dmpctl.engine.patched import Patched
 from dmpctl.rng import seed_of
 from dmpctl.types import Silent
 

@@ -10,7 +10,8 @@ from dmpctl.backbones.pixart import PixArt
 from dmpctl.backbones.sd_unet import SdUnet
 from dmpctl.engine.backbone import freeze, load_backbone
 from dmpctl.engine.build import build_patch
-from dmpctl.engine.patched import backbone_digest, predict_patched
+from dmpctl.engine.patch_files import backbone_digest
+from dmpctl.engine.patched import predict_patched
 from dmpctl.engine.speed import allow_tf32, compile_blocks, frozen_weights
 from dmpctl.errors import UsageError
 from dmpctl.files import sha256_of

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dmpctl.engine.backbone import load_backbone
-from dmpctl.engine.patched import backbone_digest, lasting_name, load_patch, load_result
+from dmpctl.engine.patch_files import backbone_digest, lasting_name, load_patch, load_result
 from dmpctl.errors import IntegrityError, MissingError
 from dmpctl.files import read_json, read_tensors, sha256_of, write_json, write_tensors
 from dmpctl.settings.sections import Base

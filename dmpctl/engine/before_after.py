@@ -20,8 +20,8 @@ from dmpctl.engine.pictures import contact_sheet
 from dmpctl.metrics.features.pixels import Pixels
 from dmpctl.metrics.frechet import CONFIDENCE, noise_floor, paired_difference, verdict
 from dmpctl.metrics.moments import features_to_moments
+from dmpctl.settings.measuring import Fid
 from dmpctl.settings.model import Settings
-from dmpctl.settings.sections import Fid
 from dmpctl.types import Extractor, Progress, Source
 
 CAUTION = "; another training seed may differ"

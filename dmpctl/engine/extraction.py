@@ -16,7 +16,7 @@ from dmpctl.metrics.features.inception import Inception
 from dmpctl.metrics.features.pixels import Pixels
 from dmpctl.metrics.features.timm import DINOV2, TimmFeatures
 from dmpctl.metrics.protocols import PROTOCOLS, MetricProtocol
-from dmpctl.settings.sections import SMALL_SIDE, Fid
+from dmpctl.settings.measuring import SMALL_SIDE, Fid
 from dmpctl.types import Extractor, Progress
 
 

@@ -17,8 +17,8 @@ from dmpctl.errors import MissingError, UsageError
 from dmpctl.files import make_folder, read_json, sha256_of_json, write_json
 from dmpctl.metrics.frechet import CONFIDENCE, FidEstimate, PairedDifference, verdict
 from dmpctl.metrics.protocols import MetricProtocol
+from dmpctl.settings.measuring import Fid
 from dmpctl.settings.model import Settings
-from dmpctl.settings.sections import Fid
 from dmpctl.types import Extractor, Report
 
 SCHEMA_VERSION = 2

@@ -23,10 +23,11 @@ from dmpctl.engine.patched import Patched
 from dmpctl.engine.rundir import RunDir
 from dmpctl.errors import IntegrityError, UsageError
 from dmpctl.files import json_to_bytes, sha256_of, sha256_of_bytes, tensors_to_bytes
+from dmpctl.settings.exchange import Importing
 from dmpctl.settings.methods import Dmp, Method, PromptTuning
 from dmpctl.settings.model import Settings
 from dmpctl.settings.presets import PRESETS
-from dmpctl.settings.sections import Base, Importing
+from dmpctl.settings.sections import Base
 from dmpctl.types import Progress, Report, ScheduleSpec
 
 SCHEMA_VERSION = 1

@@ -12,7 +12,7 @@ from dmpctl.errors import IntegrityError, MissingError
 from dmpctl.settings.assets import AssetRow, Assets
 from dmpctl.settings.commands import COMMANDS
 from dmpctl.settings.layers import read_toml, resolve
-from dmpctl.settings.sections import SMALL_SIDE
+from dmpctl.settings.measuring import SMALL_SIDE
 
 WITH_ASSETS = ("pretrain", "patch", "sample", "fid")
 LATENTS = "vae-ema"  # what their latents are, where nothing says otherwise

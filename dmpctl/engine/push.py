@@ -45,7 +45,7 @@ def push(settings: Settings, run: str, to: str, progress: Progress) -> Report:
     if address_in(to) is None or row.dataset or row.file is not None or row.revision is not None:
         raise UsageError(f"{to} is no place for a patch on the Hub", "write hf://OWNER/NAME")
     model = load_patch(path)
-    files = files_of(path, model, to, options.with_backbone)
+    files = files_of(path, model, to, options.push_backbone)
     sizes = {name: len(content) for name, content in files.items()}
     data: dict[str, Any] = {"run": str(path), "to": to, "files": sizes, "step": model.step}
     row_shown = {"to": to, "files": ", ".join(sizes), "size": f"{sum(sizes.values()) / 1e6:.3g} MB"}

@@ -30,8 +30,9 @@ from dmpctl.metrics.frechet import Factor, features_to_fid, noise_floor
 from dmpctl.metrics.moments import FeatureMoments, features_to_moments
 from dmpctl.rng import seed_of
 from dmpctl.settings.commands import defaults_of
+from dmpctl.settings.measuring import Fid
 from dmpctl.settings.model import Settings
-from dmpctl.settings.sections import Fid, Sampling
+from dmpctl.settings.sections import Sampling
 from dmpctl.settings.study import Study, settings_of
 from dmpctl.types import Codec, Extractor, Progress, Silent, Source
 

@@ -8,24 +8,18 @@ from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
+from dmpctl.settings.exchange import Cache, Download, Exporting, Importing, Push
 from dmpctl.settings.launch import Launch
+from dmpctl.settings.measuring import Evaluate, Fid, Gates
 from dmpctl.settings.methods import METHODS
 from dmpctl.settings.sections import (
     Base,
-    Cache,
     Codec,
     Console,
     Data,
-    Download,
-    Evaluate,
-    Exporting,
-    Fid,
     Flag,
-    Gates,
     Images,
-    Importing,
     Prompting,
-    Push,
     Result,
     Run,
     Sampling,

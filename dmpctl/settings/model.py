@@ -8,30 +8,11 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from dmpctl.errors import IntegrityError
 from dmpctl.settings.assets import Assets
+from dmpctl.settings.exchange import Cache, Download, Exporting, Importing, Push
 from dmpctl.settings.launch import Launch
+from dmpctl.settings.measuring import Evaluate, Fid, Gates
 from dmpctl.settings.methods import Dmp, Method
-from dmpctl.settings.sections import (
-    Base,
-    Cache,
-    Codec,
-    Console,
-    Data,
-    Download,
-    Evaluate,
-    Exporting,
-    Fid,
-    Gates,
-    Images,
-    Importing,
-    Prompting,
-    Push,
-    Result,
-    Run,
-    Sampling,
-    Section,
-    Shape,
-    Text,
-)
+from dmpctl.settings.sections import Base, Codec, Console, Data, Images, Prompting, Result, Run, Sampling, Section, Shape, Text
 from dmpctl.settings.training import Objective, Pretrain, Save, Train
 
 

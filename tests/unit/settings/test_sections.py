@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 from pydantic import ValidationError
 
-from dmpctl.settings import launch, methods, sections, training
+from dmpctl.settings import exchange, launch, measuring, methods, sections, training
 from dmpctl.settings.commands import COMMANDS, every_option, options_of
 from dmpctl.settings.launch import Launch
 from dmpctl.settings.measuring import Fid
@@ -15,7 +15,8 @@ from dmpctl.settings.methods import METHODS, Dmp, Method, Prompts, PromptTuning
 from dmpctl.settings.sections import Data, Sampling, Section, Shape, choices_of
 from dmpctl.settings.training import Train
 
-CLASSES = {kind for module in (sections, methods, launch, training) for _, kind in inspect.getmembers(module, inspect.isclass)}
+MODULES = (sections, methods, launch, training, measuring, exchange)
+CLASSES = {kind for module in MODULES for _, kind in inspect.getmembers(module, inspect.isclass)}
 SECTIONS = sorted((kind for kind in CLASSES if issubclass(kind, Section) and kind is not Section), key=lambda kind: kind.__name__)
 FIELDS = [(section, name, field) for section in SECTIONS for name, field in section.model_fields.items()]
 

@@ -157,23 +157,24 @@ class Prompts:
     about: Mapping[str, Any]
 
 
-def prompts_for(settings: Settings, data: Source | str | None, count: int) -> tuple[list[str], dict[str, Any]]:
+def prompts_for(settings: Settings, data: Source | Data | None, count: int) -> tuple[list[str], dict[str, Any]]:
     """Captions of `count` images to be made, fewer where there are no more, and how they were found, JSON-able.
 
-    --prompt, the lines of a file, or the first caption of images of --prompts (else of `data`, a source or its name) in an
+    --prompt, the lines of a file, or the first caption of images of --prompts (else of `data`) in an
     order that the sampling seed decides, no image twice. UsageError where there is nothing to take them from.
     """
     given = settings.prompting
     if given.prompt is not None:
         return [given.prompt], {"from": "--prompt", "prompt": given.prompt}
-    wanted = given.prompts_from or data
-    if wanted is None:
+    if given.prompts_from is not None:
+        path = Path(given.prompts_from).expanduser()
+        if path.is_file() and path.suffix in ("", ".txt"):
+            texts = _lines(path)[:count]
+            return texts, {"from": str(path.absolute()), "captions": len(texts), "sha256": captions_fingerprint(texts)}
+        data = Data(data=given.prompts_from)
+    if data is None:
         raise UsageError("nothing says what the images shall show", "add --prompt TEXT or --prompts FILE")
-    path = Path(wanted).expanduser() if isinstance(wanted, str) else None
-    if path is not None and path.is_file() and path.suffix in ("", ".txt"):
-        texts = _lines(path)[:count]
-        return texts, {"from": str(path.absolute()), "captions": len(texts), "sha256": captions_fingerprint(texts)}
-    source = open_images(Data(data=wanted), None, None, settings) if isinstance(wanted, str) else wanted
+    source = open_images(data, None, None, settings) if isinstance(data, Data) else data
     order = torch.randperm(
         len(source), generator=torch.Generator().manual_seed(seed_of(settings.sampling.sample_seed, "prompts"))
     )

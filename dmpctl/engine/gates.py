@@ -174,7 +174,7 @@ def edit_sizes(model: Patched, settings: Settings, progress: Progress) -> dict[s
     """
     model = model.with_codec(settings)
     spec = model.backbone.spec
-    source = open_data(Data(data=model.trained_on), spec, model.codec, None, settings)
+    source = open_data(model.data or Data(), spec, model.codec, None, settings)
     chosen = [k * len(source) // IMAGES for k in range(min(IMAGES, len(source)))]
     items = [source.item(k) for k in chosen]
     images = torch.stack([image for image, _ in items])

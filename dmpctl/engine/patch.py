@@ -105,6 +105,8 @@ def session_of(settings: Settings, loaded: Loaded, codec: Codec, source: Source)
         latent_record(codec),
         encoder_record(text),
     )
+    named = settings.data.model_dump(include={"image_column", "label_column", "caption_column"}, exclude_none=True)
+    described["data"] |= {"columns": named} if named else {}
     predict = partial(predict_patched, loaded.model, module.time_only)
     route = partial(routing_of, loaded.model, module.time_only)
     network = module.changed if isinstance(module, FullPatch | LoraPatch) else loaded.model

@@ -15,6 +15,7 @@ from dmpctl.engine.conditions import Prompts, encoded, open_encoder, prompts_for
 from dmpctl.errors import UsageError
 from dmpctl.methods.changed import ChangedBackbone
 from dmpctl.settings.model import Settings
+from dmpctl.settings.sections import Data
 from dmpctl.types import Backbone, Codec, Progress, Routings, Source
 
 
@@ -90,6 +91,12 @@ class Patched:
             return None if name is None else str(name)
         return self.backbone.data
 
+    @property
+    def data(self) -> Data | None:
+        """The same with the columns that were named for it, to be opened."""
+        name = self.trained_on
+        return None if name is None else Data(data=name, **self.about.get("data", {}).get("columns", {}))
+
     def with_codec(self, settings: Settings) -> "Patched":
         """The same with the codec and the text encoder that the settings name; what was loaded has none until then."""
         return replace(self.with_text(settings), codec=build_codec(self.backbone, settings, self.about.get("codec")))
@@ -108,7 +115,7 @@ class Patched:
             if settings.prompting.prompt is not None or settings.prompting.prompts_from is not None:
                 raise UsageError("--prompt needs a text-conditional backbone, this one is not", "leave it out")
             return self
-        texts, about = prompts_for(settings, data or self.trained_on, count)
+        texts, about = prompts_for(settings, data or self.data, count)
         return replace(self, prompts=Prompts(encoded(texts, self.text, settings, progress), tuple(texts), about))
 
     @property

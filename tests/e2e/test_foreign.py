@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import datasets
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ from tests.foreign_helpers import pipeline, tiny_clip, tiny_clip_model, tiny_dit
 from tests.helpers import colour_folder, copied, files, run_cli, same_but_time, tensors_of
 from tests.latent_helpers import tiny_vae
 from tests.standin import Repository, running
+from tests.unit.data.made import write_parquet
 
 TRAIN = ("--iters", 4, "--batch-size", 8, "--log-every", 1, "--save-every", 2, "--cpu")
 FAST = ("--sampler", "ddim", "--steps", 2, "--cpu")
@@ -311,6 +313,30 @@ def test_a_text_dit_is_pretrained_patched_and_sampled(cli, made, tmp_path):
     both = cli("pretrain", "--data", "digits", *shape, "--class-conditional", "--run", tmp_path / "no")
     assert both.code == 2
     assert "two kinds of condition" in both.err
+
+
+def test_a_column_of_captions_that_was_named_is_used_again(cli, made, tmp_path):
+    images = sorted((made / "images").rglob("*.png"))[:24]
+    words = (datasets.Value("string"), [f"number {number}" for number in range(len(images))])
+    write_parquet(tmp_path / "data.parquet", [path.read_bytes() for path in images], words=words)
+    given = (
+        "patch",
+        "--base",
+        made / "sd",
+        "--data",
+        tmp_path / "data.parquet",
+        "--run",
+        tmp_path / "run",
+        *TRAIN,
+        "--no-evaluate",
+    )
+    refused = cli(*given)
+    assert refused.code == 2
+    assert "has no captions" in refused.err
+    assert cli(*given, "--caption-column", "words").code == 0
+    sampled = cli("sample", tmp_path / "run", "--num-images", 3, *FAST, "--json")
+    assert sampled.code == 0, sampled.err
+    assert json.loads(sampled.out)["prompts"]["captions"] == 3
 
 
 def test_images_without_captions_are_refused(cli, made, tmp_path):

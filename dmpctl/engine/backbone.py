@@ -86,7 +86,8 @@ def load_backbone(base: Base, data: str | None = None) -> Loaded:
     """
     path, heads = backbone_file(base, data)
     if path.is_dir():
-        return pipeline_backbone(path)
+        loaded = pipeline_backbone(path)
+        return loaded if loaded.text is not None else replace(loaded, text=needed_encoder(base.base))
     weights = described_beside(path, read_weights(path))
     model = freeze(model_from(weights, heads, ScheduleSpec("flow") if is_flow(base.base) else None))
     return Loaded(model, digest_of(model.state_dict()), f"{path} ({weights.taken})", weights.data, weights.codec, weights.text)
@@ -115,6 +116,12 @@ def pipeline_backbone(folder: Path) -> Loaded:
     if pipeline is not None and (pipeline / "text_encoder" / "config.json").is_file():
         text = {"name": str(pipeline.absolute())}
     return Loaded(model, digest_of(model.state_dict()), str(folder), None, codec, text)
+
+
+def needed_encoder(name: str) -> dict[str, Any] | None:
+    """The encoder of captions that a backbone of the registry needs, by its row; None where it needs none."""
+    needs = SHIPPED[name].needs if name in SHIPPED else ()
+    return next(({"name": need} for need in needs if SHIPPED[need].kind == "text"), None)
 
 
 def described_beside(path: Path, weights: Weights) -> Weights:

@@ -8,6 +8,7 @@ from dmpctl.engine import backbone
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.files import read_tensors, write_tensors
 from dmpctl.settings.sections import Base
+from tests.foreign_helpers import pipeline, tiny_pixart
 
 
 def test_the_bundled_backbone_is_frozen_and_describes_itself():
@@ -39,6 +40,14 @@ def test_an_unknown_name_gets_the_nearest(name, hint):
     with pytest.raises(UsageError, match=f"--base {name} is no known backbone") as failure:
         backbone.load_backbone(Base(base=name))
     assert hint in failure.value.hint
+
+
+def test_what_a_published_backbone_reads_captions_with_is_known(tmp_path, monkeypatch):
+    folder = pipeline(tmp_path / "pixart", tiny_pixart())
+    monkeypatch.setattr(backbone, "published_file", lambda row: folder)
+    assert backbone.load_backbone(Base(base="pixart-256")).text == {"name": "pixart-t5"}
+    assert backbone.load_backbone(Base(base=str(folder))).text is None
+    assert backbone.needed_encoder("dit-xl2-256") is None
 
 
 def test_a_folder_without_a_backbone(tmp_path):

@@ -193,7 +193,8 @@ def without_weights(name: str, shape: DiTConfig, data: str) -> MissingError:
         sizes += " --schedule flow"
     pretrain = f"dmpctl pretrain --data {quote(data)} --codec vae-ema --size 256 {sizes}"
     hint = f"with a checkpoint of your own: {command}; or train one first: {pretrain}"
-    return MissingError(f"no weights for {name}: no public checkpoint of this shape exists", hint)
+    why = "none were named" if is_flow(name) else "no public checkpoint of this shape exists"
+    return MissingError(f"no weights for {name}: {why}", hint)
 
 
 def unknown_base(name: str) -> UsageError:

@@ -171,6 +171,8 @@ def prompts_for(settings: Settings, data: Source | Data | None, count: int) -> t
         if path.is_file() and path.suffix in ("", ".txt"):
             texts = _lines(path)[:count]
             return texts, {"from": str(path.absolute()), "captions": len(texts), "sha256": captions_fingerprint(texts)}
+        if path.suffix == ".txt":
+            raise MissingError(f"there is no file {path}", "name a file with one prompt on each line, or data such as coco-val")
         data = Data(data=given.prompts_from)
     if data is None:
         raise UsageError("nothing says what the images shall show", "add --prompt TEXT or --prompts FILE")

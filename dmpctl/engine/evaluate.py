@@ -12,7 +12,7 @@ from dmpctl.engine.cache import cache_dir
 from dmpctl.engine.extraction import build_extractor, features_in, protocol_for
 from dmpctl.engine.feature_store import FeatureStore
 from dmpctl.engine.fid_images import ImageSet, open_images_of
-from dmpctl.engine.fid_metrics import clip_score_of, measured, named, noise_floor_of
+from dmpctl.engine.fid_metrics import clip_folder, clip_score_of, measured, named, noise_floor_of
 from dmpctl.engine.fid_record import (
     distance_verdict,
     failures_of,
@@ -225,6 +225,7 @@ def _refuse_others_metrics(images: ImageSet, extractor: Extractor, settings: Set
             raise UsageError("clip-score is of a text-conditional run, whose captions are known", "leave it out of --metrics")
         if images.shape[0] != 3:
             raise UsageError("clip-score is of colour images", "leave it out of --metrics")
+        clip_folder(settings)
     if {"is", "sfid"} & set(settings.fid.wanted) and extractor.name != "inception":
         raise UsageError(f"is and sfid are Inception's, the extractor is {extractor.name}", "leave them out of --metrics")
 

@@ -15,7 +15,7 @@ from dmpctl.engine.fid_record import (
     plus_minus,
 )
 from dmpctl.engine.reference import Reference
-from dmpctl.errors import UsageError
+from dmpctl.errors import MissingError, UsageError
 from dmpctl.metrics.clip_score import ClipScore, ClipScorer, scores_to_clip_score
 from dmpctl.metrics.frechet import (
     GROUPS,
@@ -69,12 +69,22 @@ def measured(
     return found, rows
 
 
+def clip_folder(settings: Settings) -> Path:
+    """Where the CLIP of --clip lies; MissingError where it is not."""
+    folder = Path(settings.fid.clip).expanduser()
+    if settings.fid.clip == "clip-l" and not folder.exists():
+        return require("clip-l", settings)
+    if not folder.is_dir():
+        raise MissingError(f"there is no CLIP {folder}", "name a folder, or clip-l")
+    return folder
+
+
 def clip_score_of(images: ImageSet, settings: Settings, device: torch.device, progress: Progress) -> ClipScore:
     """How well images of a run show what their captions say."""
-    model, name = images.model, settings.fid.clip
+    model = images.model
     if model is None or model.prompts is None:  # refused before, `_refuse_others_metrics`
         raise ValueError("images without captions have no CLIP score")
-    scorer = ClipScorer(require(name, settings) if name == "clip-l" else Path(name).expanduser(), device)
+    scorer = ClipScorer(clip_folder(settings), device)
     texts, scores = model.prompts.texts, []
     with progress.track("CLIP score", images.count) as task:
         for indices, part in images.read(range(images.count)):

@@ -202,6 +202,10 @@ def test_clip_score_of_a_run(cli, made, tmp_path):
     score = json.loads(done.out)["metrics"]["clip-score-pixels-6"]
     assert 0 <= score["value"] <= 100
     assert score["n"] == 6
+    missing = cli(*measure[:-3], "--clip", tmp_path / "none")
+    assert missing.code == 3
+    assert "there is no CLIP" in missing.err
+    assert len(missing.err.splitlines()) == 2  # before anything is measured
     refused = cli("fid", made / "images", "--reference", made / "images", "--metrics", "clip-score", "--allow-small")
     assert refused.code == 2
     assert "clip-score is of a text-conditional run" in refused.err

@@ -114,6 +114,39 @@ def test_a_model_of_diffusers_is_patched_in_place(tmp_path, monkeypatch, kind):
         dmpctl.apply(make().bfloat16(), patched)
 
 
+def test_a_whole_pipeline_of_diffusers(tmp_path, monkeypatch):
+    """Stable Diffusion's own pipeline, guidance and scheduler: other images with a patch, the same again without."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = pipeline(tmp_path / "pipe", tiny_unet(), "scaled_linear", text=True)
+    tiny_vae(folder / "vae")
+    colour_folder(tmp_path / "images", 20)
+    patched = dmpctl.train(tmp_path / "run", base=str(folder), data=str(tmp_path / "images"), gate_lr=0.1, **SMALL)
+    pipe = StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(folder / "vae"),
+        text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder"),
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        unet=tiny_unet(),
+        scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+
+    def image() -> torch.Tensor:
+        draw = torch.Generator().manual_seed(0)
+        return pipe("a cat", height=16, width=16, num_inference_steps=3, generator=draw, output_type="pt").images
+
+    plain = image()
+    assert dmpctl.apply(pipe, patched) is pipe
+    assert (image() - plain).abs().max() > 1e-4
+    dmpctl.apply(pipe, None)
+    assert torch.equal(image(), plain)
+
+
 def test_what_cannot_be_patched_is_said(tmp_path):
     patched = dmpctl.train(tmp_path / "run", **SMALL)
     with pytest.raises(UsageError, match="a Linear cannot be patched"):

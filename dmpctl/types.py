@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Prediction = Literal["epsilon", "velocity"]
+ScheduleKind = Literal["linear", "cosine", "scaled-linear", "flow"]
 Unit = Literal["it", "B"]
 
 
@@ -31,7 +32,7 @@ class ScheduleSpec:
     `flow` is no Gaussian diffusion: x_t = (1 - t / steps) x_0 + (t / steps) noise (SiT, rectified flow).
     """
 
-    kind: Literal["linear", "cosine", "scaled-linear", "flow"] = "linear"
+    kind: ScheduleKind = "linear"
     steps: int = 1000
 
 

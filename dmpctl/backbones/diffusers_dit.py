@@ -11,15 +11,12 @@ import torch
 from torch import Tensor
 
 from dmpctl.backbones.dit import DiTConfig
-from dmpctl.backbones.sites import AlikeBlocks
-from dmpctl.types import BackboneSpec, ScheduleSpec
+from dmpctl.backbones.sites import AlikeBlocks, needed
+from dmpctl.types import BackboneSpec
 
 
 class DiffusersDiT(AlikeBlocks):
     """DiTTransformer2DModel as a backbone. Conditions are labels int64 [B]; the last row of its table is the null class."""
-
-    def __init__(self, model: Any, schedule: ScheduleSpec | None = None) -> None:
-        super().__init__(model, schedule)
 
     @property
     def spec(self) -> BackboneSpec:
@@ -32,16 +29,16 @@ class DiffusersDiT(AlikeBlocks):
         return self.model.transformer_blocks[0].norm1.emb
 
     def _embed(self, t: Tensor, cond: Tensor | None) -> Tensor:
-        if cond is None:
-            raise ValueError("a class-conditional backbone needs labels")
-        return self._embed_time(t) + self._embedder.class_embedder(cond)  # type: ignore[no-any-return]
+        c: Tensor = self._embed_time(t) + self._embedder.class_embedder(needed(cond, "labels"))
+        return c
 
     def _cond(self, arguments: Mapping[str, Any]) -> Tensor | None:
         labels: Tensor | None = arguments.get("class_labels")
         return labels
 
     def _predict(self, x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
-        return self.model(x, timestep=t, class_labels=cond, return_dict=False)[0]  # type: ignore[no-any-return]
+        prediction: Tensor = self.model(x, timestep=t, class_labels=cond, return_dict=False)[0]
+        return prediction
 
 
 def to_original(model: DiffusersDiT) -> tuple[DiTConfig, dict[str, Tensor]]:

@@ -13,7 +13,7 @@ from dmpctl.backbones.pixart import PixArt
 from dmpctl.backbones.sd_unet import SdUnet
 from dmpctl.errors import DmpError, IntegrityError, MissingError, UsageError
 from dmpctl.files import read_json
-from dmpctl.types import ScheduleSpec
+from dmpctl.types import ScheduleKind, ScheduleSpec
 
 KINDS: dict[str, type[DiffusersDiT] | type[PixArt] | type[SdUnet]] = {
     "DiTTransformer2DModel": DiffusersDiT,
@@ -21,7 +21,7 @@ KINDS: dict[str, type[DiffusersDiT] | type[PixArt] | type[SdUnet]] = {
     "UNet2DConditionModel": SdUnet,
 }
 PARTS = ("transformer", "unet")  # of a pipeline, what denoises
-BETAS = {  # beta_schedule, beta_start, beta_end of diffusers -> our name
+BETAS: dict[tuple[Any, Any, Any], ScheduleKind] = {  # beta_schedule, beta_start, beta_end of diffusers -> our name
     ("linear", 1e-4, 0.02): "linear",
     ("scaled_linear", 0.00085, 0.012): "scaled-linear",
     ("squaredcos_cap_v2", None, None): "cosine",
@@ -50,32 +50,27 @@ def open_folder(folder: Path) -> Opened:
     UsageError for a model of another kind or a schedule we do not have; IntegrityError for weights that do not fit their
     config; MissingError where there are none.
     """
-    pipeline = folder if any((folder / part / "config.json").is_file() for part in PARTS) else None
-    inside = next((folder / part for part in PARTS if (folder / part / "config.json").is_file()), folder)
+    part = next((folder / part for part in PARTS if (folder / part / "config.json").is_file()), None)
+    inside = part or folder
     if not (inside / "config.json").is_file():
         raise MissingError(f"{folder} holds no model ({' or '.join(PARTS)})", "name a folder as diffusers saves it")
     config = read_json(inside / "config.json")
     name = str(config.get("_class_name"))
     if name not in KINDS:
         raise UsageError(f"{inside} holds a {name}, which cannot be patched", f"name one of {', '.join(KINDS)}")
-    beside = folder if pipeline is not None else inside.parent
-    schedule = schedule_in(beside / "scheduler" / "scheduler_config.json")
-    return Opened(_as_backbone(inside, name, loaded(inside, name), schedule), pipeline)
+    schedule = schedule_in(inside.parent / "scheduler" / "scheduler_config.json")
+    return Opened(wrapped(loaded(inside, name), schedule), folder if part is not None else None)
 
 
-def wrapped(model: nn.Module) -> Foreign:
-    """A model of diffusers in memory as a backbone; UsageError for one of another kind."""
+def wrapped(model: nn.Module, schedule: ScheduleSpec | None = None, text_tokens: int | None = None) -> Foreign:
+    """A model of diffusers in memory as a backbone; UsageError for one that cannot be."""
     name = type(model).__name__
     if name not in KINDS:
         raise UsageError(f"a {name} cannot be patched", f"known are {', '.join(KINDS)}")
-    return KINDS[name](model)
-
-
-def _as_backbone(inside: Path, name: str, model: nn.Module, schedule: ScheduleSpec | None) -> Foreign:
     try:
-        return KINDS[name](model, schedule)
+        return KINDS[name](model, schedule, text_tokens)
     except ValueError as error:
-        raise UsageError(f"{inside} cannot be patched: {error}", "Stable Diffusion 1.x is known to work") from None
+        raise UsageError(f"this {name} cannot be patched: {error}", "Stable Diffusion 1.x is known to work") from None
 
 
 def made(config: Mapping[str, Any], schedule: ScheduleSpec | None, text_tokens: int | None) -> Foreign:
@@ -85,9 +80,7 @@ def made(config: Mapping[str, Any], schedule: ScheduleSpec | None, text_tokens: 
     name = str(config.get("_class_name"))
     try:
         kind: Any = getattr(diffusers, name if name in KINDS else "")
-        model = kind.from_config(dict(config))
-        backbone = KINDS[name]
-        return backbone(model, schedule) if backbone is DiffusersDiT else backbone(model, schedule, text_tokens)  # type: ignore[call-arg]
+        return wrapped(kind.from_config(dict(config)), schedule, text_tokens)
     except (AttributeError, TypeError, ValueError, KeyError, RuntimeError) as error:
         raise IntegrityError(f"a config of {name} makes no model ({error})") from None
 
@@ -128,4 +121,4 @@ def schedule_in(path: Path) -> ScheduleSpec | None:
     key = (kind, None, None) if kind == "squaredcos_cap_v2" else (kind, start, end)
     if key not in BETAS:
         raise UsageError(f"{path} has a noise schedule {kind} from {start} to {end}, which is not known", "name another model")
-    return ScheduleSpec(BETAS[key], int(config.get("num_train_timesteps", 1000)))  # type: ignore[arg-type]
+    return ScheduleSpec(BETAS[key], int(config.get("num_train_timesteps", 1000)))

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmpctl.backbones.sites import AlikeBlocks
-from dmpctl.types import BackboneSpec, ScheduleSpec, TextSpec, text_parts
+from dmpctl.backbones.dit import DiTConfig
+from dmpctl.backbones.sites import AlikeBlocks, needed
+from dmpctl.types import BackboneSpec, TextSpec, text_parts
 
 TOKENS = 120  # of a caption: PixArt-alpha's; the model itself takes any number
 PIXELS = 8  # side of the square that one latent stands for, where the model is told of the size of its images
@@ -22,21 +23,17 @@ class PixArt(AlikeBlocks):
     c is the embedded timestep plus the mean of the caption's projected states: the gate's `t+y`. `text_tokens`: T, None: 120.
     """
 
-    def __init__(self, model: Any, schedule: ScheduleSpec | None = None, text_tokens: int | None = None) -> None:
-        super().__init__(model, schedule)
-        self.text_tokens = text_tokens or TOKENS
-
     @property
     def spec(self) -> BackboneSpec:
         """What the rest of the program may know of this backbone."""
-        return self._spec(text=TextSpec(self.text_tokens, self.model.config.caption_channels))
+        return self._spec(text=TextSpec(self.text_tokens or TOKENS, self.model.config.caption_channels))
 
     @property
     def _embedder(self) -> Any:
         return self.model.adaln_single.emb
 
     def _embed(self, t: Tensor, cond: Tensor | None) -> Tensor:
-        states, mask = text_parts(_needed(cond))
+        states, mask = text_parts(needed(cond, "captions"))
         projected = self.model.caption_projection(states)
         weights = mask.to(projected.dtype).unsqueeze(-1)
         mean: Tensor = (projected * weights).sum(1) / weights.sum(1).clamp(min=1)
@@ -51,8 +48,8 @@ class PixArt(AlikeBlocks):
         return torch.cat([states, mask.to(states.dtype).unsqueeze(-1)], -1)
 
     def _predict(self, x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
-        states, mask = text_parts(_needed(cond))
-        return self.model(  # type: ignore[no-any-return]
+        states, mask = text_parts(needed(cond, "captions"))
+        prediction: Tensor = self.model(
             x,
             encoder_hidden_states=states,
             timestep=t,
@@ -60,6 +57,7 @@ class PixArt(AlikeBlocks):
             added_cond_kwargs=self._sizes(x),
             return_dict=False,
         )[0]
+        return prediction
 
     def _sizes(self, x: Tensor) -> dict[str, Tensor | None]:
         """What a model for 1024x1024 images is told besides: their size, and that they are square."""
@@ -92,29 +90,20 @@ class PixArt(AlikeBlocks):
             nn.init.zeros_(layer.bias)
 
 
-def _needed(cond: Tensor | None) -> Tensor:
-    if cond is None:
-        raise ValueError("a text-conditional backbone needs captions")
-    return cond
-
-
-def fresh(
-    latent_shape: tuple[int, int, int], patch_size: int, width: int, depth: int, heads: int, learned_sigma: bool, text: TextSpec
-) -> nn.Module:
-    """A PixArtTransformer2DModel of this size, with diffusers' own random start."""
+def fresh(config: DiTConfig, text: TextSpec) -> nn.Module:
+    """A PixArtTransformer2DModel in the sizes of a DiT, with diffusers' own random start. Its labels say nothing here."""
     from diffusers import PixArtTransformer2DModel
 
-    channels, side, _ = latent_shape
     kind: Any = PixArtTransformer2DModel  # untyped
     model: nn.Module = kind(
-        num_attention_heads=heads,
-        attention_head_dim=width // heads,
-        in_channels=channels,
-        out_channels=2 * channels if learned_sigma else channels,
-        num_layers=depth,
-        cross_attention_dim=width,
-        sample_size=side,
-        patch_size=patch_size,
+        num_attention_heads=config.num_heads,
+        attention_head_dim=config.hidden_size // config.num_heads,
+        in_channels=config.channels,
+        out_channels=config.out_channels,
+        num_layers=config.depth,
+        cross_attention_dim=config.hidden_size,
+        sample_size=config.input_size,
+        patch_size=config.patch_size,
         caption_channels=text.width,
         use_additional_conditions=False,
         interpolation_scale=1,

@@ -10,7 +10,7 @@ from typing import Any, Literal, assert_never
 
 from torch import Tensor, nn
 
-from dmpctl.backbones.sites import Hooked, numbers_in
+from dmpctl.backbones.sites import Hooked, needed, numbers_in
 from dmpctl.types import BackboneSpec, ScheduleSpec, Site, TextSpec, text_parts
 
 TOKENS = 77  # of a caption: CLIP's
@@ -26,9 +26,8 @@ class SdUnet(Hooked):
         if config.addition_embed_type is not None or config.class_embed_type is not None or config.time_cond_proj_dim is not None:
             raise ValueError("this U-Net needs more than a timestep and a caption")
         blocks = list(transformer_blocks(model))
-        super().__init__(model, [name for name, _ in blocks], schedule or ScheduleSpec("scaled-linear"))
+        super().__init__(model, [name for name, _ in blocks], schedule or ScheduleSpec("scaled-linear"), text_tokens)
         self._scales = tuple(scale for _, scale in blocks)
-        self.text_tokens = text_tokens or TOKENS
 
     @property
     def spec(self) -> BackboneSpec:
@@ -43,7 +42,7 @@ class SdUnet(Hooked):
             learned_sigma=False,
             schedule=self.schedule,
             num_classes=0,
-            text=TextSpec(self.text_tokens, config.cross_attention_dim),
+            text=TextSpec(self.text_tokens or TOKENS, config.cross_attention_dim),
             cond_width=model.time_embedding.linear_2.out_features,
             parameters=numbers_in(model),
         )
@@ -51,18 +50,17 @@ class SdUnet(Hooked):
     def _embed(self, t: Tensor, cond: Tensor | None) -> Tensor:
         return self._embed_time(t)
 
-    def _embed_time(self, t: Tensor) -> Tensor:
-        dtype = self.model.time_embedding.linear_1.weight.dtype
-        return self.model.time_embedding(self.model.time_proj(t).to(dtype))  # type: ignore[no-any-return]
+    @property
+    def _time_embedder(self) -> tuple[Any, Any]:
+        return self.model.time_proj, self.model.time_embedding
 
     def _cond(self, arguments: Mapping[str, Any]) -> None:
         """None: the gate sees no caption."""
 
     def _predict(self, x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
-        if cond is None:
-            raise ValueError("a text-conditional backbone needs captions")
-        states, _ = text_parts(cond)
-        return self.model(x, t, encoder_hidden_states=states, return_dict=False)[0]  # type: ignore[no-any-return]
+        states, _ = text_parts(needed(cond, "captions"))
+        prediction: Tensor = self.model(x, t, encoder_hidden_states=states, return_dict=False)[0]
+        return prediction
 
 
 def transformer_blocks(model: nn.Module) -> Iterator[tuple[str, int]]:

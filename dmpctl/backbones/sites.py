@@ -3,6 +3,7 @@
 A subclass says which blocks, and what a model of its kind calls time and conditions.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,14 +43,18 @@ class LastTokens:
         return tokens[:, -self._count :], *rest
 
 
-class Hooked(nn.Module):
+class Hooked(nn.Module, ABC):
     """A model of diffusers that satisfies `types.Backbone`. Its parts and parameters keep the names they have in `model`.
 
+    `text_tokens`: of a caption, where it takes any number; None: as many as is usual for its kind, or no captions.
     Freezing is the caller's (`engine.backbone`).
     """
 
-    def __init__(self, model: nn.Module, block_names: Sequence[str], schedule: ScheduleSpec) -> None:
+    def __init__(
+        self, model: nn.Module, block_names: Sequence[str], schedule: ScheduleSpec, text_tokens: int | None = None
+    ) -> None:
         super().__init__()
+        self.text_tokens = text_tokens
         self._model, self._names, self.schedule = (model,), tuple(block_names), schedule  # in a tuple it is no submodule
         self._parameters, self._buffers, self._modules = model._parameters, model._buffers, model._modules
         self._held, self._recompute = EditInForce(), False
@@ -78,9 +83,9 @@ class Hooked(nn.Module):
             self.model.enable_gradient_checkpointing()
 
     @property
+    @abstractmethod
     def spec(self) -> BackboneSpec:
         """What the rest of the program may know of this backbone."""
-        raise NotImplementedError
 
     @property
     def linears(self) -> Mapping[str, tuple[str, ...]]:
@@ -100,9 +105,6 @@ class Hooked(nn.Module):
     def put_in_force(self, edit: Edit | None) -> None:
         """Let calls of `model` itself, by others, be edited; None: no more."""
         self._held.edit = edit
-
-    def _cond(self, arguments: Mapping[str, Any]) -> Tensor | None:
-        raise NotImplementedError
 
     # Each of the next four is entered from outside; none calls another, as each may be wrapped (engine.sharding).
 
@@ -130,22 +132,35 @@ class Hooked(nn.Module):
             if not self._recompute:  # the backward pass runs the blocks again, with this edit
                 self._held.edit = None
 
-    def _embed(self, t: Tensor, cond: Tensor | None) -> Tensor:
-        raise NotImplementedError
-
     def _embed_time(self, t: Tensor) -> Tensor:
-        raise NotImplementedError
+        features, embedder = self._time_embedder
+        embedded: Tensor = embedder(features(t).to(embedder.linear_1.weight.dtype))
+        return embedded
 
+    @property
+    @abstractmethod
+    def _time_embedder(self) -> tuple[Any, Any]:
+        """What makes features of timesteps, and what makes a vector of these."""
+
+    @abstractmethod
+    def _embed(self, t: Tensor, cond: Tensor | None) -> Tensor:
+        """c of timesteps and conditions."""
+
+    @abstractmethod
+    def _cond(self, arguments: Mapping[str, Any]) -> Tensor | None:
+        """The conditions among the arguments of a call of `model`, as `embed` takes them."""
+
+    @abstractmethod
     def _predict(self, x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
-        raise NotImplementedError
+        """The model's own call."""
 
 
 class AlikeBlocks(Hooked):
     """A transformer of diffusers over square patches, whose blocks (`transformer_blocks`) all have the same tokens."""
 
-    def __init__(self, model: Any, schedule: ScheduleSpec | None) -> None:
+    def __init__(self, model: Any, schedule: ScheduleSpec | None = None, text_tokens: int | None = None) -> None:
         names = [f"transformer_blocks.{number}" for number in range(model.config.num_layers)]
-        super().__init__(model, names, schedule or ScheduleSpec())
+        super().__init__(model, names, schedule or ScheduleSpec(), text_tokens)
         model.norm_out.register_forward_pre_hook(LastTokens(self._site.tokens))
 
     @property
@@ -168,13 +183,20 @@ class AlikeBlocks(Hooked):
         )
 
     @property
+    @abstractmethod
     def _embedder(self) -> Any:
-        """What embeds time: `time_proj`, then `timestep_embedder`."""
-        raise NotImplementedError
+        """The module that embeds time, among other things."""
 
-    def _embed_time(self, t: Tensor) -> Tensor:
-        dtype = self._embedder.timestep_embedder.linear_1.weight.dtype
-        return self._embedder.timestep_embedder(self._embedder.time_proj(t).to(dtype))  # type: ignore[no-any-return]
+    @property
+    def _time_embedder(self) -> tuple[Any, Any]:
+        return self._embedder.time_proj, self._embedder.timestep_embedder
+
+
+def needed(cond: Tensor | None, what: str) -> Tensor:
+    """The conditions; ValueError where there are none and the network needs `what`."""
+    if cond is None:
+        raise ValueError(f"this backbone needs {what}")
+    return cond
 
 
 def numbers_in(model: nn.Module) -> int:

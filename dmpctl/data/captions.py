@@ -15,6 +15,11 @@ class Captioned(Protocol):
         ...
 
 
+def drawn(count: int, seed: int, epoch: int, index: int) -> int:
+    """Which of its `count` captions image `index` has in one epoch: a function of (seed, epoch, index)."""
+    return seed_of(seed, "caption", epoch, index) % count
+
+
 def caption_of(captions: Sequence[str], seed: int, epoch: int, index: int) -> str:
     """The caption that image `index` has in one epoch: a function of (seed, epoch, index); "" where there is none."""
-    return captions[seed_of(seed, "caption", epoch, index) % len(captions)] if captions else ""
+    return captions[drawn(len(captions), seed, epoch, index)] if captions else ""

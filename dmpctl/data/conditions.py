@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dmpctl.data.captions import drawn
 from dmpctl.data.shards import Rows, Shards, per_shard_of
-from dmpctl.rng import seed_of
 
 KIND = "conditions"
 NULL = ""  # the caption that says nothing, for guidance; cached behind all others
@@ -50,11 +50,11 @@ class CaptionNumbers:
     def at(self, epochs: Tensor, indices: Tensor) -> Tensor:
         """int64 [B] of images int64 [B] in epochs int64 [B]."""
         counts, starts, null = self._counts[indices].tolist(), self._starts[indices].tolist(), int(self._counts.sum())
-        drawn = (
-            start + seed_of(self._seed, "caption", epoch, index) % count if count else null
+        numbers = (
+            start + drawn(count, self._seed, epoch, index) if count else null
             for epoch, index, start, count in zip(epochs.tolist(), indices.tolist(), starts, counts, strict=True)
         )
-        return torch.tensor(list(drawn))
+        return torch.tensor(list(numbers))
 
 
 def captions_fingerprint(captions: Sequence[str]) -> str:

@@ -146,7 +146,7 @@ def backbone_file(base: Base, data: str | None = None) -> tuple[Path, int | None
         return folder_at_hand(address), None
     if base.base in BUNDLED:
         return Path(str(resources.files("dmpctl") / "assets" / BUNDLED[base.base])), None
-    shape = shape_config(base.base.removesuffix(TEXT))
+    shape = shape_named(base.base)
     if shape is not None:
         if base.weights is None:
             raise without_weights(base.base, shape, data or "DIR")
@@ -211,17 +211,21 @@ TEXT = "-text"  # behind a shape: with attention to captions in every block
 CLIP = TextSpec(77, 768)  # CLIP ViT-L/14's
 
 
+def shape_named(name: str) -> DiTConfig | None:
+    """Sizes of a published shape, with captions or without; None if `name` is none."""
+    return shape_config(name.removesuffix(TEXT))
+
+
 def is_planned(base: Base) -> bool:
     """Whether a shape is named without weights, for a report that needs none."""
-    return base.weights is None and shape_config(base.base.removesuffix(TEXT)) is not None
+    return base.weights is None and shape_named(base.base) is not None
 
 
 def planned_model(base: Base) -> BackboneModule:
     """The network of a shape, whatever its weights: `DiT-B/2-text` is PixArt's of that size, with captions of CLIP ViT-L/14."""
-    shape = shape_config(base.base.removesuffix(TEXT))
+    shape = shape_named(base.base)
     if shape is None:
         raise unknown_base(base.base)
     if not base.base.endswith(TEXT):
         return DiT(shape, ScheduleSpec("flow") if is_flow(base.base) else None)
-    sizes = (shape.patch_size, shape.hidden_size, shape.depth, shape.num_heads, shape.learned_sigma)
-    return PixArt(fresh((shape.channels, shape.input_size, shape.input_size), *sizes, CLIP), text_tokens=CLIP.tokens)
+    return PixArt(fresh(shape, CLIP), text_tokens=CLIP.tokens)

@@ -55,13 +55,12 @@ def measure(
     A negative difference is an improvement. The standard error covers the sampling of images, not that of training.
     Without an extractor there is a loss and a sheet, and no distance.
     """
-    plain, seed = patched.unpatched(), settings.sampling.sample_seed
-    errors, steps = epsilon_errors(plain, source, device, seed, progress)
-    loss = loss_difference(errors, epsilon_errors(patched, source, device, seed, progress)[0], steps)
-    extractor = extractor_for(patched.image_shape, device)
+    extractor, seed = extractor_for(patched.image_shape, device), settings.sampling.sample_seed
     count = SHOWN if extractor is None else settings.evaluate.eval_images
     patched = patched.with_prompts(settings, count, progress, source)
     plain = patched.unpatched()
+    errors, steps = epsilon_errors(plain, source, device, seed, progress)
+    loss = loss_difference(errors, epsilon_errors(patched, source, device, seed, progress)[0], steps)
     before, after = (
         torch.cat([images for _, images in in_batches(model, range(count), settings.sampling, device, progress)])
         for model in (plain, patched)

@@ -15,7 +15,7 @@ from dmpctl.codecs.text import TextEncoder
 from dmpctl.data.captions import Captioned
 from dmpctl.data.conditions import CaptionNumbers, ConditionCache, captions_fingerprint
 from dmpctl.engine.assets import require
-from dmpctl.engine.build import open_images
+from dmpctl.engine.build import open_images, resolve_device
 from dmpctl.engine.cache import cache_dir
 from dmpctl.engine.latents import build_conditions
 from dmpctl.errors import IntegrityError, MissingError, UsageError
@@ -75,9 +75,7 @@ def encoder_record(encoder: TextEncoder | None) -> dict[str, Any] | None:
     return None if encoder is None else {"name": encoder.name, "fingerprint": encoder.revision, "tokens": encoder.max_length}
 
 
-def open_encoder(
-    settings: Settings, spec: BackboneSpec | None, recorded: Mapping[str, Any] | None, device: torch.device | str = "cpu"
-) -> TextEncoder | None:
+def open_encoder(settings: Settings, spec: BackboneSpec | None, recorded: Mapping[str, Any] | None) -> TextEncoder | None:
     """The encoder of a backbone's captions; None for a backbone without. No weights are loaded before the first caption.
 
     `spec` None: the backbone is still to be trained. `recorded`: `encoder_record` of the one it was trained with, None: unknown.
@@ -90,7 +88,7 @@ def open_encoder(
     if name is None:
         raise UsageError("nothing says which encoder reads its captions", "add --text-encoder clip-l, pixart-t5 or a folder")
     tokens = settings.text.text_tokens or (recorded or {}).get("tokens") or None
-    encoder = TextEncoder(_folder_of(name, settings), name, tokens, device)
+    encoder = TextEncoder(_folder_of(name, settings), name, tokens, resolve_device(settings.launch))
     if spec is not None and spec.text is not None and encoder.width != spec.text.width:
         raise UsageError(
             f"the text encoder {name} gives states of width {encoder.width}, the backbone takes {spec.text.width}",

@@ -31,6 +31,7 @@ from dmpctl.engine.patched import Patched
 from dmpctl.engine.ranks import Ranks, join
 from dmpctl.engine.reference import Reference, features_wanted, find_reference, open_reference
 from dmpctl.errors import ThresholdError, UsageError
+from dmpctl.metrics.clip_score import ClipScorer
 from dmpctl.metrics.frechet import (
     FidEstimate,
     PairedDifference,
@@ -62,6 +63,7 @@ def fid(settings: Settings, what: str, progress: Progress) -> Report:
     protocol, extractor = protocol_for(options, images.shape), build_extractor(options, images.shape, device)
     _refuse_small(images.count, extractor, settings)
     _refuse_others_metrics(images, extractor, settings)
+    clip = clip_folder(settings) if "clip-score" in options.wanted else None
     other = _versus(images, path, settings, device, progress)
     unsure = None if other is None else refuse_unpaired(images, other)
     if settings.console.dry_run:
@@ -76,8 +78,8 @@ def fid(settings: Settings, what: str, progress: Progress) -> Report:
     store = _features(path, images, extractor, settings, progress)
     record = record_of(images, reference, extractor, protocol, settings, str(device))
     found, rows = measured(store, reference, extractor, protocol, settings)
-    if "clip-score" in options.wanted:
-        score = clip_score_of(images, settings, device, progress)
+    if clip is not None:
+        score = clip_score_of(images, ClipScorer(clip, device), progress)
         found["clip-score"] = asdict(score) | {"clip": options.clip}
         name = f"clip-score-{short(images.count)}"
         rows.append({"metric": name, "value": f"{score.value:.4f}{plus_minus(score.standard_error)}"})
@@ -225,7 +227,6 @@ def _refuse_others_metrics(images: ImageSet, extractor: Extractor, settings: Set
             raise UsageError("clip-score is of a text-conditional run, whose captions are known", "leave it out of --metrics")
         if images.shape[0] != 3:
             raise UsageError("clip-score is of colour images", "leave it out of --metrics")
-        clip_folder(settings)
     if {"is", "sfid"} & set(settings.fid.wanted) and extractor.name != "inception":
         raise UsageError(f"is and sfid are Inception's, the extractor is {extractor.name}", "leave them out of --metrics")
 

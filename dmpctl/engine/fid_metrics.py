@@ -10,19 +10,11 @@ import torch
 from dmpctl.engine.assets import require
 from dmpctl.engine.feature_store import FeatureStore
 from dmpctl.engine.fid_images import ImageSet
-from dmpctl.engine.fid_record import (
-    metric_name,
-    plus_minus,
-)
+from dmpctl.engine.fid_record import metric_name, plus_minus
 from dmpctl.engine.reference import Reference
 from dmpctl.errors import MissingError, UsageError
 from dmpctl.metrics.clip_score import ClipScore, ClipScorer, scores_to_clip_score
-from dmpctl.metrics.frechet import (
-    GROUPS,
-    FidEstimate,
-    features_to_fid,
-    moments_to_fid,
-)
+from dmpctl.metrics.frechet import GROUPS, FidEstimate, features_to_fid, moments_to_fid
 from dmpctl.metrics.inception_score import logits_to_score
 from dmpctl.metrics.infinity import fid_infinity
 from dmpctl.metrics.kid import features_to_kid
@@ -79,12 +71,11 @@ def clip_folder(settings: Settings) -> Path:
     return folder
 
 
-def clip_score_of(images: ImageSet, settings: Settings, device: torch.device, progress: Progress) -> ClipScore:
+def clip_score_of(images: ImageSet, scorer: ClipScorer, progress: Progress) -> ClipScore:
     """How well images of a run show what their captions say."""
     model = images.model
-    if model is None or model.prompts is None:  # refused before, `_refuse_others_metrics`
+    if model is None or model.prompts is None:  # refused before anything was measured
         raise ValueError("images without captions have no CLIP score")
-    scorer = ClipScorer(clip_folder(settings), device)
     texts, scores = model.prompts.texts, []
     with progress.track("CLIP score", images.count) as task:
         for indices, part in images.read(range(images.count)):

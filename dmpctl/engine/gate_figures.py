@@ -134,9 +134,8 @@ def conditions_seen(model: Patched, t: Tensor, settings: Settings, progress: Pro
         yield from (torch.full_like(t, label) for label in (range(spec.num_classes) if wanted is None else [wanted]))
     else:
         prompts = model.with_text(settings).with_prompts(settings, CAPTIONS, progress).prompts
-        captions = prompts.captions if prompts is not None else ()
-        for number in range(len(captions)):
-            yield prompts.captions.of(torch.full_like(t, number)) if prompts is not None else None
+        if prompts is not None:  # it has an encoder
+            yield from (prompts.captions.of(torch.full_like(t, number)) for number in range(len(prompts.captions)))
 
 
 def sites_table(sites: Sequence[SiteGates]) -> tuple[dict[str, str], ...]:

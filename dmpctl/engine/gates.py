@@ -10,11 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmpctl.data.latents import unpack
 from dmpctl.diffusion.schedule import schedule_of
 from dmpctl.engine import checkpoint, page
 from dmpctl.engine.build import open_data
-from dmpctl.engine.conditions import Labels, captions_of, encoded
 from dmpctl.engine.gate_figures import (
     Seen,
     SiteGates,
@@ -27,6 +25,7 @@ from dmpctl.engine.gate_figures import (
 )
 from dmpctl.engine.gate_plots import heat_map, similarity_map
 from dmpctl.engine.generate import refuse_label
+from dmpctl.engine.paired_loss import clean_images
 from dmpctl.engine.patch_files import load_result, outputs_of
 from dmpctl.engine.patched import Patched
 from dmpctl.engine.stop import Stop
@@ -67,8 +66,8 @@ def inspect(settings: Settings, run: Path, progress: Progress) -> Report:
 
 def _wait(seconds: float, stop: Stop) -> None:
     until = time.monotonic() + seconds
-    while time.monotonic() < until and not stop.got:
-        time.sleep(min(POLL, until - time.monotonic()) if until > time.monotonic() else 0)
+    while (left := until - time.monotonic()) > 0 and not stop.got:
+        time.sleep(min(POLL, left))
 
 
 def _inspected(settings: Settings, run: Path, progress: Progress, owner: Path | None = None) -> Report:
@@ -175,16 +174,9 @@ def edit_sizes(model: Patched, settings: Settings, progress: Progress) -> dict[s
     model = model.with_codec(settings)
     spec = model.backbone.spec
     source = open_data(model.data or Data(), spec, model.codec, None, settings)
-    chosen = [k * len(source) // IMAGES for k in range(min(IMAGES, len(source)))]
-    items = [source.item(k) for k in chosen]
-    images = torch.stack([image for image, _ in items])
-    x0 = unpack(images).mean if images.is_floating_point() else model.codec.encode(images).mean
-    cond = None
-    if model.text is not None:
-        texts = encoded([captions_of(source, k, 1)[0] for k in chosen], model.text, settings, progress)
-        cond = texts.of(torch.arange(len(chosen)))
-    elif spec.num_classes:
-        cond = Labels(spec.null_class).of(torch.tensor([label for _, label in items]))
+    count = min(IMAGES, len(source))
+    x0, told, numbers = clean_images(model, source, count, torch.device("cpu"), progress)
+    cond = None if told is None else told.of(numbers)
     schedule, steps = schedule_of(spec.schedule), timesteps_seen(model, 2 * LEVELS + 1)[1::2]
     ratios: dict[int, list[float]] = {}
     for t in steps:
@@ -193,7 +185,7 @@ def edit_sizes(model: Patched, settings: Settings, progress: Progress) -> dict[s
         for site, ratio in _ratios(model, schedule.add_noise(x0, at, noise), at, cond).items():
             ratios.setdefault(site, []).append(ratio)
     sites = {str(site): {"mean": sum(values) / len(values), "by_timestep": values} for site, values in sorted(ratios.items())}
-    return {"timesteps": steps, "images": len(chosen), "sites": sites}
+    return {"timesteps": steps, "images": count, "sites": sites}
 
 
 def _ratios(model: Patched, x_t: Tensor, t: Tensor, cond: Tensor | None) -> dict[int, float]:

@@ -80,9 +80,9 @@ def _named(values: Mapping[str, Any], rows: Registry) -> Iterator[AssetRow]:
 
 def _is_shape(base: str) -> bool:
     """Whether it is a published shape, whose backbones work on latents of 4 channels."""
-    from dmpctl.backbones.dit import shape_config  # torch: only where an experiment is looked at
+    from dmpctl.engine.backbone import shape_named  # torch: only where an experiment is looked at
 
-    return shape_config(base.removesuffix("-text")) is not None
+    return shape_named(base) is not None
 
 
 def _is_small(values: Mapping[str, Any]) -> bool:

@@ -3,7 +3,6 @@
 MINIATURE: 25 fixed timesteps, one fixed noise; differences of 1e-5 show where Fréchet distances of samples do not.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,11 +54,7 @@ def epsilon_errors(
     schedule = schedule_of(spec.schedule).to(device)
     steps = [int(t) for t in torch.linspace(0, spec.schedule.steps - 1, 2 * TIMESTEPS + 1)[1::2]]
     count = min(len(source), MOST_IMAGES if most is None else most)
-    chosen = [i * len(source) // count for i in range(count)]  # spread evenly: class folders are sorted
-    items = [source.item(i) for i in chosen]
-    images = torch.stack([image for image, _ in items])
-    x0 = torch.cat([model.codec.encode(part.to(device)).mean.cpu() for part in torch.split(images, batch)])
-    told, numbers = _conditions(model, source, chosen, torch.tensor([label for _, label in items]), progress)
+    x0, told, numbers = clean_images(model, source, count, device, progress, batch)
     errors = torch.empty(len(steps), count, dtype=torch.float64)
     model.to(device)
     with progress.track("paired loss", len(steps)) as task:
@@ -77,15 +72,22 @@ def epsilon_errors(
     return errors, steps
 
 
-def _conditions(
-    model: Patched, source: Source, chosen: Sequence[int], labels: Tensor, progress: Progress
-) -> tuple[Conditions | None, Tensor]:
-    """What the backbone is told of these images, and under which numbers: classes, or the first caption of each."""
+def clean_images(
+    model: Patched, source: Source, count: int, device: torch.device, progress: Progress, batch: int = 512
+) -> tuple[Tensor, Conditions | None, Tensor]:
+    """Latents [count, C, H, W] on the CPU of so many images, what the backbone is told, and under which numbers [count].
+
+    That is their classes, or the first caption of each; None: nothing.
+    """
+    chosen = [i * len(source) // count for i in range(count)]  # spread evenly: class folders are sorted
+    items = [source.item(i) for i in chosen]
+    images, labels = torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
+    x0 = torch.cat([model.codec.encode(part.to(device)).mean.cpu() for part in torch.split(images, batch)])
     spec = model.backbone.spec
     if model.text is None:
-        return (Labels(spec.null_class) if spec.num_classes else None), labels
+        return x0, (Labels(spec.null_class) if spec.num_classes else None), labels
     texts = [captions_of(source, index, 1)[0] for index in chosen]
-    return encoded(texts, model.text, Settings(), progress), torch.arange(len(texts))
+    return x0, encoded(texts, model.text, Settings(), progress), torch.arange(count)
 
 
 def error_profile(model: Patched, source: Source, seed: int, device: torch.device, progress: Progress) -> dict[int, float]:

@@ -94,7 +94,7 @@ def session_of(settings: Settings, loaded: Loaded, codec: Codec, source: Source)
     """The training of a fresh patch on this backbone."""
     loaded.model.recompute = settings.train.grad_checkpoint
     module = build_patch(loaded.model, settings.method, settings.run.seed)
-    text = open_encoder(settings, loaded.spec, loaded.text, resolve_device(settings.launch))
+    text = open_encoder(settings, loaded.spec, loaded.text)
     described = describe_patch(
         loaded,
         settings.base,

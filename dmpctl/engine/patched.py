@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dmpctl.codecs.identity import Identity
 from dmpctl.codecs.text import TextEncoder
 from dmpctl.engine.backbone import Loaded
-from dmpctl.engine.build import PatchModule, build_codec, resolve_device
+from dmpctl.engine.build import PatchModule, build_codec
 from dmpctl.engine.conditions import Prompts, encoded, open_encoder, prompts_for
 from dmpctl.errors import UsageError
 from dmpctl.methods.changed import ChangedBackbone
@@ -104,7 +104,7 @@ class Patched:
     def with_text(self, settings: Settings) -> "Patched":
         """The same with the text encoder alone."""
         recorded = self.about.get("text") or self.backbone.text
-        return replace(self, text=open_encoder(settings, self.backbone.spec, recorded, resolve_device(settings.launch)))
+        return replace(self, text=open_encoder(settings, self.backbone.spec, recorded))
 
     def with_prompts(self, settings: Settings, count: int, progress: Progress, data: Source | None = None) -> "Patched":
         """The same with captions for `count` generated images, encoded; `data` None: of --prompts, or what it was trained on.

@@ -13,7 +13,7 @@ from dmpctl.codecs.identity import Identity
 from dmpctl.codecs.text import TextEncoder
 from dmpctl.engine.assets import require
 from dmpctl.engine.backbone import Loaded, facts_of, metadata_of
-from dmpctl.engine.build import open_images, own_data, resolve_device
+from dmpctl.engine.build import open_images, own_data
 from dmpctl.engine.codec import latent_record, open_codec
 from dmpctl.engine.conditions import captions_of, encoder_record, open_encoder
 from dmpctl.engine.launch import accelerator_for
@@ -77,7 +77,7 @@ def pretrain(settings: Settings, progress: Progress) -> Report:
     codec = open_codec(settings.codec, partial(require, settings=settings))
     source = open_images(settings.data, settings.data.size, settings.data.channels, settings)
     config = config_for(settings, codec, source)
-    text = open_encoder(settings, None, None, resolve_device(settings.launch)) if settings.shape.text_conditional else None
+    text = open_encoder(settings, None, None) if settings.shape.text_conditional else None
     path = default_run(settings, source).expanduser().absolute()
     session = session_of(settings, config, ScheduleSpec(settings.shape.schedule), codec, source, text)
     if settings.console.dry_run:
@@ -97,20 +97,19 @@ def session_of(
 ) -> Session:
     """The training of a fresh backbone on latents of these images; with `text` on their captions, as PixArt's transformer."""
     generator = torch.Generator().manual_seed(seed_of(settings.run.seed, "initialise"))
-    record, name = latent_record(codec), lasting_name(settings.data.data or source.name)
+    codec_record, text_record = latent_record(codec), encoder_record(text)
+    name = lasting_name(settings.data.data or source.name)
     model: DiT | PixArt
     if text is None:
         model = DiT(config, schedule)
     else:
-        sizes = (config.patch_size, config.hidden_size, config.depth, config.num_heads, config.learned_sigma)
-        latents = (config.channels, config.input_size, config.input_size)
         with torch.random.fork_rng(devices=[]):  # diffusers draws a start of its own, which is then drawn over
-            network = fresh(latents, *sizes, TextSpec(text.max_length, text.width))
+            network = fresh(config, TextSpec(text.max_length, text.width))
         model = PixArt(network, schedule, text.max_length)
     model.initialise(generator)
-    metadata = metadata_of(Loaded(model, "", "", name, record, encoder_record(text)))
+    metadata = metadata_of(Loaded(model, "", "", name, codec_record, text_record))
     facts = {**facts_of(model), "data": source.name, "images": len(source)}
-    facts |= {key: value for key, value in (("codec", record), ("text", encoder_record(text))) if value is not None}
+    facts |= {key: value for key, value in (("codec", codec_record), ("text", text_record)) if value is not None}
     model.recompute = settings.train.grad_checkpoint
     groups = [{"name": "backbone", "params": list(model.parameters()), "lr": settings.pretrain.lr}]
     subject = Subject(

@@ -42,7 +42,7 @@ def push(settings: Settings, run: str, to: str, progress: Progress) -> Report:
     """
     path, options = Path(run).expanduser().absolute(), settings.push
     row = parse(to)
-    if address_in(to) is None or row.dataset or row.file is not None or row.revision is not None:
+    if row.dataset or row.file is not None or row.revision is not None:
         raise UsageError(f"{to} is no place for a patch on the Hub", "write hf://OWNER/NAME")
     model = load_patch(path)
     files = files_of(path, model, to, options.push_backbone)
@@ -125,7 +125,7 @@ def card(path: Path, about: Mapping[str, Any], to: str) -> str:
 def _numbers(path: Path) -> list[str]:
     """What the run has measured, with what fixes the numbers."""
     found = []
-    for file in sorted((path / "metrics").glob("*.json")) if (path / "metrics").is_dir() else []:
+    for file in sorted(path.glob("metrics/*.json")):
         record = read_json(file)
         if "paired_loss_verdict" in record:
             if record["difference"]:
@@ -141,16 +141,9 @@ def _numbers(path: Path) -> list[str]:
 
 def _licences(row: Any, data_row: Any) -> list[str]:
     """What backbone and data are under; a patch of a backbone is bound by both."""
-    lines = [
-        f"- {what}: {found.licence}"
-        for what, found in (("backbone", row), ("data", data_row))
-        if found is not None and found.licence
-    ]
-    return (
-        ["\n".join(lines)]
-        if lines
-        else ["The licences of backbone and data are not known to dmpctl: ask whoever published them."]
-    )
+    known = {"backbone": row, "data": data_row}
+    lines = [f"- {what}: {found.licence}" for what, found in known.items() if found is not None and found.licence]
+    return ["\n".join(lines) or "The licences of backbone and data are not known to dmpctl: ask whoever published them."]
 
 
 def _sent(row: AssetRow, files: Mapping[str, bytes], step: int, private: bool) -> str:

@@ -124,7 +124,7 @@ def open_stage(study: Study, name: str, settings: Settings, device: torch.device
         options = Fid(extractor=compare.extractor, extractor_weights=compare.extractor_weights)
         extractor = build_extractor(options, codec.image_shape(spec.latent_shape), device)
     folder = compare.run.expanduser().absolute() / name
-    text = open_encoder(plain, spec, loaded.text, device)
+    text = open_encoder(plain, spec, loaded.text)
     return Stage(name, folder, plain, loaded, codec, source, compare.eval_images, extractor, text)
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dmpctl.backbones.diffusers_dit import DiffusersDiT, to_original
-from dmpctl.backbones.diffusers_folder import holds_diffusers, made, open_folder
-from dmpctl.backbones.dit import DiT
+from dmpctl.backbones.diffusers_folder import holds_diffusers, made, open_folder, wrapped
+from dmpctl.backbones.dit import DiT, DiTConfig
 from dmpctl.backbones.pixart import PixArt, fresh, plain_config
 from dmpctl.backbones.sd_unet import SdUnet, sites_in
 from dmpctl.errors import IntegrityError, MissingError, UsageError
@@ -116,6 +116,8 @@ def test_a_u_net_that_needs_more_is_refused(tmp_path):
     model = tiny_unet(class_embed_type="timestep")
     with pytest.raises(ValueError, match="more than a timestep and a caption"):
         SdUnet(model)
+    with pytest.raises(UsageError, match="more than a timestep and a caption"):
+        wrapped(model)
     with pytest.raises(UsageError, match="cannot be patched"):
         open_folder(pipeline(tmp_path / "pipe", model))
 
@@ -145,7 +147,7 @@ def test_a_pipeline_is_opened_with_its_schedule(tmp_path, model, schedule, kind)
 
 
 def test_a_config_alone_makes_the_same_network():
-    model = fresh((4, 8, 8), 2, 16, 2, 2, True, TextSpec(TOKENS, WIDTH))
+    model = fresh(DiTConfig(8, 4, 2, 16, 2, 2), TextSpec(TOKENS, WIDTH))
     again = made(json.loads(json.dumps(plain_config(model))), ScheduleSpec("cosine"), 33)
     assert again.spec.text == TextSpec(33, WIDTH)
     assert again.spec.schedule.kind == "cosine"
@@ -189,12 +191,12 @@ def test_what_is_wrong_with_a_folder_is_one_sentence(tmp_path):
 
 
 def test_a_fresh_text_dit_starts_without_looking_at_captions():
-    model = PixArt(fresh((4, 8, 8), 2, 16, 2, 2, True, TextSpec(TOKENS, WIDTH)), text_tokens=TOKENS)
+    model = PixArt(fresh(DiTConfig(8, 4, 2, 16, 2, 2), TextSpec(TOKENS, WIDTH)), text_tokens=TOKENS)
     model.initialise(torch.Generator().manual_seed(0))
     assert not model.denoise(X, T, TEXT).any()  # the last layer is zero
     torch.nn.init.normal_(model.model.proj_out.weight, generator=torch.Generator().manual_seed(1))
     assert torch.equal(model.denoise(X, T, TEXT), model.denoise(X, T, TEXT.roll(1, 0)))
-    again = PixArt(fresh((4, 8, 8), 2, 16, 2, 2, True, TextSpec(TOKENS, WIDTH)))
+    again = PixArt(fresh(DiTConfig(8, 4, 2, 16, 2, 2), TextSpec(TOKENS, WIDTH)))
     again.initialise(torch.Generator().manual_seed(0))
     other = again.state_dict()
     assert all(torch.equal(value, other[name]) for name, value in model.state_dict().items() if name != "proj_out.weight")

@@ -335,7 +335,7 @@ trainer = Trainer(session.subject, loaded.spec, session.codec, session.source, s
 reduced = trainer.module._get_ddp_logging_data()["total_parameter_size_bytes"]
 own = sum(p.numel() * p.element_size() for p in session.subject.module.parameters() if p.requires_grad)
 assert not any(p.requires_grad for p in loaded.model.parameters())
-print(f"{accelerator.num_processes} {reduced} {own}", flush=True)
+sys.stdout.write(f"{accelerator.num_processes} {reduced} {own}\\n")  # whole: print writes the end of the line by itself
 """
 
 

@@ -1,4 +1,4 @@
-"""One of the processes of a command, started by `engine.launcher`: `python -m dmpctl.cli.worker FOLDER`.
+"""One of the processes of a command, started by `engine.launcher`: `python -m dmpctl.cli.worker FOLDER LAUNCHER_PID`.
 
 FOLDER/job.json says what to do. How it ends goes into FOLDER/attempt-A/rank-R.json; nothing is said on the terminal but by
 rank 0, and a failure by the launcher alone.
@@ -19,16 +19,19 @@ from typing import Any
 from dmpctl.cli.app import module_of
 from dmpctl.cli.console import progress_for
 from dmpctl.cli.options import Call, perform
+from dmpctl.engine.stop import hold_signals, let_signals_in
 from dmpctl.errors import DmpError, Interrupted
 from dmpctl.files import make_folder, read_json, write_atomic, write_json
 
 LOSSES = ("closed by peer", "connection reset", "connection closed", "broken pipe", "timed out", "timeout", "aborted")
 
 
-def end_with_launcher() -> None:
+def end_with(launcher: int) -> None:
     """The launcher starts us in a session of our own: without this, killing it would leave us at work (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        if os.getppid() != launcher:  # it went before we could ask
+            sys.exit(0)
 
 
 def work(folder: Path) -> int:
@@ -39,6 +42,7 @@ def work(folder: Path) -> int:
     outcome = {"rank": rank, "expected": True, "echo": False, "message": "", "hint": None, "exit_code": 0, "signal": 0}
     code, debug = 0, False
     try:
+        let_signals_in()
         from dmpctl.engine.launcher import Job
 
         job = Job.from_dict(read_json(folder / "job.json"))
@@ -59,6 +63,7 @@ def work(folder: Path) -> int:
         outcome |= _unexpected(error)
         code = DmpError.exit_code
         _trace(error, debug or rank > 0)  # ranks above 0 write to a log, which the launcher names
+    hold_signals()  # what is to be said is said, and the end is near
     write_json(place, {**outcome, "at": time.time()})
     return code
 
@@ -96,7 +101,8 @@ def _trace(error: BaseException, wanted: bool) -> None:
 
 
 if __name__ == "__main__":
-    end_with_launcher()
+    end_with(launcher=int(sys.argv[2]))
     ended = work(Path(sys.argv[1]))
     sys.stdout.flush()
-    sys.exit(ended)
+    sys.stderr.flush()
+    os._exit(ended)  # all is said and on disk: threads of a library that it forgets may abort an orderly end of the interpreter

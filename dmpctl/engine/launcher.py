@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from dmpctl.engine.ranks import launched
+from dmpctl.engine.stop import hold_signals, let_signals_in
 from dmpctl.errors import DmpError, Interrupted
 from dmpctl.files import read_json, write_json
 from dmpctl.settings.launch import Launch
@@ -122,7 +123,7 @@ def _started(launch: Launch, processes: int, folder: Path) -> "dict[int, Any] | 
     there = LaunchConfig.__dataclass_fields__  # older releases of torch wait 30 sec after a signal, whatever is asked for
     config = LaunchConfig(**{name: value for name, value in wanted.items() if name in there})
     try:
-        elastic_launch(config, sys.executable)("-m", "dmpctl.cli.worker", str(folder))
+        elastic_launch(config, sys.executable)("-m", "dmpctl.cli.worker", str(folder), str(os.getpid()))
     except ChildFailedError as error:
         return dict(error.failures)
     except SignalException as error:
@@ -144,11 +145,12 @@ def _outcome(folder: Path, caught: "dict[int, Any] | signal.Signals", hung: Coll
         return max((int(outcome["exit_code"]) for outcome in found), default=0)
     where = f"logs: {folder / 'logs'}"
     said = sorted((o for o in found if o["message"]), key=lambda o: (o["echo"], not o["expected"], o["at"]))
-    died = {rank: failure for rank, failure in sorted(caught.items()) if rank not in {outcome["rank"] for outcome in said}}
+    by_launcher_last = sorted(caught.items(), key=lambda item: (item[1].exitcode == -signal.SIGTERM, item[0]))
+    died = {rank: failure for rank, failure in by_launcher_last if rank not in {outcome["rank"] for outcome in said}}
     if said and not (said[0]["echo"] and died):
         alike = len(said) > 1 and len({outcome["message"] for outcome in said}) == 1
         raise _again(said[0], alike, None if said[0]["expected"] else where)
-    rank, failure = next(iter(died.items()), next(iter(caught.items())))
+    rank, failure = next(iter(died.items()), by_launcher_last[0])
     who = f"rank {rank} (pid {failure.pid})"
     if failure.pid in hung:
         raise DmpError(f"{who} hangs: the others waited for it for --rank-timeout seconds", where)
@@ -188,9 +190,11 @@ def ending_the_rest(folder: Path) -> Iterator[set[int]]:
     before = signal.set_wakeup_fd(hearing, warn_on_full_buffer=False)  # the launcher's own handlers say nothing to us
     thread = Thread(target=_watch, args=(folder, heard, done, killed), daemon=True)
     thread.start()
+    hold_signals()  # by the processes, until they are ready; here the watching thread takes them for this one
     try:
         yield killed
     finally:
+        let_signals_in()
         done.set()
         thread.join()
         signal.set_wakeup_fd(before)

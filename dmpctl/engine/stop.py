@@ -11,6 +11,19 @@ from dmpctl.errors import Interrupted
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
+def hold_signals() -> None:
+    """From here on these signals wait, in this thread and in processes that it starts, until `let_signals_in`.
+
+    A process that has just been started has no handlers yet: it would end in the middle of an import, with a traceback.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def let_signals_in() -> None:
+    """Those that waited are obeyed now."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
 class Stop:
     """Context in which a signal sets `got` instead of ending the process (0: none came); a second Ctrl-C ends at once."""
 

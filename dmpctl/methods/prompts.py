@@ -16,6 +16,7 @@ from dmpctl.rng import seed_of
 from dmpctl.settings.methods import Prompts
 from dmpctl.types import BackboneSpec, Edit
 
+CACHED = 2**17  # numbers (512 KiB) that a processor has at hand
 RANDOM_STD = 0.02  # standard deviation of prompts with --prompt-init random
 
 
@@ -141,8 +142,9 @@ class PromptModule(nn.Module):
 class GatedAdd(torch.autograd.Function):
     """tokens + gates * prompts (eq. 2), in one pass over the tokens [B, N, D]; gates [B, N], prompts [N, D].
 
-    The backward pass reads the gradient once for the gates and once for the prompts, as batched matrix products over the
-    tokens; autograd's own would write and read several tensors as large as the tokens. Sums are float32.
+    Autograd's own backward pass would write and read several tensors as large as the tokens. On a GPU it is two batched matrix
+    products over the tokens; a CPU would copy their operands first, so there parts of the batch are summed that stay in its
+    cache. Sums are float32.
     """
 
     @staticmethod
@@ -154,13 +156,29 @@ class GatedAdd(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         gates, prompts = ctx.saved_tensors
-        by_token = grad.float().transpose(0, 1)  # [N, B, D]
-        for_gates = for_prompts = None
-        if ctx.needs_input_grad[1]:
-            for_gates = torch.bmm(by_token, prompts.unsqueeze(2)).squeeze(2).t()
-        if ctx.needs_input_grad[2]:
-            for_prompts = torch.bmm(gates.t().unsqueeze(1), by_token).squeeze(1)
-        return grad, for_gates, for_prompts
+        gradients = cached_gradients if grad.is_cpu else bmm_gradients
+        for_gates, for_prompts = gradients(grad.float(), gates, prompts)
+        return grad, for_gates if ctx.needs_input_grad[1] else None, for_prompts if ctx.needs_input_grad[2] else None
+
+
+def bmm_gradients(grad: Tensor, gates: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of gates [B, N] and prompts [N, D] in gates * prompts, whose own is `grad` [B, N, D]."""
+    by_token = grad.transpose(0, 1)  # [N, B, D]
+    return torch.bmm(by_token, prompts.unsqueeze(2)).squeeze(2).t(), torch.bmm(gates.t().unsqueeze(1), by_token).squeeze(1)
+
+
+def cached_gradients(grad: Tensor, gates: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:
+    """What `bmm_gradients` gives, by parts of the batch of at most CACHED numbers."""
+    many = max(1, CACHED // prompts.numel())
+    for_gates = []
+    for_prompts = torch.zeros_like(prompts)
+    for part, weights in zip(torch.split(grad, many), torch.split(gates.unsqueeze(-1), many), strict=True):
+        for_gates.append((part * prompts).sum(-1))
+        if many > 1:
+            for_prompts += (part * weights).sum(0)
+        else:
+            for_prompts.addcmul_(part[0], weights[0])
+    return torch.cat(for_gates), for_prompts
 
 
 def gated_edit(shape: PromptShape, gates: Sequence[Tensor], prompts: Sequence[Tensor]) -> Edit:

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -270,6 +271,37 @@ def test_a_command_that_is_killed_leaves_no_process_and_a_second_ctrl_c_does_not
     assert code == 130
     assert "error: stopped by SIGINT" in err
     assert "Traceback" not in err
+
+
+def workers(pid: int) -> list[int]:
+    """The processes that this launcher has started to do the work."""
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    found = []
+    for child in path.read_text().split() if path.is_file() else []:
+        with suppress(FileNotFoundError, ProcessLookupError):  # others come and go
+            if b"dmpctl.cli.worker" in Path(f"/proc/{child}/cmdline").read_bytes():
+                found.append(int(child))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("after", [0.0, 0.05, 0.3, 1.0])
+def test_a_signal_to_processes_that_are_being_started_leaves_one_sentence_and_no_process(tmp_path, number, after):
+    """While they import, a signal would end them with a traceback: it waits until they can take it."""
+    started = Started("patch", "--run", tmp_path / "run", "--iters", 100000, *STEPS, *TWO, cwd=tmp_path, tmp=tmp_path / "tmp")
+    started.until(lambda: workers(started.process.pid))
+    time.sleep(after)
+    pids = workers(started.process.pid)
+    started.process.send_signal(number)
+    code, _, err = started.end()
+    assert code == 128 + number, err
+    assert f"error: stopped by {number.name}" in err
+    assert "Traceback" not in err
+    limit = time.monotonic() + 30
+    while (left := [pid for pid in pids if Path(f"/proc/{pid}").exists()]) and time.monotonic() < limit:
+        time.sleep(0.1)
+    assert not left
 
 
 @pytest.mark.slow

@@ -91,6 +91,12 @@ def test_one_that_says_nothing_is_named_by_its_code(tmp_path):
     assert raised(tmp_path, {1: Failure(11, 3)}).message == "rank 1 (pid 11) ended with exit code 3 and said nothing"
 
 
+def test_one_that_the_launcher_ended_is_not_the_cause(tmp_path):
+    for died in ({0: Failure(10, -15), 1: Failure(11, -6)}, {1: Failure(11, -6), 2: Failure(12, -15)}):
+        assert raised(tmp_path, died).message == "rank 1 (pid 11) was ended by SIGABRT"
+    assert raised(tmp_path, {0: Failure(10, -15)}).message == "rank 0 (pid 10) was ended by SIGTERM"
+
+
 def test_only_processes_of_ours_are_alive():
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     assert alive(child.pid)

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from dmpctl.errors import UsageError
+from dmpctl.methods import prompts as prompts_module
 from dmpctl.methods.dmp import dmp_shape
-from dmpctl.methods.prompts import PromptShape, gated_edit, patched_blocks, prompt_shape
+from dmpctl.methods.prompts import PromptShape, bmm_gradients, cached_gradients, gated_edit, patched_blocks, prompt_shape
 from dmpctl.settings.methods import Dmp, PromptTuning
 from tests.unit.methods.made import SPEC, B, D, L, N, T, X, Y, backbone, fresh, made, normal, routed, spec
 
@@ -274,3 +275,17 @@ def test_the_gated_sum_and_its_gradients_are_those_of_the_formula(rows, dtype):
     for mine, theirs in zip(one, two, strict=True):
         assert mine.shape == theirs.shape
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("cached", [1, 24, 48, 1000])
+def test_gradients_of_the_gated_sum_do_not_depend_on_the_parts_they_are_summed_in(cached, monkeypatch):
+    """Sample by sample, two at a time with one left over, all at once; and as a GPU takes them: autograd's own."""
+    monkeypatch.setattr(prompts_module, "CACHED", cached)
+    generator = torch.Generator().manual_seed(0)
+    grad, gates, prompts = (torch.randn(*shape, generator=generator) for shape in ((5, 4, 6), (5, 4), (4, 6)))
+    inputs = gates.requires_grad_(), prompts.requires_grad_()
+    expected = torch.autograd.grad(gates.unsqueeze(-1) * prompts, inputs, grad)
+    with torch.no_grad():
+        for found in (cached_gradients(grad, gates, prompts), bmm_gradients(grad, gates, prompts)):
+            for mine, theirs in zip(found, expected, strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)

@@ -1,10 +1,11 @@
 """What tests of several rooms share: a finished run, and the command line in this process."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 
 from dmpctl.cli.app import main
 from tests.helpers import Done, patch_run, pretrain_run
@@ -14,6 +15,14 @@ from tests.helpers import Done, patch_run, pretrain_run
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("DMPCTL_")]:
         monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def fresh_precision() -> Iterator[None]:
+    """accelerate keeps one precision per process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

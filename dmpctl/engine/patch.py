@@ -24,7 +24,7 @@ from dmpctl.engine.patched import Patched, predict_patched, routing_of
 from dmpctl.engine.pictures import write_picture
 from dmpctl.engine.rundir import RunDir
 from dmpctl.engine.session import Session, Trained, train_in
-from dmpctl.engine.speed import frozen_weights
+from dmpctl.engine.speed import state_as_cast
 from dmpctl.engine.train import Subject
 from dmpctl.errors import IntegrityError
 from dmpctl.files import make_folder, read_json, write_json
@@ -55,7 +55,7 @@ def patch(settings: Settings, progress: Progress) -> Report:
     accelerator = accelerator_for(settings)
     with RunDir(path, accelerator.is_main_process) as run:
         loaded.model.to(accelerator.device)
-        expected = digest_as_cast(loaded, settings)
+        expected = digest_of(state_as_cast(loaded.model, settings))
         trained = train_in(run, session, settings, accelerator, progress)
         refuse_changed_backbone(loaded, expected)
         if not accelerator.is_main_process:  # what is left is rank 0's, and no collective
@@ -115,15 +115,6 @@ def session_of(settings: Settings, loaded: Loaded, codec: Codec, source: Source)
     digests = {"backbone_sha256": loaded.digest, "data_fingerprint": source.fingerprint}
     profile = partial(error_profile, Patched(loaded, None, {}, codec, text), source, settings.run.seed)
     return Session("patch", subject, loaded.spec, codec, source, digests, {"backbone": loaded.origin}, profile=profile, text=text)
-
-
-def digest_as_cast(loaded: Loaded, settings: Settings) -> str:
-    """The backbone's digest with those weights in bf16 that --backbone-dtype casts."""
-    if settings.base.backbone_dtype == "float32":
-        return loaded.digest
-    cast = set(frozen_weights(loaded.model))
-    tensors = loaded.model.state_dict()
-    return digest_of({name: value.to(torch.bfloat16) if name in cast else value for name, value in tensors.items()})
 
 
 def refuse_changed_backbone(loaded: Loaded, expected: str | None = None) -> None:

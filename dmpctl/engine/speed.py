@@ -1,11 +1,10 @@
 """What makes the same arithmetic faster: compiled blocks, TF32, weights of frozen blocks in the format they are computed in."""
 
-from collections.abc import Iterable
-
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dmpctl.backbones.sites import Hooked
+from dmpctl.engine.fp8 import keep_in_fp8, to_fp8
 from dmpctl.errors import UsageError
 from dmpctl.settings.launch import Launch
 from dmpctl.settings.model import Settings
@@ -35,34 +34,47 @@ def allow_tf32(launch: Launch) -> None:
 
 
 def cast_frozen(network: nn.Module, settings: Settings) -> None:
-    """Under --backbone-dtype bf16: weights of the linear layers in the blocks, which autocast would cast in every step.
+    """The linear layers in the blocks as --backbone-dtype wants their frozen weights.
 
-    Nothing is computed otherwise, bit for bit. UsageError without --precision bf16, where it would be.
+    bf16: what autocast would cast them to in every step, so that nothing is computed otherwise, bit for bit; UsageError without
+    --precision bf16. fp8: `engine.fp8`, which changes what is computed. UsageError for either where the backbone is trained.
     """
-    if settings.base.backbone_dtype == "float32":
+    wanted = settings.base.backbone_dtype
+    if wanted == "float32":
         return
-    if settings.train.precision != "bf16":
+    if wanted == "bf16" and settings.train.precision != "bf16":
         raise UsageError("--backbone-dtype bf16 goes with --precision bf16", "add it, or leave --backbone-dtype out")
-    names = frozen_weights(network)
-    if not names:
-        raise UsageError("--backbone-dtype bf16 is for a frozen backbone, and here it is trained", "leave it out")
-    to_bf16(network, names)
+    if wanted == "fp8" and settings.train.fsdp:
+        raise UsageError("--backbone-dtype fp8 does not go with --fsdp", "leave one of them out")
+    layers = frozen_linears(network)
+    if not layers:
+        raise UsageError(f"--backbone-dtype {wanted} is for a frozen backbone, and here it is trained", "leave it out")
+    for linear in layers.values():
+        to_bf16(linear) if wanted == "bf16" else keep_in_fp8(linear)
 
 
-def to_bf16(network: nn.Module, names: Iterable[str]) -> None:
-    """These parameters in bf16, in place."""
-    for name in names:
-        tensor = network.get_parameter(name)
+def to_bf16(linear: nn.Linear) -> None:
+    """Weight and bias of this layer, in place."""
+    for tensor in linear.parameters():
         tensor.data = tensor.data.to(torch.bfloat16)
 
 
-def frozen_weights(network: nn.Module) -> list[str]:
-    """Names of the frozen weights and biases of linear layers in the blocks."""
-    return [
-        f"{block}.{layer}.{key}"
+def state_as_cast(network: nn.Module, settings: Settings) -> dict[str, Tensor]:
+    """The state dict of this network as `cast_frozen` will leave it."""
+    state: dict[str, Tensor] = network.state_dict()
+    for name in frozen_linears(network) if settings.base.backbone_dtype != "float32" else ():
+        if settings.base.backbone_dtype == "fp8":
+            state[f"{name}.weight"], state[f"{name}.weight_scale"] = to_fp8(state[f"{name}.weight"])
+        else:
+            state |= {key: state[key].to(torch.bfloat16) for key in (f"{name}.weight", f"{name}.bias") if key in state}
+    return state
+
+
+def frozen_linears(network: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers in the blocks of which nothing is trained, by name."""
+    return {
+        f"{block}.{layer}": linear
         for block, module in blocks_of(network)
         for layer, linear in module.named_modules()
-        if isinstance(linear, nn.Linear)
-        for key, tensor in linear.named_parameters()
-        if not tensor.requires_grad
-    ]
+        if isinstance(linear, nn.Linear) and not any(tensor.requires_grad for tensor in linear.parameters())
+    }

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from dmpctl.codecs.identity import Identity
 from dmpctl.data.conditions import CaptionNumbers
 from dmpctl.data.latents import unpack
 from dmpctl.data.loader import StepBatches, batches, order_of
@@ -22,6 +23,7 @@ from dmpctl.diffusion.timesteps import TimestepDensity
 from dmpctl.engine import checkpoint
 from dmpctl.engine.clock import Averages, Clock
 from dmpctl.engine.conditions import Conditions
+from dmpctl.engine.inputs import Inputs, one_ahead
 from dmpctl.engine.ranks import ranks_of
 from dmpctl.engine.rundir import RunDir
 from dmpctl.engine.saver import Saver
@@ -152,12 +154,12 @@ class Trainer:
         save, iters = settings.save, settings.train.iters
         shown = progress.track(f"training the {self.subject.kind}", iters, self.step)
         saver = Saver(self.run.checkpoints, self.subject.kind, save.keep_last, save.keep_every)
-        with Stop() as stop, shown as task, saver, closing(self._stream()) as stream:
+        with Stop() as stop, shown as task, saver, closing(one_ahead(self._inputs())) as stream:
             clock = Clock(settings.train.batch_size)
             while self.step < iters:
                 with clock.waiting():
-                    images, labels = next(stream)
-                figures, number = self._one_step(images, labels, stop)
+                    inputs = next(stream)
+                figures, number = self._one_step(inputs, stop)
                 averages.add(figures)
                 self.step += 1
                 clock.tick()
@@ -177,56 +179,63 @@ class Trainer:
         self.trackers.finish()
         self.ranks.wait()
 
-    def _stream(self) -> Generator[tuple[Tensor, Tensor], None, None]:
-        mirror = self.settings.data.hflip
-        return batches(
-            self.source,
-            self.settings.train.batch_size,
-            self.settings.run.seed,
-            self.step,
-            self.ranks.rank,
-            self.ranks.world,
-            self.source.mirror if mirror is None else mirror,
-            self.settings.data.num_workers,
-            self.numbers,
+    def _inputs(self) -> Generator[Inputs, None, None]:
+        """The inputs of this step and all later ones; each kind of noise has a stream of its own."""
+        data, train, ranks = self.settings.data, self.settings.train, self.ranks
+        mirror = self.source.mirror if data.hflip is None else data.hflip
+        seed, start = self.settings.run.seed, self.step
+        order = (train.batch_size, seed, start, ranks.rank, ranks.world)
+        with closing(batches(self.source, *order, mirror, data.num_workers, self.numbers)) as stream:
+            for step, (images, labels) in enumerate(stream, start):
+                yield self._drawn(step, images, labels)
+
+    def _drawn(self, step: int, images: Tensor, labels: Tensor) -> Inputs:
+        shape, gates = self.spec.latent_shape, self.subject.gate_noise_shape
+        exact = isinstance(self.codec, Identity) and not images.is_floating_point()
+        return Inputs(
+            images,
+            None if exact else self.draws.at(step, "latent").normal(*shape),
+            self._timesteps(step),
+            self.draws.at(step, "noise").normal(*shape),
+            self._told(step, labels),
+            None if gates is None else self.draws.at(step, "gate").normal(*gates),
         )
 
-    def _noised(self, images: Tensor, labels: Tensor) -> Noised:
-        """Latents, timesteps and noise of this step; each kind of noise has a stream of its own."""
-        moments, step, device = self._moments(images.to(self.device)), self.step, self.device
-        shape = moments.mean.shape[1:]
-        x0 = moments.mean
-        if moments.logvar is not None:
-            x0 = x0 + (0.5 * moments.logvar).exp() * self.draws.at(step, "latent").normal(*shape).to(device)
-        t = self._timesteps().to(device)
-        noise = self.draws.at(step, "noise").normal(*shape).to(device)
-        cond = None
-        if self.conditions is not None:
-            dropped = self.draws.at(step, "label").uniform() < self.settings.objective.class_dropout
-            null = self.conditions.null
-            cond = self.conditions.of(labels if null is None else torch.where(dropped, null, labels)).to(device)
-        gate_shape = self.subject.gate_noise_shape
-        gate_noise = None if gate_shape is None else self.draws.at(step, "gate").normal(*gate_shape).to(device)
-        return Noised(x0, self.schedule.add_noise(x0, t, noise), t, noise, cond, gate_noise)
-
-    def _timesteps(self) -> Tensor:
-        """int64 [B] on the CPU, uniform or of the density; of a flow floating, uniform between the two ends."""
-        draws = self.draws.at(self.step, "timestep")
+    def _timesteps(self, step: int) -> Tensor:
+        """int64 [B], uniform or of the density; of a flow floating, uniform between the two ends."""
+        draws = self.draws.at(step, "timestep")
         if self.density is not None:
             return self.density.draw(draws.uniform())
         steps = self.spec.schedule.steps
         return draws.uniform() * steps if isinstance(self.schedule, FlowSchedule) else draws.integers(steps)
 
+    def _told(self, step: int, labels: Tensor) -> Tensor | None:
+        """What the backbone is told of each sample, for some of them that there is nothing to tell."""
+        if self.conditions is None:
+            return None
+        dropped = self.draws.at(step, "label").uniform() < self.settings.objective.class_dropout
+        null = self.conditions.null
+        return self.conditions.of(labels if null is None else torch.where(dropped, null, labels))
+
+    def _noised(self, inputs: Inputs) -> Noised:
+        """The batch on the device: latents, and what becomes of them at their timesteps."""
+        here = inputs.to(self.device)
+        moments = self._moments(here.images)
+        x0 = moments.mean
+        if moments.logvar is not None and here.latent_noise is not None:
+            x0 = x0 + (0.5 * moments.logvar).exp() * here.latent_noise
+        return Noised(x0, self.schedule.add_noise(x0, here.t, here.noise), here.t, here.noise, here.cond, here.gate_noise)
+
     def _moments(self, images: Tensor) -> Moments:
         """Posterior of a batch of images, or of what they were encoded into before (`data.latents`)."""
         return unpack(images) if images.is_floating_point() else self.codec.encode(images)
 
-    def _one_step(self, images: Tensor, labels: Tensor, stop: Stop) -> tuple[dict[str, Tensor], int]:
+    def _one_step(self, inputs: Inputs, stop: Stop) -> tuple[dict[str, Tensor], int]:
         """One optimizer step: scalars to log, and the signal that some process got (0: none).
 
         A loss or gradient that is not finite on any of them is counted and skipped by all.
         """
-        batch = self._noised(images, labels)
+        batch = self._noised(inputs)
         figures = self._backward(batch)
         clip = self.settings.train.grad_clip
         norm = self.accelerator.clip_grad_norm_(self.parameters.values(), math.inf if clip is None else clip)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from scipy.stats import linregress
 from torch import Tensor
 
 from dmpctl.errors import UsageError
@@ -46,5 +45,7 @@ def fid_infinity(features: Tensor, reference: Gaussian, seed: int = 0, points: i
     for n in counts:
         rows = torch.randperm(count, generator=generator)[:n].sort().values  # in order: a memory map is read once through
         found.append(moments_to_fid(features_to_moments(features[part] for part in torch.split(rows, 4096)), reference))
+    from scipy.stats import linregress  # it costs half a second
+
     line = linregress([1 / n for n in counts], found)
     return FidInfinity(float(line.intercept), float(line.intercept_stderr), float(line.rvalue**2), counts[0], counts[-1])

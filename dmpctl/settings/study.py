@@ -27,6 +27,7 @@ OURS = {
     **dict.fromkeys(("run", "seed", "evaluate", "keep_last"), "is set by compare itself"),
     **dict.fromkeys(("base", "weights"), "is what [stages] is for"),
     "eval_images": "belongs into [compare]",
+    "backbone_dtype": "would change the backbone that all variants share",
     **dict.fromkeys((*Launch.model_fields, *Console.model_fields, "json"), "is given on the command line"),
 }
 COMMON = ("precision", *Sampling.model_fields)  # the same for all variants, so in [settings] alone

@@ -1,16 +1,9 @@
-"""What data costs: `python -m tests.bench.data [--files N]`, JSON.
+"""What data costs: a folder of images, and latents that were encoded before."""
 
-- seconds and peak memory to index a folder of N PNGs (every header is read);
-- latents: images/s to build a cache with a small autoencoder, seconds to gather a batch of 128 of them, against decoding as many
-  PNGs of 64x64, and against a DiT-B/2 step on this machine.
-"""
-
-import argparse
 import json
 import resource
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -21,7 +14,8 @@ from dmpctl.data.folder import ImageFolder
 from dmpctl.engine.latents import build_latents
 from dmpctl.engine.pictures import write_pngs
 from dmpctl.types import Silent
-from tests.bench.__main__ import Case, interleaved
+from tests.bench.case import Case
+from tests.bench.timing import interleaved
 from tests.latent_helpers import tiny_vae
 from tests.random_inception import random_images
 
@@ -56,7 +50,7 @@ def index(folder: Path, count: int) -> dict[str, float]:
     return found
 
 
-def latents(folder: Path, rounds: int) -> dict[str, float]:
+def latents(folder: Path, rounds: int, case: Case) -> dict[str, float]:
     source = ImageFolder(folder_of(folder / "few", 512, 64))
     codec = Vae(tiny_vae(folder / "vae"), "tiny")
     began = time.perf_counter()
@@ -67,12 +61,11 @@ def latents(folder: Path, rounds: int) -> dict[str, float]:
     mirrored = torch.rand(BATCH, generator=generator) < 0.5
     plain = ImageFolder(folder / "few")
     plain._held = None  # as a folder too large to be held in memory
-    step = Case("DiT-B/2", 4)
     seconds = interleaved(
         {
             "gather": lambda: cache.gather(rows, mirrored),
             "decode": lambda: [plain.item(int(row)) for row in rows],
-            "step_of_4": step.frozen_step,
+            "step": case.frozen_step,
         },
         rounds,
     )
@@ -82,19 +75,10 @@ def latents(folder: Path, rounds: int) -> dict[str, float]:
         "gathered_samples_per_second": round(BATCH / seconds["gather"]),
         "decoded_samples_per_second": round(BATCH / seconds["decode"]),
         "gather_against_decode": round(seconds["decode"] / seconds["gather"], 1),
-        "gather_share_of_a_dit_b2_step": round(seconds["gather"] / (seconds["step_of_4"] * BATCH / 4), 7),
+        "gather share of a step": seconds["gather"] / (seconds["step"] * BATCH / len(case.x0)),
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--files", type=int, default=70_000)
-    parser.add_argument("--rounds", type=int, default=5)
-    given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        found = {"index": index(Path(name), given.files), "latents": latents(Path(name), given.rounds)}
-    sys.stdout.write(json.dumps({**found, "threads": torch.get_num_threads()}, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+def measure(case: Case, files: int, rounds: int, folder: Path) -> dict[str, object]:
+    """Seconds and memory to read the headers of so many PNGs; gathering a batch of latents against decoding as many PNGs."""
+    return {"index": index(folder, files), "latents": latents(folder, rounds, case)}

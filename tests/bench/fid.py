@@ -1,17 +1,8 @@
-"""Where the time of an FID goes: `python -m tests.bench.fid [--images N] [--rounds N]`, JSON.
+"""Where the time and the memory of an FID go."""
 
-- extraction, images/s, against torch-fidelity's and pytorch-fid's own, interleaved in one process (random weights);
-- share of the moments in extraction; the trace term at width 2 048 against scipy.linalg.sqrtm on the same matrices;
-- peak memory of moments, standard error and distance of N x 2 048 features in a memory map, for two N.
-"""
-
-import argparse
-import json
 import resource
 import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
 from unittest.mock import patch
 
@@ -21,7 +12,7 @@ import torch
 from dmpctl.metrics.features.inception import Inception
 from dmpctl.metrics.frechet import Factor, features_to_fid, moments_to_fid
 from dmpctl.metrics.moments import FeatureMoments, features_to_moments
-from tests.bench.__main__ import interleaved
+from tests.bench.timing import interleaved
 from tests.random_inception import random_images, write_random_inception
 
 WIDTH = 2048
@@ -110,22 +101,10 @@ def measured(path: str) -> float:
     return round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - mapped) / 1024, 1)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3)
-    given = parser.parse_args()
-    began = time.time()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        found = {
-            "extraction": extraction(folder, given.images, given.rounds),
-            "trace_term": trace_term(1),
-            "peak_memory_mib": {str(count): peak_memory(folder, count) for count in (10_000, 50_000)},
-            "threads": torch.get_num_threads(),
-        }
-    sys.stdout.write(json.dumps({**found, "seconds": round(time.time() - began, 1)}, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+def measure(images: int, rounds: int, folder: Path) -> dict[str, object]:
+    """Extraction against torch-fidelity's and pytorch-fid's own, the trace term against `sqrtm`, memory for two sizes."""
+    return {
+        "extraction": extraction(folder, images, rounds),
+        "trace_term": trace_term(1),
+        "peak_memory_mib": {str(count): peak_memory(folder, count) for count in (10_000, 50_000)},
+    }

@@ -88,9 +88,9 @@ def test_the_same_image_has_other_latents_in_every_step(tmp_path, cached, codec)
 
     real = Trainer._noised
 
-    def noted(self, moments, labels):
-        batch = real(self, moments, labels)
-        seen.append((moments, batch.x0))
+    def noted(self, inputs):
+        batch = real(self, inputs)
+        seen.append((inputs.images, batch.x0))
         return batch
 
     with pytest.MonkeyPatch.context() as patched:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from dmpctl.engine import checkpoint
 from dmpctl.engine.generate import generate
@@ -17,15 +16,8 @@ from dmpctl.settings.sections import Sampling
 from tests.helpers import environment, patch_run, tensors_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
+pytestmark.append(pytest.mark.usefixtures("fresh_precision"))
 GPU = {"cpu": False, "device": "cuda"}
-
-
-@pytest.fixture(autouse=True)
-def other_precisions():
-    """accelerate keeps one precision per process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
@@ -64,7 +56,10 @@ def test_a_scaler_survives_a_resume(tmp_path: Path) -> None:
     assert checkpoint.load(checkpoint.complete(tmp_path / "run" / "checkpoints")[-1]).scaler["scale"] > 0
 
 
-@pytest.mark.parametrize("given", [{"compile": True}, {"precision": "bf16", "backbone_dtype": "bf16"}, {"grad_checkpoint": True}])
+@pytest.mark.parametrize(
+    "given",
+    [{"compile": True}, {"precision": "bf16", "backbone_dtype": "bf16"}, {"grad_checkpoint": True}],
+)
 def test_what_makes_it_faster_or_smaller_trains_the_same_patch(tmp_path: Path, given: dict[str, object]) -> None:
     plain = {"precision": given["precision"]} if "precision" in given else {}
     patch_run(tmp_path / "one", prompt_lr=0.05, **plain, **GPU)
@@ -72,6 +67,13 @@ def test_what_makes_it_faster_or_smaller_trains_the_same_patch(tmp_path: Path, g
     one, two = ([line["loss"] for line in RunDir(tmp_path / name).metrics()] for name in ("one", "two"))
     assert two == pytest.approx(one, rel=2e-3)  # AdamW turns the sign of a gradient near zero into a whole step
     assert tensors_of(tmp_path / "two" / "patch.safetensors")["prompt_embeddings"].abs().max() > 0
+
+
+def test_weights_in_fp8_are_those_of_the_cpu(tmp_path: Path) -> None:
+    for name, given in (("one", {}), ("two", GPU)):
+        patch_run(tmp_path / name, prompt_lr=0.05, backbone_dtype="fp8", **given)
+    one, two = ([line["loss"] for line in RunDir(tmp_path / name).metrics()] for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=2e-3)
 
 
 def test_one_process_in_a_group_of_its_own(tmp_path: Path) -> None:

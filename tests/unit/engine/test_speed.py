@@ -12,22 +12,16 @@ from dmpctl.engine.backbone import freeze, load_backbone
 from dmpctl.engine.build import build_patch
 from dmpctl.engine.patch_files import backbone_digest
 from dmpctl.engine.patched import predict_patched
-from dmpctl.engine.speed import allow_tf32, compile_blocks, frozen_weights
+from dmpctl.engine.speed import allow_tf32, cast_frozen, compile_blocks, frozen_linears, state_as_cast
 from dmpctl.errors import UsageError
 from dmpctl.files import sha256_of
 from dmpctl.settings.methods import Dmp
 from dmpctl.settings.sections import Base
-from tests.bench.__main__ import saved_bytes
+from tests.bench.timing import saved_bytes
 from tests.foreign_helpers import TOKENS, WIDTH, tiny_pixart, tiny_unet
 from tests.helpers import patch_run, settings_for
 
-
-@pytest.fixture(autouse=True)
-def other_precisions():
-    """accelerate keeps one precision per process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("fresh_precision")
 
 
 @pytest.mark.parametrize("given", [{}, {"method": "prompt", "position": "prepend", "prompts": 3}, {"method": "lora", "lr": 1e-2}])
@@ -40,22 +34,40 @@ def test_weights_in_bf16_train_the_very_same_patch(tmp_path, given):
     assert sha256_of(tmp_path / "one" / "patch.safetensors") != sha256_of(tmp_path / "float32" / "patch.safetensors")
 
 
-def test_most_of_a_backbone_is_in_those_weights():
+def test_most_of_a_backbone_is_in_those_layers():
     model = load_backbone(Base()).model
-    held = dict(model.named_parameters())
-    names = frozen_weights(model)
-    assert {"blocks.0.attn.qkv.weight", "blocks.2.adaLN_modulation.1.bias"} <= set(names)
-    assert not [name for name in names if not name.startswith("blocks.")]
-    assert sum(held[name].numel() for name in names) == sum(p.numel() for name, p in held.items() if name.startswith("blocks."))
+    layers = frozen_linears(model)
+    assert {"blocks.0.attn.qkv", "blocks.2.adaLN_modulation.1"} <= set(layers)
+    assert not [name for name in layers if not name.startswith("blocks.")]
+    held = sum(tensor.numel() for layer in layers.values() for tensor in layer.parameters())
+    assert held == sum(p.numel() for name, p in model.named_parameters() if name.startswith("blocks."))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+def test_what_becomes_of_the_weights_is_known_before(dtype):
+    settings = settings_for("patch", backbone_dtype=dtype, precision="bf16")
+    model = load_backbone(Base()).model
+    before, expected = model.state_dict(), state_as_cast(model, settings)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    cast_frozen(model, settings)
+    found = model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(value.dtype == found[name].dtype and torch.equal(value, found[name]) for name, value in expected.items())
+    assert found["blocks.0.attn.qkv.weight"].dtype == (torch.bfloat16 if dtype == "bf16" else torch.float8_e4m3fn)
 
 
 @pytest.mark.parametrize(
     ("given", "sentence"),
-    [({}, "goes with --precision bf16"), ({"precision": "bf16", "method": "full", "lr": 1e-4}, "here it is trained")],
+    [
+        ({}, "bf16 goes with --precision bf16"),
+        ({"precision": "bf16", "method": "full", "lr": 1e-4}, "bf16 is for a frozen backbone, and here it is trained"),
+        ({"backbone_dtype": "fp8", "method": "full", "lr": 1e-4}, "fp8 is for a frozen backbone, and here it is trained"),
+        ({"backbone_dtype": "fp8", "fsdp": True}, "fp8 does not go with --fsdp"),
+    ],
 )
-def test_where_it_would_change_something_it_is_refused(tmp_path, given, sentence):
+def test_where_it_would_change_something_else_it_is_refused(tmp_path, given, sentence):
     with pytest.raises(UsageError, match=sentence):
-        patch_run(tmp_path / "run", backbone_dtype="bf16", **given)
+        patch_run(tmp_path / "run", **{"backbone_dtype": "bf16", **given})
 
 
 def test_a_patched_block_is_one_graph():

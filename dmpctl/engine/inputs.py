@@ -1,4 +1,7 @@
-"""What a training step takes from the processor: its batch and all that is drawn for it, made while the step before runs."""
+"""What a training step takes from the processor: its batch and all that is drawn for it.
+
+Where another device computes, it is made while that is busy with the step before.
+"""
 
 from collections.abc import Generator
 from contextlib import suppress

@@ -154,12 +154,13 @@ class Trainer:
         save, iters = settings.save, settings.train.iters
         shown = progress.track(f"training the {self.subject.kind}", iters, self.step)
         saver = Saver(self.run.checkpoints, self.subject.kind, save.keep_last, save.keep_every)
-        with Stop() as stop, shown as task, saver, closing(one_ahead(self._inputs())) as stream:
+        inputs = self._inputs() if self.device.type == "cpu" else one_ahead(self._inputs())  # a CPU has no time to spare
+        with Stop() as stop, shown as task, saver, closing(inputs) as stream:
             clock = Clock(settings.train.batch_size)
             while self.step < iters:
                 with clock.waiting():
-                    inputs = next(stream)
-                figures, number = self._one_step(inputs, stop)
+                    taken = next(stream)
+                figures, number = self._one_step(taken, stop)
                 averages.add(figures)
                 self.step += 1
                 clock.tick()

@@ -84,9 +84,11 @@ class Case:
     def gates_and_prompts(self) -> None:
         """All that a patch adds to a step, forward and backward, without a block; the gradient that comes back is at hand."""
         plan = self.patch(self.c, self.gate_noise)
-        edited = [plan.edit(site, self.tokens) for site in range(len(self.backbone.spec.sites))]
+        tokens = self.tokens
+        for site in range(len(self.backbone.spec.sites)):  # one after another, as memory is taken and given back between blocks
+            tokens = plan.edit(site, tokens)
         penalty = sum(self.patch.penalty(plan.routing).values())
-        torch.autograd.backward([*edited, penalty], [self.tokens] * len(edited) + [torch.ones_like(penalty)])
+        torch.autograd.backward([tokens, penalty], [self.tokens, torch.ones_like(penalty)])
         self.frozen.zero_grad()
 
     def full_step(self) -> None:

@@ -5,7 +5,10 @@ from threading import Event, current_thread
 
 import pytest
 
+from dmpctl.engine import train
 from dmpctl.engine.inputs import one_ahead
+from dmpctl.files import sha256_of
+from tests.helpers import patch_run
 
 WAIT = 30  # sec, where a test would hang otherwise
 
@@ -68,3 +71,19 @@ def test_closing_ends_the_thread_and_what_it_read(taken):
         threads = [next(made) for _ in range(taken)]
     assert ended.is_set() == (taken > 0)  # what was never begun has nothing to end
     assert not [thread for thread in threads if thread is not current_thread() and thread.is_alive()]
+
+
+@pytest.mark.parametrize("given", [{}, {"num_workers": 2}, {"timestep_sampling": "importance"}])
+def test_a_patch_is_the_same_with_inputs_that_are_made_ahead(tmp_path, monkeypatch, given):
+    """As where a GPU computes."""
+    patch_run(tmp_path / "one", **given)
+    made = []
+
+    def ahead(items):
+        made.append(items)
+        return one_ahead(items)
+
+    monkeypatch.setattr(train.Trainer, "_inputs", lambda self, inputs=train.Trainer._inputs: ahead(inputs(self)))
+    patch_run(tmp_path / "two", **given)
+    assert len(made) == 1
+    assert sha256_of(tmp_path / "one" / "patch.safetensors") == sha256_of(tmp_path / "two" / "patch.safetensors")

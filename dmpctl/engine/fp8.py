@@ -1,8 +1,9 @@
 """`--backbone-dtype fp8`: weights of frozen linear layers in a quarter of float32's bytes.
 
-Float8 (e4m3) with a scale per output channel, as torchao's weight-only quantisation has them. The products are computed in the
-format of the tokens, from weights that are made anew for each, in the backward pass too: torchao's own keep every such weight
-from the forward pass on, which costs what was saved, and leave autocast.
+Float8 (e4m3) with a scale per output channel: the numbers of torchao's weight-only quantisation, without torchao. Its layers keep
+every weight that they have taken back from the forward pass on, which costs what was saved, compute in float32 under autocast,
+and have no number for a row of zeros (0.18). Here products are computed in the format of the tokens, from weights that are taken
+back anew in the backward pass.
 """
 
 from functools import partial

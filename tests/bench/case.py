@@ -14,17 +14,26 @@ from dmpctl.engine.backbone import Loaded, freeze
 from dmpctl.engine.build import build_patch
 from dmpctl.engine.generate import generate
 from dmpctl.engine.patched import Patched, predict_patched
-from dmpctl.engine.speed import frozen_linears, to_bf16
+from dmpctl.engine.speed import cast_frozen
 from dmpctl.settings.methods import Dmp
 from dmpctl.settings.sections import Sampling
 from dmpctl.settings.training import Objective
 from tests.bench.published import PublishedPatch, published_forward
+from tests.helpers import settings_for
 
 
 class Case:
     """One model and one batch, and the actions that are timed."""
 
-    def __init__(self, name: str, batch: int, device: str = "cpu", precision: str = "no", compiled: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        batch: int,
+        device: str = "cpu",
+        precision: str = "no",
+        compiled: bool = False,
+        backbone_dtype: str = "float32",
+    ) -> None:
         config = shape_config(name)
         if config is None:
             raise SystemExit(f"{name} is no shape")
@@ -39,9 +48,8 @@ class Case:
         self.published = PublishedPatch(self.backbone).to(device)
         self.loaded = Loaded(freeze(self.backbone).to(device), digest_of(self.backbone.state_dict()), name, None)
         self.trained.to(device)
-        if precision == "bf16":  # as under --backbone-dtype bf16
-            for linear in frozen_linears(self.backbone).values():
-                to_bf16(linear)
+        given = {"precision": precision, "backbone_dtype": backbone_dtype}
+        cast_frozen(self.backbone, settings_for("patch", **given))
         if compiled:
             for block in (*self.backbone.blocks, *self.trained.blocks):
                 block.compile(fullgraph=True)

@@ -45,6 +45,4 @@ def science_of(settings: Settings) -> dict[str, Any]:
     found = settings.science()
     if settings.train.lr_schedule == "constant":
         found.pop("iters", None)
-    if settings.base.backbone_dtype == "fp8":  # the others compute the same
-        found["backbone_dtype"] = "fp8"
     return found

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor, nn
 
 from dmpctl.backbones.sites import Hooked
-from dmpctl.engine.fp8 import keep_in_fp8, to_fp8
 from dmpctl.errors import UsageError
 from dmpctl.settings.launch import Launch
 from dmpctl.settings.model import Settings
@@ -34,23 +33,19 @@ def allow_tf32(launch: Launch) -> None:
 
 
 def cast_frozen(network: nn.Module, settings: Settings) -> None:
-    """The linear layers in the blocks as --backbone-dtype wants their frozen weights.
+    """Under --backbone-dtype bf16: weights of the linear layers in the blocks, which autocast would cast in every step.
 
-    bf16: what autocast would cast them to in every step, so that nothing is computed otherwise, bit for bit; UsageError without
-    --precision bf16. fp8: `engine.fp8`, which changes what is computed. UsageError for either where the backbone is trained.
+    Nothing is computed otherwise, bit for bit. UsageError without --precision bf16, where it would be.
     """
-    wanted = settings.base.backbone_dtype
-    if wanted == "float32":
+    if settings.base.backbone_dtype == "float32":
         return
-    if wanted == "bf16" and settings.train.precision != "bf16":
+    if settings.train.precision != "bf16":
         raise UsageError("--backbone-dtype bf16 goes with --precision bf16", "add it, or leave --backbone-dtype out")
-    if wanted == "fp8" and settings.train.fsdp:
-        raise UsageError("--backbone-dtype fp8 does not go with --fsdp", "leave one of them out")
     layers = frozen_linears(network)
     if not layers:
-        raise UsageError(f"--backbone-dtype {wanted} is for a frozen backbone, and here it is trained", "leave it out")
+        raise UsageError("--backbone-dtype bf16 is for a frozen backbone, and here it is trained", "leave it out")
     for linear in layers.values():
-        to_bf16(linear) if wanted == "bf16" else keep_in_fp8(linear)
+        to_bf16(linear)
 
 
 def to_bf16(linear: nn.Linear) -> None:
@@ -62,11 +57,9 @@ def to_bf16(linear: nn.Linear) -> None:
 def state_as_cast(network: nn.Module, settings: Settings) -> dict[str, Tensor]:
     """The state dict of this network as `cast_frozen` will leave it."""
     state: dict[str, Tensor] = network.state_dict()
-    for name in frozen_linears(network) if settings.base.backbone_dtype != "float32" else ():
-        if settings.base.backbone_dtype == "fp8":
-            state[f"{name}.weight"], state[f"{name}.weight_scale"] = to_fp8(state[f"{name}.weight"])
-        else:
-            state |= {key: state[key].to(torch.bfloat16) for key in (f"{name}.weight", f"{name}.bias") if key in state}
+    if settings.base.backbone_dtype == "bf16":
+        held = {f"{name}.{key}" for name, linear in frozen_linears(network).items() for key, _ in linear.named_parameters()}
+        state |= {name: state[name].to(torch.bfloat16) for name in held}
     return state
 
 

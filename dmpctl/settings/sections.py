@@ -74,11 +74,8 @@ class Base(Section):
     base: Annotated[str, Field(description="Backbone: digits (bundled), a shape (DiT-L/2), a file or a run.")] = "digits"
     weights: Annotated[Path | None, Field(description="Weights of a shape: a .pt or .safetensors file; default: none.")] = None
     backbone_dtype: Annotated[
-        Literal["float32", "bf16", "fp8"],
-        Field(
-            description="Linear layers of frozen blocks; bf16 halves their memory, needs --precision bf16 and changes no bit; "
-            "fp8 quarters it and changes what is computed."
-        ),
+        Literal["float32", "bf16"],
+        Field(description="Linear layers of frozen blocks; bf16 halves their memory, needs --precision bf16 and changes no bit."),
     ] = "float32"
     preset: Annotated[
         Literal["auto", "dmp", "dmp+", "digits"],

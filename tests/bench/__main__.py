@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--precision", choices=["no", "bf16"], default="no")
-    parser.add_argument("--backbone-dtype", choices=["float32", "bf16", "fp8"], default="float32")
+    parser.add_argument("--backbone-dtype", choices=["float32", "bf16"], default="float32")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--vae", action="store_true", help="steps: against a published step with its VAE encode, too")
     parser.add_argument("--count", type=int, default=8, help="trainer: training steps per round")

@@ -69,13 +69,6 @@ def test_what_makes_it_faster_or_smaller_trains_the_same_patch(tmp_path: Path, g
     assert tensors_of(tmp_path / "two" / "patch.safetensors")["prompt_embeddings"].abs().max() > 0
 
 
-def test_weights_in_fp8_are_those_of_the_cpu(tmp_path: Path) -> None:
-    for name, given in (("one", {}), ("two", GPU)):
-        patch_run(tmp_path / name, prompt_lr=0.05, backbone_dtype="fp8", **given)
-    one, two = ([line["loss"] for line in RunDir(tmp_path / name).metrics()] for name in ("one", "two"))
-    assert two == pytest.approx(one, rel=2e-3)
-
-
 def test_one_process_in_a_group_of_its_own(tmp_path: Path) -> None:
     """The way of many GPUs (gloo and NCCL, DDP left out by accelerate) with one."""
     line = ["-m", "torch.distributed.run", "--nproc-per-node", "1", "-m", "--", "dmpctl", "patch", "--run", str(tmp_path / "run")]

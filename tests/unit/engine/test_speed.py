@@ -43,9 +43,8 @@ def test_most_of_a_backbone_is_in_those_layers():
     assert held == sum(p.numel() for name, p in model.named_parameters() if name.startswith("blocks."))
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
-def test_what_becomes_of_the_weights_is_known_before(dtype):
-    settings = settings_for("patch", backbone_dtype=dtype, precision="bf16")
+def test_what_becomes_of_the_weights_is_known_before():
+    settings = settings_for("patch", backbone_dtype="bf16", precision="bf16")
     model = load_backbone(Base()).model
     before, expected = model.state_dict(), state_as_cast(model, settings)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -53,7 +52,7 @@ def test_what_becomes_of_the_weights_is_known_before(dtype):
     found = model.state_dict()
     assert found.keys() == expected.keys()
     assert all(value.dtype == found[name].dtype and torch.equal(value, found[name]) for name, value in expected.items())
-    assert found["blocks.0.attn.qkv.weight"].dtype == (torch.bfloat16 if dtype == "bf16" else torch.float8_e4m3fn)
+    assert found["blocks.0.attn.qkv.weight"].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -61,8 +60,6 @@ def test_what_becomes_of_the_weights_is_known_before(dtype):
     [
         ({}, "bf16 goes with --precision bf16"),
         ({"precision": "bf16", "method": "full", "lr": 1e-4}, "bf16 is for a frozen backbone, and here it is trained"),
-        ({"backbone_dtype": "fp8", "method": "full", "lr": 1e-4}, "fp8 is for a frozen backbone, and here it is trained"),
-        ({"backbone_dtype": "fp8", "fsdp": True}, "fp8 does not go with --fsdp"),
     ],
 )
 def test_where_it_would_change_something_else_it_is_refused(tmp_path, given, sentence):

@@ -109,7 +109,7 @@ class Vae:
     def _in_parts(self, function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
         self._model.to(batch.device)
         with torch.autocast(batch.device.type, enabled=False):
-            return torch.cat([function(part) for part in torch.split(batch, self.batch)])
+            return torch.cat([function(part) for part in torch.split(batch, self.batch)]).contiguous()
 
     @cached_property
     def _model(self) -> Any:
@@ -127,7 +127,7 @@ class Vae:
             wrong = [f"{kind.removesuffix('_keys')} {key}" for kind, keys in found.items() for key in keys]
             if wrong:
                 raise self._refused(f"{wrong[0]} ({len(wrong)} such keys)")
-            return model.eval().requires_grad_(False)
+            return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # encoding takes a fifth less
 
     def _refused(self, why: str) -> DmpError:
         return IntegrityError(f"{self._folder} is no autoencoder that can be read: {why}", "fetch it again, or name another one")

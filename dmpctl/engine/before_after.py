@@ -57,7 +57,7 @@ def measure(
     """
     extractor, seed = extractor_for(patched.image_shape, device), settings.sampling.sample_seed
     count = SHOWN if extractor is None else settings.evaluate.eval_images
-    patched = patched.with_prompts(settings, count, progress, source)
+    patched = patched.with_prompts(settings, count, progress, source).in_precision(settings.sampling.sample_precision)
     plain = patched.unpatched()
     errors, steps = epsilon_errors(plain, source, device, seed, progress)
     loss = loss_difference(errors, epsilon_errors(patched, source, device, seed, progress)[0], steps)

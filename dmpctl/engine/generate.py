@@ -57,7 +57,8 @@ def denoiser_of(
     spec = model.backbone.spec
     refuse_other_kind(settings.sampler, spec.schedule.kind == "flow")
     cond, null = conditions_of(model, indices, settings.sample_seed, label, device)
-    predict = at_one_time(model.predict) if cond is None else model.predict
+    predict: Predict = model.in_precision(settings.sample_precision).predict
+    predict = at_one_time(predict) if cond is None else predict
     channels = settings.cfg_channels if settings.cfg_channels != "auto" else "all" if spec.text else "3"
     return guide(predict, cond, null, settings.cfg, channels)
 

@@ -1,8 +1,9 @@
 """A backbone with its patch, in memory."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ class Patched:
     """A frozen backbone, and its patch (None: the backbone alone), with the codec of its images.
 
     `about` is patch.json, {} without a patch. `text` reads captions, `prompts` are those of generated images: None where the
-    backbone takes none, or until one asks for them.
+    backbone takes none, or until one asks for them. `precision`: bf16 predicts under autocast.
     """
 
     backbone: Loaded
@@ -55,12 +56,20 @@ class Patched:
     codec: Codec = field(default_factory=Identity)
     text: TextEncoder | None = None
     prompts: Prompts | None = None
+    precision: Literal["no", "bf16"] = "no"
 
     def predict(self, x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
-        """Prediction [B, C or 2C, H, W], without gate noise."""
-        if self.patch is None:
-            return self.backbone.model.denoise(x, t, cond)
-        return predict_patched(self.backbone.model, self.patch.time_only, self.patch, x, t, cond)[0]
+        """Prediction [B, C or 2C, H, W] in the dtype of x, without gate noise."""
+        with torch.autocast(x.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext():
+            if self.patch is None:
+                found = self.backbone.model.denoise(x, t, cond)
+            else:
+                found, _ = predict_patched(self.backbone.model, self.patch.time_only, self.patch, x, t, cond)
+        return found.to(x.dtype)
+
+    def in_precision(self, precision: Literal["no", "bf16"]) -> "Patched":
+        """The same, predicting so."""
+        return replace(self, precision=precision)
 
     @property
     def network(self) -> nn.Module:

@@ -77,8 +77,8 @@ class Stage:
         return self.fitted(Patched(self.loaded, None, {}))
 
     def fitted(self, model: Patched) -> Patched:
-        """A model with the codec and the text encoder of this stage."""
-        return replace(model, codec=self.codec, text=self.text)
+        """A model with the codec, the text encoder and the precision of this stage."""
+        return replace(model, codec=self.codec, text=self.text, precision=self.sampling.sample_precision)
 
     @property
     def sampling(self) -> Sampling:
@@ -98,6 +98,7 @@ class Stage:
             "timesteps": paired_loss.TIMESTEPS,
             "loss_images": min(len(self.source), paired_loss.MOST_IMAGES),
             "sample_seed": self.sampling.sample_seed,
+            "sample_precision": self.sampling.sample_precision,
         }
         if self.extractor is not None:
             found |= {"extractor": self.extractor.fingerprint}

@@ -159,6 +159,10 @@ class Sampling(Section):
     ] = "auto"
     sample_seed: Annotated[int, Field(ge=0, description="Seed of images: image k depends on (seed, k) alone.")] = 0
     sample_batch: Annotated[int, Field(ge=1, description="Images denoised at once.")] = 256
+    sample_precision: Annotated[
+        Literal["no", "bf16"],
+        Field(description="bf16: blocks under autocast, which other images come of; as the patch was trained."),
+    ] = "no"
 
 
 class Result(Section):

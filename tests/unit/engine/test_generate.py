@@ -12,6 +12,7 @@ from dmpctl.engine import generate
 from dmpctl.engine.patch_files import load_patch, load_result
 from dmpctl.errors import Interrupted, UsageError
 from dmpctl.rng import seed_of
+from dmpctl.settings.sections import Sampling
 from dmpctl.types import Silent
 from tests.helpers import copied, files, settings_for
 
@@ -189,3 +190,29 @@ def test_class_conditional_images(backbone, tmp_path):
     assert json.loads((tmp_path / "threes" / "samples.json").read_text())["label"] == 3
     with pytest.raises(UsageError, match="made with another label"):
         sample(backbone, out=tmp_path / "threes", image_label=4)
+
+
+@pytest.mark.parametrize("patched", [True, False])
+def test_bf16_is_the_network_under_autocast_and_the_sampler_in_float32(finished, patched):
+    """As the same patch is trained with --precision bf16; latents and what samplers compute stay as they are."""
+    model = load_patch(finished)
+    model = model if patched else model.unpatched()
+    x, t = torch.randn(4, *model.backbone.spec.latent_shape), torch.tensor([3, 100, 500, 900])
+    plain, found = model.predict(x, t, None), model.in_precision("bf16").predict(x, t, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model.predict(x, t, None)
+    assert found.dtype == plain.dtype == torch.float32
+    assert torch.equal(found, expected)
+    assert 0 < (found - plain).abs().max() < 0.5
+    seen = []
+
+    def noted(x, t, cond):
+        seen.append(x.dtype)
+        return torch.zeros(len(x), 2 * x.shape[1], *x.shape[2:])
+
+    images = generate.generate(model, [0, 1], Sampling(steps=3, sample_precision="bf16"), CPU)
+    assert not torch.equal(images, generate.generate(model, [0, 1], Sampling(steps=3), CPU))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.backbone.model, "denoise", lambda x, t, cond, *edit: noted(x, t, cond))
+        generate.generate(model, [0, 1], Sampling(steps=3, sample_precision="bf16"), CPU)
+    assert seen == [torch.float32] * 3

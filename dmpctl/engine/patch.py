@@ -55,7 +55,8 @@ def patch(settings: Settings, progress: Progress) -> Report:
     accelerator = accelerator_for(settings)
     with RunDir(path, accelerator.is_main_process) as run:
         loaded.model.to(accelerator.device)
-        expected = digest_of(state_as_cast(loaded.model, settings))
+        cast = settings.base.backbone_dtype != "float32"
+        expected = digest_of(state_as_cast(loaded.model)) if cast else loaded.digest
         trained = train_in(run, session, settings, accelerator, progress)
         refuse_changed_backbone(loaded, expected)
         if not accelerator.is_main_process:  # what is left is rank 0's, and no collective

@@ -54,13 +54,11 @@ def to_bf16(linear: nn.Linear) -> None:
         tensor.data = tensor.data.to(torch.bfloat16)
 
 
-def state_as_cast(network: nn.Module, settings: Settings) -> dict[str, Tensor]:
-    """The state dict of this network as `cast_frozen` will leave it."""
+def state_as_cast(network: nn.Module) -> dict[str, Tensor]:
+    """The state dict of this network as --backbone-dtype bf16 will leave it."""
     state: dict[str, Tensor] = network.state_dict()
-    if settings.base.backbone_dtype == "bf16":
-        held = {f"{name}.{key}" for name, linear in frozen_linears(network).items() for key, _ in linear.named_parameters()}
-        state |= {name: state[name].to(torch.bfloat16) for name in held}
-    return state
+    held = [f"{name}.{key}" for name, linear in frozen_linears(network).items() for key, _ in linear.named_parameters()]
+    return state | {name: state[name].to(torch.bfloat16) for name in held}
 
 
 def frozen_linears(network: nn.Module) -> dict[str, nn.Linear]:

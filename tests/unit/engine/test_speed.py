@@ -46,7 +46,7 @@ def test_most_of_a_backbone_is_in_those_layers():
 def test_what_becomes_of_the_weights_is_known_before():
     settings = settings_for("patch", backbone_dtype="bf16", precision="bf16")
     model = load_backbone(Base()).model
-    before, expected = model.state_dict(), state_as_cast(model, settings)
+    before, expected = model.state_dict(), state_as_cast(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     cast_frozen(model, settings)
     found = model.state_dict()

@@ -218,10 +218,10 @@ def test_interrupted_while_encoding_then_while_training_equals_uninterrupted(pla
     with monkeypatch.context() as once:
         encoded, real = counted(once), Trainer._one_step
 
-        def step(self, images, labels, stop):
+        def step(self, inputs, stop):
             if self.step == 2:
                 os.kill(os.getpid(), signal.SIGINT)
-            return real(self, images, labels, stop)
+            return real(self, inputs, stop)
 
         once.setattr(Trainer, "_one_step", step)
         stopped = cli(*line)

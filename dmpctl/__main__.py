@@ -1,6 +1,6 @@
 """`python -m dmpctl`."""
 
-from dmpctl.cli.app import main
+from dmpctl.cli.app import entry
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    entry()

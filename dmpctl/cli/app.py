@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from keyword import iskeyword
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperCommand
@@ -102,6 +102,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     if code == SIGPIPE:  # nobody reads any more: Python must not complain about that at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
+
+
+def entry() -> NoReturn:
+    """`dmpctl` as a process of its own."""
+    code = main()
+    if "RANK" in os.environ:
+        end(code)
+    sys.exit(code)
+
+
+def end(code: int) -> NoReturn:
+    """End one of several processes at once, after all is said and on disk.
+
+    Threads that a library has forgotten may abort an orderly end of the interpreter, which would be a failure of all.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _run(args: list[str], state: dict[str, bool]) -> int:

@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from dmpctl.cli.app import module_of
+from dmpctl.cli.app import end, module_of
 from dmpctl.cli.console import progress_for
 from dmpctl.cli.options import Call, perform
 from dmpctl.engine.stop import hold_signals, let_signals_in
@@ -102,7 +102,4 @@ def _trace(error: BaseException, wanted: bool) -> None:
 
 if __name__ == "__main__":
     end_with(launcher=int(sys.argv[2]))
-    ended = work(Path(sys.argv[1]))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(ended)  # all is said and on disk: threads of a library that it forgets may abort an orderly end of the interpreter
+    end(work(Path(sys.argv[1])))

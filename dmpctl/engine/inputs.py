@@ -5,7 +5,7 @@ Where another device computes, it is made while that is busy with the step befor
 
 from collections.abc import Generator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import Empty, Queue
 from threading import Event, Thread
 from typing import TypeVar
@@ -35,7 +35,14 @@ class Inputs:
 
     def to(self, device: torch.device) -> "Inputs":
         """The same on another device."""
-        return Inputs(*(None if value is None else value.to(device) for value in vars(self).values()))  # type: ignore[arg-type]
+        return replace(self, **{name: value.to(device) for name, value in vars(self).items() if value is not None})
+
+
+@dataclass(frozen=True)
+class Failed:
+    """What came in place of an item."""
+
+    error: BaseException
 
 
 def one_ahead(items: Generator[T, None, None]) -> Generator[T, None, None]:
@@ -43,33 +50,29 @@ def one_ahead(items: Generator[T, None, None]) -> Generator[T, None, None]:
 
     The first is made here, so that loader processes have this thread as their parent. `close()` closes `items`, too.
     """
-    made: Queue[tuple[T | None, BaseException | None]] = Queue(1)
+    made: Queue[T | Failed | None] = Queue(1)  # None: there are no more
     left = Event()
 
     def make() -> None:
         try:
             for item in items:
-                made.put((item, None))
+                made.put(item)
                 if left.is_set():
                     return
-            made.put((None, StopIteration()))
+            made.put(None)
         except BaseException as error:
-            made.put((None, error))
+            made.put(Failed(error))
 
     thread = Thread(target=make, name="inputs", daemon=True)
     try:
-        first = next(items, None)
-        if first is None:
-            return
-        thread.start()
-        yield first
-        while True:
-            item, error = made.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            yield item  # type: ignore[misc]
+        item: T | Failed | None = next(items, None)
+        if item is not None:
+            thread.start()
+        while item is not None:
+            if isinstance(item, Failed):
+                raise item.error
+            yield item
+            item = made.get()
     finally:
         left.set()
         if thread.ident is not None:

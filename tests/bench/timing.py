@@ -16,7 +16,6 @@ def interleaved(
     actions: dict[str, Callable[[], object]],
     rounds: int,
     device: str = "cpu",
-    clock: Callable[[], float] = time.perf_counter,
     warm_ups: int = 2,
 ) -> dict[str, float]:
     """Median seconds of each action, taken in turn so that a drift of the machine hits all alike."""
@@ -24,11 +23,11 @@ def interleaved(
     for number in range(rounds + warm_ups):
         for name, action in actions.items():
             finish(device)
-            start = clock()
+            start = time.perf_counter()
             action()
             finish(device)
             if number >= warm_ups:
-                times[name].append(clock() - start)
+                times[name].append(time.perf_counter() - start)
     return {name: median(values) for name, values in times.items()}
 
 

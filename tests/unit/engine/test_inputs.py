@@ -33,7 +33,8 @@ def test_the_next_item_is_made_while_this_one_is_used():
 
 
 def test_the_first_item_is_made_by_the_thread_that_asks_and_no_item_twice_at_once():
-    threads = [thread for _, thread in zip(range(4), one_ahead(iter_threads()), strict=False)]
+    with closing(one_ahead(iter_threads())) as made:
+        threads = [next(made) for _ in range(4)]
     assert threads[0] is current_thread()
     assert len(set(threads[1:])) == 1
     assert threads[1] is not threads[0]

@@ -8,16 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmpctl.engine import applied, evaluate, generate, patch
-from dmpctl.engine.backbone import Loaded
-from dmpctl.engine.backbone import load_backbone as _load_backbone
-from dmpctl.engine.build import resolve_device
-from dmpctl.engine.conditions import Prompts, encoded
-from dmpctl.engine.patch_files import load_result
-from dmpctl.engine.patched import Patched
 from dmpctl.errors import UsageError
+from dmpctl.measuring import evaluate
+from dmpctl.models import applied
+from dmpctl.models.backbone import Loaded
+from dmpctl.models.backbone import load_backbone as _load_backbone
+from dmpctl.models.conditions import Prompts, encoded
+from dmpctl.models.patch_files import load_result
+from dmpctl.models.patched import Patched
+from dmpctl.processes.device import resolve_device
+from dmpctl.sampling import generate
 from dmpctl.settings.layers import resolve
 from dmpctl.settings.sections import Base
+from dmpctl.training import patch
 from dmpctl.types import Silent
 
 __all__ = ["apply", "load_backbone", "load_patch", "measure", "sample", "train"]

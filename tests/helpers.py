@@ -14,16 +14,16 @@ from PIL import Image
 import dmpctl
 from dmpctl.backbones.dit import DiT
 from dmpctl.data.bundled import Digits
-from dmpctl.engine.backbone import load_backbone
-from dmpctl.engine.patch import patch
-from dmpctl.engine.pictures import write_pngs
-from dmpctl.engine.pretrain import pretrain
 from dmpctl.files import read_tensors, sha256_of
 from dmpctl.methods.dmp import dmp_shape
+from dmpctl.models.backbone import load_backbone
+from dmpctl.sampling.pictures import write_pngs
 from dmpctl.settings.layers import resolve
 from dmpctl.settings.methods import Dmp
 from dmpctl.settings.model import Settings
 from dmpctl.settings.sections import Base
+from dmpctl.training.patch import patch
+from dmpctl.training.pretrain import pretrain
 from dmpctl.types import Report, Silent
 
 SOURCE = Path(dmpctl.__file__).parents[1]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dmpctl.errors import UsageError
+from dmpctl.store.shapes import FLOWS, SHAPES, TEXT, is_shape
 from dmpctl.types import BackboneSpec, Edit, ScheduleSpec, Site
 
 FREQUENCIES = 256  # width of the sinusoidal timestep embedding, fixed in the published model
@@ -69,24 +70,13 @@ class DiTConfig:
         return embedders + self.depth * block + final
 
 
-# name -> (width, blocks, heads); Peebles & Xie 2023, table 1.
-SHAPES = {"DiT-S": (384, 12, 6), "DiT-B": (768, 12, 12), "DiT-L": (1024, 24, 16), "DiT-XL": (1152, 28, 16)}
-FLOWS = {name.replace("DiT", "SiT"): shape for name, shape in SHAPES.items()}  # Ma et al. 2024, table 1: the same
-PATCH_SIZES = (2, 4, 8)
-
-
 def shape_config(name: str, input_size: int = 32, num_classes: int = 0) -> DiTConfig | None:
     """Config of a published shape such as `DiT-L/2` or `SiT-L/2`; None if `name` is no such shape."""
-    shape, _, patch = name.partition("/")
-    if shape not in SHAPES | FLOWS or patch not in map(str, PATCH_SIZES):
+    if not is_shape(name) or name.endswith(TEXT):
         return None
+    shape, _, patch = name.partition("/")
     width, depth, heads = (SHAPES | FLOWS)[shape]
     return DiTConfig(input_size, 4, int(patch), width, depth, heads, num_classes)
-
-
-def is_flow(name: str) -> bool:
-    """Whether a shape's name is that of a SiT."""
-    return name.partition("/")[0] in FLOWS
 
 
 def sincos_table(width: int, side: int) -> Tensor:
@@ -203,7 +193,7 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """The published DiT; satisfies `types.Backbone`. Freezing is the caller's (`engine.backbone`).
+    """The published DiT; satisfies `types.Backbone`. Freezing is the caller's (`models.backbone`).
 
     `recompute`: blocks keep their input alone and are run again in the backward pass.
     """
@@ -248,7 +238,7 @@ class DiT(nn.Module):
         """`blocks.0` and so on."""
         return tuple(f"blocks.{number}" for number in range(self.config.depth))
 
-    # Each of the next four is entered from outside; none calls another, as each may be wrapped (engine.sharding).
+    # Each of the next four is entered from outside; none calls another, as each may be wrapped (training.fsdp).
 
     def embed(self, t: Tensor, cond: Tensor | None) -> Tensor:
         """c = t_emb + y_emb [B, D]; an unconditional model adds its single row of the label table.

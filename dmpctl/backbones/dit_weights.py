@@ -12,10 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dmpctl.backbones.dit import SHAPES, DiT, DiTConfig
+from dmpctl.backbones.dit import DiT, DiTConfig
 from dmpctl.backbones.foreign import INERT_GLOBALS, Scalar, said_by
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.files import read_tensors
+from dmpctl.store.shapes import SHAPES
 from dmpctl.types import ScheduleSpec
 
 AVERAGE, LAST = ("ema",), ("model", "state_dict")  # entries of a checkpoint; an average is what one samples from

@@ -1,6 +1,6 @@
 """PixArt's transformer (Chen et al. 2023, arXiv 2310.00426) as the text-conditional DiT: attention to the caption in every block.
 
-Of any size, from its config; the paper's text DiT is `DiT-B/2-text` (engine.backbone), as its published code has none.
+Of any size, from its config; the paper's text DiT is `DiT-B/2-text` (models.backbone), as its published code has none.
 """
 
 from collections.abc import Mapping

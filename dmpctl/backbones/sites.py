@@ -47,7 +47,7 @@ class Hooked(nn.Module, ABC):
     """A model of diffusers that satisfies `types.Backbone`. Its parts and parameters keep the names they have in `model`.
 
     `text_tokens`: of a caption, where it takes any number; None: as many as is usual for its kind, or no captions.
-    Freezing is the caller's (`engine.backbone`).
+    Freezing is the caller's (`models.backbone`).
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Hooked(nn.Module, ABC):
         """Let calls of `model` itself, by others, be edited; None: no more."""
         self._held.edit = edit
 
-    # Each of the next four is entered from outside; none calls another, as each may be wrapped (engine.sharding).
+    # Each of the next four is entered from outside; none calls another, as each may be wrapped (training.fsdp).
 
     def embed(self, t: Tensor, cond: Tensor | None) -> Tensor:
         """c [B, D] of timesteps t [B] and conditions."""

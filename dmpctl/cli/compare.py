@@ -14,9 +14,9 @@ def compare(call: Call) -> Report:
     tuning seeds]; stages = [only these]; continue = true trains the backbone itself on. What is done is not done again,
     and the same command started twice shares the work.
     """
-    from dmpctl.engine import compare as engine
+    from dmpctl.studies.compare import compare as do
 
-    return engine.compare(call.settings, call.argument, call.progress)
+    return do(call.settings, call.argument, call.progress)
 
 
 app = command(

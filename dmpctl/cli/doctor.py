@@ -9,9 +9,9 @@ def doctor(call: Call) -> Report:
 
     Opens no connection and writes nothing.
     """
-    from dmpctl.engine import doctor as engine
+    from dmpctl.reports.doctor import examine as do
 
-    return engine.examine(call.settings)
+    return do(call.settings)
 
 
 app = command("doctor", doctor, ["dmpctl doctor", "dmpctl doctor --json"])

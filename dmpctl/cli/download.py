@@ -10,13 +10,13 @@ def download(call: Call) -> Report:
     Without a name, lists what there is, what is in the cache already, and the licences. With --latents the images that
     are named are encoded, too, as patch and pretrain would do at first.
     """
-    from dmpctl.engine import fetch
+    from dmpctl.store.download import download as do
 
     if call.settings.download.encode_with is not None:
-        from dmpctl.engine import ahead
+        from dmpctl.models.encode_ahead import encode_ahead
 
-        return ahead.encode_ahead(call.settings, call.argument or [], call.progress)
-    return fetch.download(call.settings, call.argument or [], call.progress)
+        return encode_ahead(call.settings, call.argument or [], call.progress)
+    return do(call.settings, call.argument or [], call.progress)
 
 
 app = command(

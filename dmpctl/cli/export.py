@@ -12,9 +12,9 @@ def export(call: Call) -> Report:
     patch: a folder with the patch alone. merged: one file with its backbone, which sample, fid and inspect-gates take as
     a run; lora and full are folded into the weights. dmp-pt: a checkpoint that the published DMP code reads.
     """
-    from dmpctl.engine import export as engine
+    from dmpctl.exchange.export import export as do
 
-    return engine.export(call.settings, call.argument, call.progress)
+    return do(call.settings, call.argument, call.progress)
 
 
 app = command(

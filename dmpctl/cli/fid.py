@@ -10,9 +10,9 @@ def fid(call: Call) -> Report:
     WHAT is a run, whose patched images are then made, a folder of images, an npz in ADM's layout, or a file of statistics.
     Every number comes with its protocol and how sure it is. What was stopped goes on when the same command is given again.
     """
-    from dmpctl.engine import evaluate
+    from dmpctl.measuring.evaluate import fid as do
 
-    return evaluate.fid(call.settings, call.argument, call.progress)
+    return do(call.settings, call.argument, call.progress)
 
 
 app = command(

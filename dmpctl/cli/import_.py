@@ -13,9 +13,9 @@ def import_(call: Call) -> Report:
     backbone; a .safetensors file, such as export --to merged writes; or a folder with a DiT in diffusers' layout, which
     becomes one in the original layout. Nothing that it pickles is run.
     """
-    from dmpctl.engine import importer
+    from dmpctl.exchange.importer import import_file as do
 
-    return importer.import_file(call.settings, call.argument, call.progress)
+    return do(call.settings, call.argument, call.progress)
 
 
 app = command(

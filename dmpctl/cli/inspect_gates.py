@@ -12,9 +12,9 @@ def inspect_gates(call: Call) -> Report:
     Needs no images: the gates see only the timestep, the label or caption, and the block index. --with-backbone runs the
     backbone on some, for the size of the edit.
     """
-    from dmpctl.engine import gates
+    from dmpctl.gates.inspect import inspect as do
 
-    return gates.inspect(call.settings, call.argument, call.progress)
+    return do(call.settings, call.argument, call.progress)
 
 
 app = command(

@@ -103,7 +103,7 @@ def started(name: str, settings: "Settings", argument: Any) -> int | None:
         return None
     if settings.launch.num_processes == 1 and settings.launch.nnodes == "1":  # needs no torch
         return None
-    from dmpctl.engine.launcher import Job, processes_to_start, run_job
+    from dmpctl.processes.launcher import Job, processes_to_start, run_job
 
     processes = processes_to_start(settings.launch)
     with requeueing(settings):
@@ -113,7 +113,7 @@ def started(name: str, settings: "Settings", argument: Any) -> int | None:
 def perform(body: Body, call: Call) -> int:
     """Do the work in this process and print what it found; returns its exit code."""
     from dmpctl.cli.console import Output
-    from dmpctl.engine.stop import ending_by_signals
+    from dmpctl.processes.stop import ending_by_signals
 
     with requeueing(call.settings), ending_by_signals():
         report = body(call)

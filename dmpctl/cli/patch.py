@@ -10,9 +10,9 @@ def patch(call: Call) -> Report:
     Without options: the bundled digits backbone, on a CPU, without a network. The same command goes on where an
     interrupted one stopped.
     """
-    from dmpctl.engine import patch as engine
+    from dmpctl.training.patch import patch as do
 
-    return engine.patch(call.settings, call.progress)
+    return do(call.settings, call.progress)
 
 
 app = command(

@@ -9,9 +9,9 @@ def pretrain(call: Call) -> Report:
 
     For data that has no public backbone. The same command goes on where an interrupted one stopped.
     """
-    from dmpctl.engine import pretrain as engine
+    from dmpctl.training.pretrain import pretrain as do
 
-    return engine.pretrain(call.settings, call.progress)
+    return do(call.settings, call.progress)
 
 
 app = command(

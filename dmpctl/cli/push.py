@@ -12,12 +12,12 @@ def push(call: Call) -> Report:
     others use it by its address: dmpctl sample hf://OWNER/NAME@REVISION. A backbone that only you have goes along under
     --with-backbone.
     """
-    from dmpctl.engine import push
+    from dmpctl.exchange.push import push as do
 
     if len(call.argument or []) != 2:
         raise UsageError("push takes a run and where it goes", "dmpctl push runs/digits hf://OWNER/NAME")
     run, to = call.argument
-    return push.push(call.settings, run, to, call.progress)
+    return do(call.settings, run, to, call.progress)
 
 
 app = command(

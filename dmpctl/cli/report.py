@@ -12,9 +12,9 @@ def report(call: Call) -> Report:
     No script, no font and no picture is fetched. It has what the run was asked, the verdicts, before and after on the same
     seeds, measurements, curves, gates, and the command that makes the run again.
     """
-    from dmpctl.engine import report
+    from dmpctl.reports.report import report as do
 
-    return report.report(call.settings, call.argument, call.progress)
+    return do(call.settings, call.argument, call.progress)
 
 
 app = command(

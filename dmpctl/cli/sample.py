@@ -11,9 +11,9 @@ def sample(call: Call) -> Report:
 
     Image k depends on the seed and k only. Images that are there already are kept.
     """
-    from dmpctl.engine import generate
+    from dmpctl.sampling.generate import sample as do
 
-    return generate.sample(call.settings, call.argument, call.progress)
+    return do(call.settings, call.argument, call.progress)
 
 
 app = command(

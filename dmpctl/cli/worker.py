@@ -1,4 +1,4 @@
-"""One of the processes of a command, started by `engine.launcher`: `python -m dmpctl.cli.worker FOLDER LAUNCHER_PID`.
+"""One of the processes of a command, started by `processes.launcher`: `python -m dmpctl.cli.worker FOLDER LAUNCHER_PID`.
 
 FOLDER/job.json says what to do. How it ends goes into FOLDER/attempt-A/rank-R.json; nothing is said on the terminal but by
 rank 0, and a failure by the launcher alone.
@@ -19,9 +19,9 @@ from typing import Any
 from dmpctl.cli.app import end, module_of
 from dmpctl.cli.console import progress_for
 from dmpctl.cli.options import Call, perform
-from dmpctl.engine.stop import hold_signals, let_signals_in
 from dmpctl.errors import DmpError, Interrupted
 from dmpctl.files import make_folder, read_json, write_atomic, write_json
+from dmpctl.processes.stop import hold_signals, let_signals_in
 
 LOSSES = ("closed by peer", "connection reset", "connection closed", "broken pipe", "timed out", "timeout", "aborted")
 
@@ -43,7 +43,7 @@ def work(folder: Path) -> int:
     code, debug = 0, False
     try:
         let_signals_in()
-        from dmpctl.engine.launcher import Job
+        from dmpctl.processes.launcher import Job
 
         job = Job.from_dict(read_json(folder / "job.json"))
         debug = job.settings.console.debug
@@ -71,7 +71,7 @@ def work(folder: Path) -> int:
 @contextmanager
 def leaving() -> Iterator[None]:
     """Leave the group of processes after an orderly end; after a failure the others may never come to do so, too."""
-    from dmpctl.engine.ranks import leave
+    from dmpctl.processes.ranks import leave
 
     try:
         yield

@@ -14,10 +14,10 @@ from typing import IO, Any
 
 import torch
 
-from dmpctl.data.scan import Entry, printable, scan
-from dmpctl.data.stored import Labels, OnBad, StoredImages
 from dmpctl.data.tar import Slice
 from dmpctl.errors import IntegrityError, MissingError
+from dmpctl.images.scan import Entry, printable, scan
+from dmpctl.images.stored import Labels, OnBad, StoredImages
 
 SPLITS = ("train2014", "val2014")
 LOCAL_HEADER, LOCAL_MAGIC = struct.Struct("<4s22xHH"), b"PK\x03\x04"  # APPNOTE.TXT 4.3.7

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dmpctl.data.scan import printable
-from dmpctl.data.stored import Labels
 from dmpctl.errors import IntegrityError, UsageError
+from dmpctl.images.scan import printable
+from dmpctl.images.stored import Labels
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -7,9 +7,9 @@ from typing import IO
 
 import torch
 
-from dmpctl.data.scan import EXTENSIONS, printable, scan
-from dmpctl.data.stored import Labels, OnBad, StoredImages
 from dmpctl.errors import MissingError, UsageError
+from dmpctl.images.scan import EXTENSIONS, printable, scan
+from dmpctl.images.stored import Labels, OnBad, StoredImages
 
 
 class Files:

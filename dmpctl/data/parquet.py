@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from dmpctl.data.columns import NO_LABEL, Chosen, Columns, captions_in, choose, image_bytes, labels_in, labels_of
-from dmpctl.data.scan import printable
-from dmpctl.data.stored import Labels, OnBad, StoredImages
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.files import FULL
+from dmpctl.images.scan import printable
+from dmpctl.images.stored import Labels, OnBad, StoredImages
 
 if TYPE_CHECKING:
     from datasets import Dataset

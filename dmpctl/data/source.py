@@ -9,12 +9,12 @@ from dmpctl.data.bundled import Digits
 from dmpctl.data.coco import CocoImages, captions_file
 from dmpctl.data.columns import Columns
 from dmpctl.data.folder import ImageFolder
-from dmpctl.data.hub import KNOWN, SCHEME, HubImages, HubSet, parse, stream
+from dmpctl.data.hub_rows import KNOWN, SCHEME, HubImages, HubSet, parse, stream
 from dmpctl.data.parquet import ParquetImages, local_files
-from dmpctl.data.scan import EXTENSIONS, printable
 from dmpctl.data.stream import RowGroups, StreamedImages
 from dmpctl.data.tar import TarImages
 from dmpctl.errors import MissingError, UsageError
+from dmpctl.images.scan import EXTENSIONS, printable
 from dmpctl.settings.sections import Data
 from dmpctl.types import Source
 

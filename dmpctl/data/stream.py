@@ -20,9 +20,9 @@ from torch import Tensor
 
 from dmpctl.data.columns import NO_LABEL, Chosen, Columns, captions_in, choose, image_bytes
 from dmpctl.data.parquet import first_line, stamps, table_identity
-from dmpctl.data.scan import THREADS
-from dmpctl.data.stored import Labels, OnBad, StoredImages
 from dmpctl.errors import IntegrityError, MissingError, UsageError
+from dmpctl.images.scan import THREADS
+from dmpctl.images.stored import Labels, OnBad, StoredImages
 
 if TYPE_CHECKING:
     import pyarrow as pa

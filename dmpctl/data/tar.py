@@ -12,9 +12,9 @@ import torch
 
 from dmpctl.data.columns import CAPTIONS, LABELS, NO_LABEL, Columns, captions_in
 from dmpctl.data.parquet import stamps
-from dmpctl.data.scan import EXTENSIONS, printable, reason_of
-from dmpctl.data.stored import Labels, OnBad, StoredImages
 from dmpctl.errors import MissingError, UsageError
+from dmpctl.images.scan import EXTENSIONS, printable, reason_of
+from dmpctl.images.stored import Labels, OnBad, StoredImages
 
 BLOCK = 512
 REGULAR, LONG_NAME, PAX, PAX_GLOBAL = (b"0", b"\0", b"7"), b"L", b"x", b"g"

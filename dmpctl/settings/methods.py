@@ -107,6 +107,6 @@ class Full(Section):
     lr: Annotated[float, Field(gt=0, description="Learning rate of LoRA or full fine-tuning.")] = 1e-4
 
 
-# What `method` can be. One more kind: its class above, its name here, a case in engine.build and a row in the contract suite.
+# What `method` can be. One more kind: its class above, its name here, a case in models.build and a row in the contract suite.
 Method = Dmp | PromptTuning | Lora | Full
 METHODS: dict[str, type[Section]] = {kind.model_fields["method"].default: kind for kind in get_args(Method)}

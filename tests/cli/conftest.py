@@ -4,7 +4,6 @@ from types import ModuleType
 
 import pytest
 
-import dmpctl.engine
 from dmpctl.cli.app import main
 
 OUTSIDE = (
@@ -34,12 +33,11 @@ def dmpctl_(capsys):
 
 @pytest.fixture
 def engine(monkeypatch):
-    """Put a function in the place of one of the engine's."""
+    """Put a function in the place of what a command calls: `engine("training.patch", "patch", body)`."""
 
     def put(module: str, function: str, body) -> None:
-        fake = ModuleType(f"dmpctl.engine.{module}")
+        fake = ModuleType(f"dmpctl.{module}")
         setattr(fake, function, body)
         monkeypatch.setitem(sys.modules, fake.__name__, fake)
-        monkeypatch.setattr(dmpctl.engine, module, fake, raising=False)
 
     return put

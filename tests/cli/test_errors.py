@@ -32,17 +32,17 @@ def failing(error: BaseException):
     ],
 )
 def test_exit_codes(dmpctl_, engine, error, code):
-    engine("patch", "patch", failing(error))
+    engine("training.patch", "patch", failing(error))
     assert dmpctl_("patch") == (code, "", "error: s\nhint: h\n")
 
 
 def test_no_hint_no_line(dmpctl_, engine):
-    engine("patch", "patch", failing(MissingError("s")))
+    engine("training.patch", "patch", failing(MissingError("s")))
     assert dmpctl_("patch")[2] == "error: s\n"
 
 
 def test_a_bug_is_one_sentence_without_a_traceback(dmpctl_, engine):
-    engine("patch", "patch", failing(ValueError("one\n  two")))
+    engine("training.patch", "patch", failing(ValueError("one\n  two")))
     code, out, err = dmpctl_("patch")
     assert (code, out) == (1, "")
     assert err.splitlines()[0] == "error: internal: ValueError: one two"
@@ -52,7 +52,7 @@ def test_a_bug_is_one_sentence_without_a_traceback(dmpctl_, engine):
 
 @pytest.mark.parametrize("how", ["flag", "variable", "file"])
 def test_debug_shows_the_traceback_without_locals(dmpctl_, engine, monkeypatch, tmp_path, how):
-    engine("patch", "patch", failing(MissingError("s")))
+    engine("training.patch", "patch", failing(MissingError("s")))
     line = ["patch"]
     if how == "flag":
         line.append("--debug")
@@ -78,13 +78,13 @@ def test_debug_shows_the_traceback_without_locals(dmpctl_, engine, monkeypatch, 
     ],
 )
 def test_a_library_that_stops_the_program(dmpctl_, engine, stop, code, err):
-    engine("patch", "patch", failing(stop))
+    engine("training.patch", "patch", failing(stop))
     assert dmpctl_("patch") == (code, "", err)
 
 
 def test_tokens_are_never_shown(dmpctl_, engine, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "sesame-open")
-    engine("patch", "patch", failing(ValueError("hf_abcdefgh12345 and sesame-open")))
+    engine("training.patch", "patch", failing(ValueError("hf_abcdefgh12345 and sesame-open")))
     err = dmpctl_("patch", "--debug")[2]
     assert "Traceback" in err
     assert "hf_abc" not in err
@@ -92,7 +92,7 @@ def test_tokens_are_never_shown(dmpctl_, engine, monkeypatch):
 
 
 def test_ctrl_c(dmpctl_, engine):
-    engine("patch", "patch", failing(KeyboardInterrupt()))
+    engine("training.patch", "patch", failing(KeyboardInterrupt()))
     assert dmpctl_("patch")[0] == 130
 
 
@@ -145,7 +145,7 @@ def test_the_module_ends_with_the_code():
 
 
 def test_failures_leave_stdout_to_results(dmpctl_, engine):
-    engine("patch", "patch", lambda *_: Report({"fine": True}))
+    engine("training.patch", "patch", lambda *_: Report({"fine": True}))
     code, out, err = dmpctl_("patch", "--json")
     assert (code, err) == (0, "")
     assert out.startswith("{")

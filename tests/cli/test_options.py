@@ -69,7 +69,7 @@ def test_values_reach_the_engine_with_their_types(dmpctl_, engine):
         seen.append(settings)
         return Report({"done": 1}, ({"a": "b"},), ("a sentence",))
 
-    engine("patch", "patch", patch)
+    engine("training.patch", "patch", patch)
     line = (
         "patch",
         "--run",
@@ -95,15 +95,15 @@ def test_values_reach_the_engine_with_their_types(dmpctl_, engine):
 @pytest.mark.parametrize(
     ("line", "module", "function", "argument"),
     [
-        (("pretrain",), "pretrain", "pretrain", None),
-        (("patch",), "patch", "patch", None),
-        (("sample", "r"), "generate", "sample", Path("r")),
-        (("fid", "r"), "evaluate", "fid", "r"),
-        (("inspect-gates", "r"), "gates", "inspect", Path("r")),
-        (("import", "f"), "importer", "import_file", Path("f")),
-        (("export", "r"), "export", "export", Path("r")),
-        (("download", "a", "b"), "fetch", "download", ["a", "b"]),
-        (("download",), "fetch", "download", []),
+        (("pretrain",), "training.pretrain", "pretrain", None),
+        (("patch",), "training.patch", "patch", None),
+        (("sample", "r"), "sampling.generate", "sample", Path("r")),
+        (("fid", "r"), "measuring.evaluate", "fid", "r"),
+        (("inspect-gates", "r"), "gates.inspect", "inspect", Path("r")),
+        (("import", "f"), "exchange.importer", "import_file", Path("f")),
+        (("export", "r"), "exchange.export", "export", Path("r")),
+        (("download", "a", "b"), "store.download", "download", ["a", "b"]),
+        (("download",), "store.download", "download", []),
     ],
 )
 def test_each_command_calls_its_engine(dmpctl_, engine, line, module, function, argument):
@@ -122,14 +122,14 @@ def test_each_command_calls_its_engine(dmpctl_, engine, line, module, function, 
 
 def test_offline_is_set_before_the_engine_is_imported(dmpctl_, engine):
     seen = {}
-    engine("fetch", "download", lambda *_: seen.update(os.environ) or Report({}))
+    engine("store.download", "download", lambda *_: seen.update(os.environ) or Report({}))
     assert dmpctl_("download", "--offline")[0] == 0
     assert (seen["HF_HUB_OFFLINE"], seen["HF_DATASETS_OFFLINE"]) == ("1", "1")
 
 
 def test_a_named_cache_is_the_cache_of_the_hub_library_too(dmpctl_, engine, tmp_path, monkeypatch):
     seen = {}
-    engine("fetch", "download", lambda *_: seen.update(os.environ) or Report({}))
+    engine("store.download", "download", lambda *_: seen.update(os.environ) or Report({}))
     monkeypatch.chdir(tmp_path)
     assert dmpctl_("download", "--cache-dir", "here")[0] == 0
     assert (seen["DMPCTL_CACHE_DIR"], seen["HF_HUB_CACHE"]) == (str(tmp_path / "here"), str(tmp_path / "here" / "hub"))
@@ -137,7 +137,7 @@ def test_a_named_cache_is_the_cache_of_the_hub_library_too(dmpctl_, engine, tmp_
 
 def test_online_sets_nothing(dmpctl_, engine):
     seen = {}
-    engine("fetch", "download", lambda *_: seen.update(os.environ) or Report({}))
+    engine("store.download", "download", lambda *_: seen.update(os.environ) or Report({}))
     dmpctl_("download")
     assert not {"HF_HUB_OFFLINE", "HF_HUB_CACHE", "DMPCTL_CACHE_DIR"} & set(seen)
 
@@ -146,5 +146,5 @@ def test_print_config_calls_no_engine(dmpctl_, engine):
     def body(*_):
         raise AssertionError
 
-    engine("patch", "patch", body)
+    engine("training.patch", "patch", body)
     assert dmpctl_("patch", "--print-config")[0] == 0

@@ -10,7 +10,7 @@ from dmpctl.backbones.diffusers_dit import DiffusersDiT
 from dmpctl.backbones.dit import DiT, DiTConfig
 from dmpctl.backbones.pixart import PixArt
 from dmpctl.backbones.sd_unet import SdUnet
-from dmpctl.engine.backbone import freeze
+from dmpctl.models.backbone import freeze
 from dmpctl.types import Backbone, ScheduleSpec
 from tests.foreign_helpers import TOKENS, tiny_dit, tiny_pixart, tiny_unet
 

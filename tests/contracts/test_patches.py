@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from dmpctl.backbones.dit import DiT, DiTConfig
 from dmpctl.backbones.pixart import PixArt
 from dmpctl.backbones.sd_unet import SdUnet
-from dmpctl.engine.backbone import freeze
-from dmpctl.engine.build import PatchModule, build_patch
-from dmpctl.engine.patched import predict_patched
 from dmpctl.files import read_tensors, write_tensors
 from dmpctl.methods.by_size import PatchBySize
 from dmpctl.methods.dmp import DmpPatch
+from dmpctl.models.backbone import freeze
+from dmpctl.models.build import PatchModule, build_patch
+from dmpctl.models.patched import predict_patched
 from dmpctl.settings.methods import Dmp, Full, Lora, Method, PromptTuning
 from dmpctl.types import Plan, Routing, Routings
 from tests.foreign_helpers import TOKENS, WIDTH, tiny_pixart, tiny_unet

@@ -11,17 +11,17 @@ import pytest
 import torch
 from PIL import Image
 
-from dmpctl.data import stored
+from dmpctl.batches.loader import TrainingItems, order_of
 from dmpctl.data.bundled import Digits
 from dmpctl.data.coco import CocoImages
 from dmpctl.data.columns import Columns
 from dmpctl.data.folder import ImageFolder
-from dmpctl.data.hub import HubImages, parse
-from dmpctl.data.loader import TrainingItems, order_of
+from dmpctl.data.hub_rows import HubImages, parse
 from dmpctl.data.parquet import ParquetImages
 from dmpctl.data.stream import RowGroups, StreamedImages
 from dmpctl.data.tar import TarImages
-from dmpctl.engine.latents import build_latents
+from dmpctl.images import stored
+from dmpctl.models.encode import build_latents
 from dmpctl.types import Silent, Source
 from tests.latent_helpers import Ramp
 from tests.unit.data.made import write_coco, write_parquet, write_tar

@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dmpctl.engine import checkpoint
 from dmpctl.files import read_tensors
+from dmpctl.runs import checkpoint
 from tests.helpers import Done, colour_folder, copied, digit_folder, files, flip, pretrain_run, run_cli, tree
 
 FEW = ("--iters", 4, "--batch-size", 8, "--no-evaluate", "--cpu")

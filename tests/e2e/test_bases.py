@@ -9,9 +9,9 @@ import torch
 
 from dmpctl.backbones.dit import DiT
 from dmpctl.backbones.dit_weights import HEADS, digest_of
-from dmpctl.engine import backbone
-from dmpctl.engine.backbone import load_backbone
 from dmpctl.errors import MissingError
+from dmpctl.models import backbone
+from dmpctl.models.backbone import load_backbone
 from dmpctl.settings.commands import options_of
 from dmpctl.settings.sections import Base
 from tests.helpers import BUNDLED, digit_folder, flip

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dmpctl.engine import paired_loss
 from dmpctl.files import sha256_of
+from dmpctl.measuring import paired_loss
 from tests.helpers import BUNDLED, BUNDLED_PATCH, colour_folder, files, run_cli, same_but_time, tree
 
 SHARE = f"(+{100 * BUNDLED_PATCH.parameters() / BUNDLED.parameters():.2f} %)"

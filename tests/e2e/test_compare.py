@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from dmpctl.engine import compare as engine
-from dmpctl.engine import paired_loss
 from dmpctl.files import read_json
+from dmpctl.measuring import paired_loss
+from dmpctl.studies import compare as engine
 from tests.helpers import digit_folder, environment, files, pretrain_run, run_cli, tree
 
 STUDY = """

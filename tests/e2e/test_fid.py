@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from dmpctl.data.bundled import Digits
-from dmpctl.engine import evaluate
 from dmpctl.errors import IntegrityError, MissingError, UsageError
+from dmpctl.measuring import evaluate
 from dmpctl.metrics.features.pixels import Pixels
 from dmpctl.metrics.frechet import moments_to_fid
 from dmpctl.metrics.moments import features_to_moments

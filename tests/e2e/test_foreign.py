@@ -7,8 +7,8 @@ import datasets
 import pytest
 import torch
 
-from dmpctl.engine import checkpoint
-from dmpctl.engine.pictures import read_png
+from dmpctl.runs import checkpoint
+from dmpctl.sampling.pictures import read_png
 from tests.foreign_helpers import pipeline, tiny_clip, tiny_clip_model, tiny_dit, tiny_pixart, tiny_unet
 from tests.helpers import colour_folder, copied, files, run_cli, same_but_time, tensors_of
 from tests.latent_helpers import tiny_vae

@@ -10,19 +10,21 @@ import torch
 
 from dmpctl.codecs.identity import Identity
 from dmpctl.data.bundled import Digits
-from dmpctl.engine import checkpoint, generate, patch, pretrain
-from dmpctl.engine.backbone import load_backbone
-from dmpctl.engine.build import build_patch
-from dmpctl.engine.launch import accelerator_for
-from dmpctl.engine.patch_files import load_patch, load_result
-from dmpctl.engine.patched import predict_patched
-from dmpctl.engine.rundir import RunDir
-from dmpctl.engine.saver import Saver
-from dmpctl.engine.train import Trainer
 from dmpctl.errors import IntegrityError, Interrupted
 from dmpctl.files import sha256_of
+from dmpctl.models.backbone import load_backbone
+from dmpctl.models.build import build_patch
+from dmpctl.models.patch_files import load_patch, load_result
+from dmpctl.models.patched import predict_patched
+from dmpctl.processes.accelerator import accelerator_for
+from dmpctl.runs import checkpoint
+from dmpctl.runs.rundir import RunDir
+from dmpctl.runs.saver import Saver
+from dmpctl.sampling import generate
 from dmpctl.settings.methods import Dmp
 from dmpctl.settings.sections import Base
+from dmpctl.training import patch, pretrain
+from dmpctl.training.trainer import Trainer
 from dmpctl.types import Silent
 from tests.helpers import BUNDLED, SHAPE, SMALL, files, patch_run, pretrain_run, same_but_time, settings_for, tensors_of, tree
 
@@ -283,7 +285,7 @@ def test_9_a_command_writes_into_its_run_and_nowhere_else(tmp_path, monkeypatch,
         monkeypatch.setenv(name, str(tmp_path / folder))
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr("dmpctl.engine.paired_loss.MOST_IMAGES", 20)
+    monkeypatch.setattr("dmpctl.measuring.paired_loss.MOST_IMAGES", 20)
     few = ("--iters", 2, "--batch-size", 4, "--steps", 2, "--cpu")
     run = tmp_path / "runs" / "one"
 
@@ -334,8 +336,8 @@ def test_9_a_command_writes_into_its_run_and_nowhere_else(tmp_path, monkeypatch,
 def test_9_a_run_stopped_at_any_write_ends_as_if_nothing_had_been(tmp_path, monkeypatch):
     """Stop before and after each file of a whole run; then the same command ends it, equal to the undisturbed one."""
     from dmpctl import files as written
-    from dmpctl.engine import checkpoint as saving
-    from dmpctl.engine import rundir
+    from dmpctl.runs import checkpoint as saving
+    from dmpctl.runs import rundir
 
     given = {"iters": 4, "save_every": 2}
     patch_run(tmp_path / "straight", **given)

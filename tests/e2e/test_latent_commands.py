@@ -10,11 +10,12 @@ import datasets
 import pytest
 import torch
 
+from dmpctl.batches import latents
+from dmpctl.batches.shards import per_shard_of
 from dmpctl.cli.app import main
 from dmpctl.codecs.vae import Vae
-from dmpctl.data import latents, stored
-from dmpctl.data.shards import per_shard_of
-from dmpctl.engine.train import Trainer
+from dmpctl.images import stored
+from dmpctl.training.trainer import Trainer
 from tests.helpers import colour_folder, copied, files, run_cli, same_but_time, tensors_of, tree
 from tests.latent_helpers import TINY_SIDE, tiny_vae
 from tests.standin import Repository, running

@@ -8,12 +8,13 @@ import torch
 from dmpctl.backbones.dit import DiT, DiTConfig
 from dmpctl.codecs.vae import Vae
 from dmpctl.data.folder import ImageFolder
-from dmpctl.engine.latents import build_latents
-from dmpctl.engine.launch import accelerator_for
-from dmpctl.engine.pretrain import no_penalty, no_routing, predict
-from dmpctl.engine.rundir import RunDir
-from dmpctl.engine.session import Session, train_in
-from dmpctl.engine.train import Subject, Trainer
+from dmpctl.models.encode import build_latents
+from dmpctl.processes.accelerator import accelerator_for
+from dmpctl.runs.rundir import RunDir
+from dmpctl.training.pretrain import no_penalty, no_routing, predict
+from dmpctl.training.session import Session, train_in
+from dmpctl.training.subject import Subject
+from dmpctl.training.trainer import Trainer
 from dmpctl.types import Silent
 from tests.helpers import colour_folder, same_but_time, settings_for, tensors_of
 from tests.latent_helpers import TINY_SIDE, tiny_vae

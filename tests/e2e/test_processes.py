@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dmpctl.engine import checkpoint
-from dmpctl.engine.pictures import read_png
-from dmpctl.engine.rundir import RunDir
 from dmpctl.files import sha256_of
+from dmpctl.runs import checkpoint
+from dmpctl.runs.rundir import RunDir
+from dmpctl.sampling.pictures import read_png
 from tests.helpers import copied, digit_folder, environment, patch_run, pretrain_run, run_cli, tensors_of
 
 TWO = ("--cpu", "--num-processes", 2)
@@ -351,11 +351,11 @@ def test_a_signal_to_the_launcher_is_obeyed_by_all(tmp_path, number, code, more)
 SCRIPT = """
 import sys
 from pathlib import Path
-from dmpctl.engine import patch
-from dmpctl.engine.backbone import load_backbone
-from dmpctl.engine.launch import accelerator_for
-from dmpctl.engine.rundir import RunDir
-from dmpctl.engine.train import Trainer
+from dmpctl.training import patch
+from dmpctl.models.backbone import load_backbone
+from dmpctl.processes.accelerator import accelerator_for
+from dmpctl.runs.rundir import RunDir
+from dmpctl.training.trainer import Trainer
 from dmpctl.codecs.identity import Identity
 from dmpctl.data.bundled import Digits
 from tests.helpers import SMALL, settings_for

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from dmpctl.engine import checkpoint
-from dmpctl.engine.pictures import read_png
 from dmpctl.errors import IntegrityError
 from dmpctl.files import read_tensors, sha256_of
+from dmpctl.runs import checkpoint
+from dmpctl.sampling.pictures import read_png
 from tests.helpers import colour_folder, environment, flip, patch_run
 from tests.latent_helpers import TINY_SIDE, tiny_vae
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from dmpctl.engine import checkpoint
-from dmpctl.engine.rundir import RunDir
 from dmpctl.files import sha256_of
+from dmpctl.runs import checkpoint
+from dmpctl.runs.rundir import RunDir
 from tests.helpers import environment, files, patch_run, run_cli, same_but_time
 
 ITERS, EVERY = 240, 3

@@ -22,11 +22,11 @@ from dmpctl.diffusion.guidance import guide
 from dmpctl.diffusion.objective import HybridObjective, Losses
 from dmpctl.diffusion.samplers import sample
 from dmpctl.diffusion.schedule import NoiseSchedule, respaced_timesteps
-from dmpctl.engine.patched import predict_patched
 from dmpctl.errors import DmpError, IntegrityError
 from dmpctl.files import read_json, read_tensors
 from dmpctl.methods.dmp import DmpPatch, dmp_shape
 from dmpctl.methods.gate import per_sample_importance
+from dmpctl.models.patched import predict_patched
 from dmpctl.settings.methods import Dmp
 from dmpctl.settings.training import Objective
 from dmpctl.types import ScheduleSpec

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dmpctl.engine import checkpoint
-from dmpctl.engine.generate import generate
-from dmpctl.engine.patch_files import load_patch
-from dmpctl.engine.rundir import RunDir
 from dmpctl.files import sha256_of
+from dmpctl.models.patch_files import load_patch
+from dmpctl.runs import checkpoint
+from dmpctl.runs.rundir import RunDir
+from dmpctl.sampling.generate import generate
 from dmpctl.settings.sections import Sampling
 from tests.helpers import environment, patch_run, tensors_of
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import dmpctl
-from dmpctl.engine.generate import generate
-from dmpctl.engine.patched import predict_patched
-from dmpctl.engine.pictures import read_png
 from dmpctl.errors import IntegrityError, UsageError
+from dmpctl.models.patched import predict_patched
+from dmpctl.sampling.generate import generate
+from dmpctl.sampling.pictures import read_png
 from tests.foreign_helpers import TOKENS, WIDTH, pipeline, tiny_dit, tiny_pixart, tiny_unet
 from tests.helpers import colour_folder, environment, settings_for
 from tests.latent_helpers import tiny_vae

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.files import sha256_of
 from dmpctl.metrics.features.checks import require_uint8_images, tf32_off
+from dmpctl.metrics.features.protocols import Preprocessing
 from dmpctl.metrics.features.resize import clean, half_pixel, tf1
 from dmpctl.metrics.features.weights import one_line, read_state_dict
-from dmpctl.metrics.protocols import Preprocessing
 from dmpctl.types import Outputs
 
 PUBLISHED_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dmpctl.backbones.dit import PATCH_SIZES, SHAPES, DiT, DiTConfig, shape_config, sincos_table, timestep_features
+from dmpctl.backbones.dit import DiT, DiTConfig, shape_config, sincos_table, timestep_features
 from dmpctl.errors import UsageError
+from dmpctl.store.shapes import PATCH_SIZES, SHAPES
 from dmpctl.types import ScheduleSpec
 
 NAMES = [f"{shape}/{patch}" for shape in SHAPES for patch in PATCH_SIZES]

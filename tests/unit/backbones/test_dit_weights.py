@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dmpctl.backbones.dit import PATCH_SIZES, SHAPES, DiT, DiTConfig, shape_config
+from dmpctl.backbones.dit import DiT, DiTConfig, shape_config
 from dmpctl.backbones.dit_weights import Weights, digest_of, dit_from, dit_metadata, infer_config, read_weights
 from dmpctl.errors import IntegrityError, UsageError
+from dmpctl.store.shapes import PATCH_SIZES, SHAPES
 from dmpctl.types import ScheduleSpec
 from tests.unit.backbones.made import CONFIG, HEADS, Tensors, random_state, same, save_dit, saved
 

@@ -207,7 +207,7 @@ def test_sizes_of_the_real_models():
     """On the meta device: parameters as published, and what a patch adds."""
     from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, UNet2DConditionModel
 
-    from dmpctl.engine.build import build_patch
+    from dmpctl.models.build import build_patch
     from dmpctl.settings.methods import Dmp
 
     with torch.device("meta"):

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
+from dmpctl.batches.caption_states import CaptionNumbers
 from dmpctl.codecs.text import TextEncoder
-from dmpctl.data.conditions import CaptionNumbers
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.rng import seed_of
 from tests.foreign_helpers import LETTERS, TOKENS, WIDTH, tiny_clip

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dmpctl.data import stored
 from dmpctl.data.coco import CocoImages, captions_file, read_captions
 from dmpctl.errors import IntegrityError, MissingError
+from dmpctl.images import stored
 from tests.unit.data.made import encoded, picture, write_coco
 
 IMAGES = {f"COCO_train2014_{n:012}.jpg": encoded(n) for n in range(4)}

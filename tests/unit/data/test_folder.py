@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from dmpctl.data import folder, scan, stored
+from dmpctl.data import folder
 from dmpctl.data.folder import ImageFolder
 from dmpctl.errors import DmpError, IntegrityError, MissingError, UsageError
+from dmpctl.images import scan, stored
 
 FORMS = {".png": "PNG", ".jpg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from datasets import ClassLabel, Value
 
-from dmpctl.data import parquet, stored
+from dmpctl.data import parquet
 from dmpctl.data.columns import Columns
 from dmpctl.data.parquet import ParquetImages, missing_shards
 from dmpctl.errors import IntegrityError, MissingError, UsageError
+from dmpctl.images import stored
 from tests.unit.data.made import encoded, picture, write_parquet
 
 IMAGES = [encoded(seed) for seed in range(4)]

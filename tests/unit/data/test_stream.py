@@ -8,9 +8,9 @@ import pytest
 import torch
 from datasets import ClassLabel, Value
 
+from dmpctl.batches.loader import batches
 from dmpctl.data import stream
 from dmpctl.data.columns import Columns
-from dmpctl.data.loader import batches
 from dmpctl.data.parquet import ParquetImages
 from dmpctl.data.stream import RowGroups, StreamedImages
 from dmpctl.errors import IntegrityError, MissingError, UsageError

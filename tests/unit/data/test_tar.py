@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dmpctl.data import stored
 from dmpctl.data.columns import Columns
 from dmpctl.data.tar import BrokenTar, Slice, TarImages, members
 from dmpctl.errors import IntegrityError, MissingError, UsageError
+from dmpctl.images import stored
 from tests.unit.data.made import encoded, picture, write_tar
 
 FORMS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}

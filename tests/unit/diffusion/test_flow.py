@@ -4,13 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from dmpctl.backbones.dit import DiT, DiTConfig, is_flow, shape_config
+from dmpctl.backbones.dit import DiT, DiTConfig, shape_config
 from dmpctl.diffusion.objective import HybridObjective
 from dmpctl.diffusion.samplers import FLOW_SAMPLERS, sample
 from dmpctl.diffusion.schedule import FlowSchedule, NoiseSchedule, schedule_of
 from dmpctl.errors import UsageError
 from dmpctl.rng import ImageDraws
 from dmpctl.settings.training import Objective
+from dmpctl.store.shapes import is_flow
 from dmpctl.types import ScheduleSpec
 
 FLOW = FlowSchedule(1000)

@@ -1,0 +1,1 @@
+"""Experiments and timings, each run by hand: `python -m benchmarks.NAME`."""

@@ -1,0 +1,1 @@
+"""Images in the order of training, and caches of their latents and captions."""

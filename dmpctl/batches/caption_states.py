@@ -1,0 +1,112 @@
+"""Captions that are encoded already: the text encoder runs once, and training reads its states as it reads latents."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dmpctl.batches.shards import Rows, Shards, per_shard_of
+from dmpctl.images.captions import drawn
+
+KIND = "conditions"
+NULL = ""  # the caption that says nothing, for guidance; cached behind all others
+
+
+class TextEncoder(Protocol):
+    """Captions to states of T tokens, padded: float [B, T, D], and bool [B, T] where a token is no padding."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def revision(self) -> str: ...
+
+    @property
+    def max_length(self) -> int:
+        """T."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """D."""
+        ...
+
+    def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]: ...
+
+
+class CaptionNumbers:
+    """Which caption each image has in each epoch, captions being numbered image by image, `counts[i]` of image i.
+
+    A function of (seed, epoch, image), as `captions.caption_of` is; the null caption's number where there is none.
+    """
+
+    def __init__(self, counts: Sequence[int], seed: int) -> None:
+        self._counts, self._seed = torch.tensor(counts, dtype=torch.int64), seed
+        self._starts = self._counts.cumsum(0) - self._counts
+
+    def at(self, epochs: Tensor, indices: Tensor) -> Tensor:
+        """int64 [B] of images int64 [B] in epochs int64 [B]."""
+        counts, starts, null = self._counts[indices].tolist(), self._starts[indices].tolist(), int(self._counts.sum())
+        numbers = (
+            start + drawn(count, self._seed, epoch, index) if count else null
+            for epoch, index, start, count in zip(epochs.tolist(), indices.tolist(), starts, counts, strict=True)
+        )
+        return torch.tensor(list(numbers))
+
+
+def captions_fingerprint(captions: Sequence[str]) -> str:
+    """sha256 over the captions in their order."""
+    digest = hashlib.sha256()
+    for caption in captions:
+        data = caption.encode()
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()
+
+
+def condition_shards(root: Path, encoder: TextEncoder, captions: Sequence[str], per_shard: int | None = None) -> Shards:
+    """Where the states of these captions lie, and of the null caption after them. `per_shard` None: what suits their size."""
+    key = {
+        "encoder": encoder.name,
+        "revision": encoder.revision,
+        "max_length": encoder.max_length,
+        "width": encoder.width,
+        "captions": captions_fingerprint(captions),
+        "dtype": "float16",
+    }
+    item_bytes = encoder.max_length * (2 * encoder.width + 1)
+    return Shards(root, KIND, key, len(captions) + 1, per_shard or per_shard_of(item_bytes), {"item_bytes": item_bytes})
+
+
+class ConditionCache:
+    """States of captions, memory-mapped. Raises IntegrityError where a shard is missing."""
+
+    def __init__(self, shards: Shards) -> None:
+        self._shards, self.fingerprint = shards, shards.digest
+        self._map()
+
+    def _map(self) -> None:
+        parts = self._shards.tensors()
+        self._states, self._masks = (Rows([part[name] for part in parts], self._shards.per_shard) for name in ("states", "mask"))
+
+    def __getstate__(self) -> Mapping[str, Any]:
+        """Without what is mapped: a process that it is sent to maps the files itself."""
+        return {"_shards": self._shards, "fingerprint": self.fingerprint}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        vars(self).update(state)
+        self._map()
+
+    def __len__(self) -> int:
+        return self._shards.count - 1
+
+    def gather(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """States float16 [B, T, D] and mask bool [B, T] of captions int64 [B]."""
+        return self._states.gather(indices), self._masks.gather(indices)
+
+    def null(self) -> tuple[Tensor, Tensor]:
+        """States [T, D] and mask [T] of the null caption."""
+        states, mask = self.gather(torch.tensor([len(self)]))
+        return states[0], mask[0]

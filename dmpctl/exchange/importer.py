@@ -1,0 +1,248 @@
+"""`dmpctl import`: other people's checkpoints, as a run that the other commands accept.
+
+The published DMP checkpoint holds the whole model; backbone and patch come apart here. What its config says (Hydra:
+`models.vp.*`, `general.*`) is used where it can be read; nothing of the pickle is ever run.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from dmpctl.backbones.diffusers_dit import DiffusersDiT, to_original
+from dmpctl.backbones.diffusers_folder import open_folder
+from dmpctl.backbones.dit import DiT, DiTConfig, shape_config
+from dmpctl.backbones.dit_weights import Weights, digest_of, dit_from, infer_config, is_patched, read_weights
+from dmpctl.backbones.foreign import value_in
+from dmpctl.errors import IntegrityError, UsageError
+from dmpctl.exchange.export import put_all
+from dmpctl.files import json_to_bytes, sha256_of, sha256_of_bytes, tensors_to_bytes
+from dmpctl.models.backbone import Loaded, facts_of, freeze, metadata_of
+from dmpctl.models.patch_files import describe_patch, lasting_name, load_merged, method_of, patch_from
+from dmpctl.models.patched import Patched
+from dmpctl.runs.rundir import RunDir
+from dmpctl.settings.exchange import Importing
+from dmpctl.settings.methods import Dmp, Method, PromptTuning
+from dmpctl.settings.model import Settings
+from dmpctl.settings.presets import PRESETS
+from dmpctl.settings.sections import Base
+from dmpctl.store.shapes import SHAPES, is_flow
+from dmpctl.types import Progress, Report, ScheduleSpec
+
+SCHEMA_VERSION = 1
+GATE_KEYS = ("gate.weight", "gate.bias", "w_noise")
+PATCH_KEYS = ("prompt_embeddings", *GATE_KEYS)  # of the published layout; all other keys are the backbone's
+AS_TRAINED = "time is embedded as in the original code, which the weights were trained with; diffusers shifts the frequencies"
+STEP_DIGITS = 7  # the published training script names its checkpoints by their step: 0050000.pt
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A file taken apart. `about` holds step, weights and data of `model`; `method` is None for a backbone alone.
+
+    `taken`: which part of the file it came from. `assumed`: what neither the file nor an option says, in sentences.
+    """
+
+    model: Patched
+    method: Method | None
+    taken: str
+    assumed: tuple[str, ...] = ()
+
+
+def import_file(settings: Settings, file: Path, progress: Progress) -> Report:
+    """Write the backbone of `file`, and the patch if it has one, into a new run; the same import again changes nothing.
+
+    UsageError where the run holds anything else, or an option does not fit; IntegrityError for a file that is not what it
+    should be.
+    """
+    path, options = file.expanduser().absolute(), settings.importing
+    target = (options.import_run or Path("runs") / path.stem).expanduser().absolute()
+    found = opened(path, options, settings.data.data)
+    digest = found.model.backbone.digest if path.is_dir() else sha256_of(path)
+    source = {"file": str(path), "sha256": digest}
+    files = _files(found, target, source)
+    if settings.console.dry_run:
+        return _report(found, target, ("dry run: nothing was written",))
+    given = options.model_dump(mode="json", exclude={"import_run"}) | {"data": settings.data.data}
+    science = {"file_sha256": source["sha256"], **{key.removeprefix("import_"): value for key, value in given.items()}}
+    with RunDir(target) as run:
+        run.refuse_other("import", science)
+        if not (target / "config.json").is_file():
+            facts = {"imported": source, "taken": found.taken, "backbone_sha256": found.model.backbone.digest}
+            run.begin("import", science, settings.to_dict(), facts)
+        written = put_all({target / name: content for name, content in files.items()})
+    return _report(found, target, () if written else ("the run was complete already",))
+
+
+def opened(path: Path, options: Importing, data: str | None) -> Opened:
+    """Backbone and patch of a file, frozen, on the CPU. `data`: the images it was trained on, None: unknown."""
+    if path.is_dir():
+        return Opened(Patched(_original(path, data), None, {"step": 0}), None, "its transformer", (AS_TRAINED,))
+    if is_patched(path):
+        model = load_merged(path, options.import_weights)
+        return Opened(model, method_of(path, model.about), "the file")
+    weights = read_weights(path, options.import_weights)
+    mine = {name: value for name, value in weights.tensors.items() if name in PATCH_KEYS}
+    backbone, assumed = _backbone(path, replace(weights, tensors=_without(weights.tensors, mine)), options, data)
+    about = {
+        "step": int(path.stem) if path.stem.isdecimal() and len(path.stem) >= STEP_DIGITS else 0,
+        "weights": "ema" if "'ema'" in weights.taken else "raw",
+        "data": {"name": backbone.data, "fingerprint": None},
+    }
+    if not mine:
+        for name, value in (("--topk", options.import_topk), ("--position", options.import_position)):
+            if value is not None:
+                raise UsageError(f"{path} holds no prompts, so {name} says nothing", f"leave {name} out")
+        return Opened(Patched(backbone, None, about), None, weights.taken, assumed)
+    method, more = _method(path, mine, weights, backbone, options)
+    patch = patch_from(backbone.model, method, mine, path)
+    return Opened(Patched(backbone, patch, about), method, weights.taken, assumed + more)
+
+
+def _original(folder: Path, data: str | None) -> Loaded:
+    """A DiT in diffusers' layout as the original one: the same weights, and the function they were trained for."""
+    model = open_folder(folder).model
+    if not isinstance(model, DiffusersDiT):
+        raise UsageError(f"{folder} holds no DiT, whose layouts alone are converted", f"use it as it is: --base {folder}")
+    try:
+        config, tensors = to_original(model)
+    except ValueError as error:
+        raise UsageError(f"{folder} cannot be converted: {error}", f"use it as it is: --base {folder}") from None
+    made = freeze(dit_from(Weights(tensors, "its transformer", config, model.schedule)))
+    return Loaded(made, digest_of(made.state_dict()), str(folder), lasting_name(data) if data else None)
+
+
+def _without(tensors: Mapping[str, Tensor], these: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in tensors.items() if name not in these}
+
+
+def _backbone(path: Path, weights: Weights, options: Importing, data: str | None) -> tuple[Loaded, tuple[str, ...]]:
+    """The backbone of a file, and what was assumed of it; UsageError where its shape is another than --shape."""
+    config = weights.config or infer_config(weights.tensors, _heads(weights, options))
+    _refuse_other_shape(path, config, options)
+    said = value_in(weights.said, "schedule_name", "noise_schedule")
+    flow = is_flow(options.shape or "")
+    kind: Literal["linear", "cosine", "flow"] = "flow" if flow else "cosine" if said == "cosine" else "linear"
+    kind = options.import_schedule or kind
+    known = flow or weights.schedule is not None or options.import_schedule or said in ("linear", "cosine")
+    if weights.schedule is not None and options.import_schedule not in (None, weights.schedule.kind):
+        raise UsageError(f"{path} says that its schedule is {weights.schedule.kind}", "leave --schedule out")
+    model = freeze(dit_from(replace(weights, config=config), schedule=ScheduleSpec(kind)))
+    origin = lasting_name(data) if data else weights.data
+    loaded = Loaded(model, digest_of(model.state_dict()), f"{path} ({weights.taken})", origin, weights.codec)
+    return loaded, () if known else ("a linear schedule was assumed: the file names none (--schedule)",)
+
+
+def _heads(weights: Weights, options: Importing) -> int | None:
+    """Attention heads, which no tensor shows: as given, else of a named shape of this width, else what the config says."""
+    if options.import_heads is not None:
+        return options.import_heads
+    kernel = weights.tensors.get("x_embedder.proj.weight")
+    for name in (options.shape, value_in(weights.said, "models.name", "model")):
+        shape = shape_config(name) if isinstance(name, str) else None
+        if shape is not None and kernel is not None and shape.hidden_size == kernel.shape[0]:
+            return shape.num_heads
+    said = value_in(weights.said, "num_heads")
+    return said if type(said) is int and said > 0 else None
+
+
+def _refuse_other_shape(path: Path, config: DiTConfig, options: Importing) -> None:
+    if options.shape is None:
+        return
+    shape = shape_config(options.shape)
+    if shape is None:
+        raise UsageError(f"--shape {options.shape} is no published shape", f"known: {', '.join(SHAPES)}, each with /2, /4 or /8")
+    for name in ("patch_size", "hidden_size", "depth", "num_heads"):
+        wanted, found = getattr(shape, name), getattr(config, name)
+        if wanted != found:
+            raise UsageError(f"{path} is no {options.shape}: its {name} is {found}, not {wanted}", "leave --shape out")
+
+
+def _method(
+    path: Path, mine: Mapping[str, Tensor], weights: Weights, backbone: Loaded, options: Importing
+) -> tuple[Method, tuple[str, ...]]:
+    """The method's settings, from the shapes of the patch's tensors, the options, and what the file's config says."""
+    if "prompt_embeddings" not in mine or mine["prompt_embeddings"].ndim != 3:
+        raise IntegrityError(f"{path} holds a gate without prompts [blocks, prompts, width], so no patch in the published layout")
+    depth, prompts, _ = mine["prompt_embeddings"].shape
+    blocks, tokens = len(backbone.spec.sites), backbone.spec.sites[0].tokens
+    if depth > blocks:
+        raise IntegrityError(f"{path} holds prompts for {depth} blocks, its backbone has {blocks}")
+    said = value_in(weights.said, "vp.type", "general.type", "vp_type", "position")
+    position = options.import_position or (said if said in ("add", "prepend") else None)
+    assumed = []
+    if position is None:
+        position = "add" if prompts == tokens else "prepend"
+        assumed.append(f"position {position} was assumed, as there are {prompts} prompts for {tokens} tokens (--position)")
+    common: dict[str, Any] = {"prompts": prompts, "prompt_depth": depth, "position": position}
+    if not any(name in mine for name in GATE_KEYS):
+        if options.import_topk is not None:
+            raise UsageError(f"{path} holds prompts without a gate, so --topk says nothing", "leave --topk out")
+        return PromptTuning(**common), tuple(assumed)
+    kept, known = _kept(path, prompts, weights, options)
+    if not known:
+        assumed.append("a gate over all prompts was assumed: the file does not say how many it keeps (--topk)")
+    gate = {"gate": "topk", "topk": kept} if kept < prompts else {}
+    return Dmp(**(dict(PRESETS["dmp"].methods["dmp"]) | common | gate)), tuple(assumed)
+
+
+def _kept(path: Path, prompts: int, weights: Weights, options: Importing) -> tuple[int, bool]:
+    """k of the gate, and whether anything says it; the published config holds a fraction of N, whose k is rounded down."""
+    said = value_in(weights.said, "vp.topk", "topk")
+    kept: float | None = options.import_topk
+    if kept is None and isinstance(said, int | float) and not isinstance(said, bool):
+        kept = said * prompts if said <= 1 else said
+    if kept is None:
+        return prompts, False
+    if not 1 <= kept < prompts + 1:
+        raise UsageError(f"a gate over {prompts} prompts cannot keep {kept:g} of them ({path})", f"give --topk 1 to {prompts}")
+    return int(kept), True
+
+
+def _files(found: Opened, target: Path, source: Mapping[str, Any]) -> dict[str, bytes]:
+    """The files of the run by name, in the order in which they are written: what names a file comes after it."""
+    model, about = found.model, found.model.about
+    backbone = model.backbone
+    files = {"backbone.safetensors": tensors_to_bytes(backbone.model.state_dict(), metadata_of(backbone))}
+    common = {"step": about["step"], "weights": about.get("weights", "raw"), "imported": source}
+    if model.patch is None or found.method is None:
+        facts = {**facts_of(backbone.model), "data": backbone.data}
+        facts |= {} if backbone.codec is None else {"codec": dict(backbone.codec)}
+        described = {
+            "schema_version": SCHEMA_VERSION,
+            **facts,
+            **common,
+            "sha256": sha256_of_bytes(files["backbone.safetensors"]),
+        }
+        return files | {"backbone.json": json_to_bytes(described)}
+    base = Base(base=str(target / "backbone.safetensors"))
+    files["patch.safetensors"] = tensors_to_bytes(model.patch.state_dict())
+    described = describe_patch(backbone, base, found.method, model.patch, "", "", about.get("codec")) | common
+    described |= {"data": about["data"], "sha256": sha256_of_bytes(files["patch.safetensors"])}
+    return files | {"patch.json": json_to_bytes(described)}
+
+
+def _report(found: Opened, target: Path, more: tuple[str, ...]) -> Report:
+    backbone, patch = found.model.backbone, found.model.patch
+    spec, network = backbone.spec, backbone.model
+    heads = f", {network.config.num_heads} heads" if isinstance(network, DiT) else ""
+    data: dict[str, Any] = {
+        "run": str(target),
+        "taken": found.taken,
+        **facts_of(backbone.model),
+        "backbone_sha256": backbone.digest,
+        "backbone_parameters": spec.parameters,
+        "method": None if found.method is None else found.method.model_dump(mode="json"),
+        "added_parameters": None if patch is None else patch.added,
+        "assumed": list(found.assumed),
+    }
+    row = {
+        "backbone": f"{spec.sites[0].width} wide, {len(spec.sites)} blocks{heads} ({spec.parameters:,})",
+        "classes": str(spec.num_classes or "none"),
+        "patch": "none" if patch is None or found.method is None else f"{found.method.method} ({patch.added:,})",
+        "run": str(target),
+    }
+    after = f"patch it with: dmpctl patch --base {target}" if patch is None else f"sample it with: dmpctl sample {target}"
+    return Report(data, (row,), (f"the weights came from {found.taken}", *found.assumed, *more, after))

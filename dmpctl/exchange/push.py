@@ -1,0 +1,163 @@
+"""`dmpctl push`: a patch on the Hub, in one commit, with a card that says what it is, its numbers and its licence."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dmpctl.errors import MissingError, UsageError
+from dmpctl.files import json_to_bytes, read_json, tensors_to_bytes
+from dmpctl.measuring.record import sampling_words
+from dmpctl.models.backbone import BUNDLED, metadata_of
+from dmpctl.models.patch_files import added_words, load_patch
+from dmpctl.models.patched import Patched
+from dmpctl.settings.assets import AssetRow
+from dmpctl.settings.model import Settings
+from dmpctl.store.assets import address_in
+from dmpctl.store.https import Again
+from dmpctl.store.hub import page_of, parse, said
+from dmpctl.store.registry import SHIPPED
+from dmpctl.types import Progress, Report
+
+TAGS = ("diffusion", "diffusion-model-patching", "dmp", "dmpctl")
+USAGE = """```bash
+pip install dmpctl
+dmpctl download {address}
+dmpctl sample {address}
+dmpctl fid {address}
+```
+
+```python
+import dmpctl
+
+patched = dmpctl.load_patch("{address}")
+images = dmpctl.sample(patched, 16, sampler="ddim", steps=50)
+```"""
+
+
+def push(settings: Settings, run: str, to: str, progress: Progress) -> Report:
+    """Publish the patch of `run` as `to`, hf://OWNER/NAME; the same again changes nothing but makes a commit.
+
+    UsageError where others could not have the backbone; MissingError where the Hub refuses.
+    """
+    path, options = Path(run).expanduser().absolute(), settings.push
+    row = parse(to)
+    if row.dataset or row.file is not None or row.revision is not None:
+        raise UsageError(f"{to} is no place for a patch on the Hub", "write hf://OWNER/NAME")
+    model = load_patch(path)
+    files = files_of(path, model, to, options.push_backbone)
+    sizes = {name: len(content) for name, content in files.items()}
+    data: dict[str, Any] = {"run": str(path), "to": to, "files": sizes, "step": model.step}
+    row_shown = {"to": to, "files": ", ".join(sizes), "size": f"{sum(sizes.values()) / 1e6:.3g} MB"}
+    if settings.console.dry_run:
+        return Report({"dry_run": True, **data}, (row_shown,), ("dry run: nothing was sent",))
+    if settings.console.offline:
+        raise UsageError("--offline forbids sending anything", "leave --offline out")
+    commit = _sent(row, files, model.step, options.private)
+    return Report({**data, "commit": commit}, (row_shown,), (f"use it by its address: dmpctl sample {to}@{commit}",))
+
+
+def files_of(path: Path, model: Patched, to: str, with_backbone: bool) -> dict[str, bytes]:
+    """What is published, by name. No path of this machine is in it."""
+    base = str(model.about["backbone"]["base"])
+    if not with_backbone and not is_public(base):
+        raise UsageError(
+            f"the backbone of {path} is {base}, which others do not have", "add --with-backbone, or patch a published one"
+        )
+    about = dict(model.about)
+    about["data"] = {**about["data"], "name": _public_name(str(about["data"]["name"]))}
+    backbone = {**about["backbone"], "weights": None}
+    files: dict[str, bytes] = {"patch.safetensors": (path / "patch.safetensors").read_bytes()}
+    if with_backbone:
+        loaded = model.backbone
+        files["backbone.safetensors"] = tensors_to_bytes(loaded.model.state_dict(), metadata_of(loaded, about.get("codec")))
+        backbone["base"] = "backbone.safetensors"
+    about["backbone"] = backbone
+    for part in ("codec", "text"):
+        if part in about:
+            about[part] = {**about[part], "name": _public_name(str(about[part]["name"]))}
+    files["patch.json"] = json_to_bytes(about)
+    files["README.md"] = card(path, about, to).encode()
+    return files
+
+
+def is_public(base: str) -> bool:
+    """Whether others have a backbone of that name: bundled, of the registry, or an address."""
+    return base in BUNDLED or base in SHIPPED or address_in(base) is not None
+
+
+def _public_name(name: str) -> str:
+    """The name of data or of a codec; of a folder of this machine its last part alone."""
+    return Path(name).name if name.startswith("/") else name
+
+
+def card(path: Path, about: Mapping[str, Any], to: str) -> str:
+    """README.md: front matter as the Hub reads it, then what the patch is, how to use it, and its numbers with their protocol."""
+    from huggingface_hub import ModelCardData
+
+    backbone, method = about["backbone"], about["method"]["method"]
+    row, data_row = SHIPPED.get(str(backbone["base"])), SHIPPED.get(str(about["data"]["name"]))
+    licence = row.licence if row is not None else None
+    head = ModelCardData(
+        library_name="dmpctl",
+        tags=list(TAGS),
+        license="other" if licence else None,
+        license_name=licence.lower() if licence else None,
+        base_model=row.repo if row is not None else None,
+        datasets=[data_row.repo] if data_row is not None and data_row.repo and data_row.dataset else None,
+    )
+    lines = [
+        f"---\n{head.to_yaml()}\n---",
+        f"# {to.rsplit('/', 1)[-1]}",
+        f"A patch of [Diffusion Model Patching](https://arxiv.org/abs/2405.17825) (method `{method}`) for the frozen backbone "
+        f"`{backbone['base']}`, trained to step {about['step']} on `{about['data']['name']}`. It adds {added_words(about)} "
+        f"and fits this backbone alone (sha256 `{backbone['sha256']}`).",
+        "## Use",
+        USAGE.format(address=to),
+        "## Numbers",
+        *_numbers(path),
+        "## Licence",
+        *_licences(row, data_row),
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
+def _numbers(path: Path) -> list[str]:
+    """What the run has measured, with what fixes the numbers."""
+    found = []
+    for file in sorted(path.glob("metrics/*.json")):
+        record = read_json(file)
+        if "paired_loss_verdict" in record:
+            if record["difference"]:
+                found.append(f"- Against its backbone on the same seeds, {record['metric']}: {record['verdict']}.")
+            found.append(f"- Denoising loss: {record['paired_loss_verdict']}.")
+        elif "reference" in record and "value" in record:
+            error = "" if record.get("standard_error") is None else f" ± {record['standard_error']:.4g}"
+            protocol = ", ".join(filter(None, (record["protocol"]["name"], sampling_words(record.get("sampling")))))
+            against = f"{_public_name(str(record['reference']['name']))} (protocol {protocol})"
+            found.append(f"- {record['metric']}: {record['value']:.4f}{error} against {against}.")
+    return ["\n".join(found)] if found else ["Nothing was measured."]
+
+
+def _licences(row: Any, data_row: Any) -> list[str]:
+    """What backbone and data are under; a patch of a backbone is bound by both."""
+    known = {"backbone": row, "data": data_row}
+    lines = [f"- {what}: {found.licence}" for what, found in known.items() if found is not None and found.licence]
+    return ["\n".join(lines) or "The licences of backbone and data are not known to dmpctl: ask whoever published them."]
+
+
+def _sent(row: AssetRow, files: Mapping[str, bytes], step: int, private: bool) -> str:
+    """Make the repository if it is not there, and one commit; its hash."""
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api, repo = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, library_name="dmpctl"), str(row.repo)
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+        found = api.create_commit(repo, operations, commit_message=f"Patch at step {step}, by dmpctl")
+    except Exception as error:
+        failure = said(row, error)
+        if isinstance(failure, Again):
+            failure = MissingError(f"{page_of(row)} cannot be reached ({failure})", "try again later")
+        raise failure from None
+    return str(found.oid)

@@ -1,0 +1,1 @@
+"""How gates mix prompts: figures, plots, `inspect-gates`."""

@@ -1,0 +1,1 @@
+"""Stored images: found, decoded, cropped, captioned."""

@@ -1,0 +1,129 @@
+"""Which files under a folder are images, and what is wrong with those that only say so."""
+
+import os
+import struct
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TypeVar
+
+from PIL import Image, UnidentifiedImageError
+
+from dmpctl.errors import UsageError
+from dmpctl.images.transforms import is_grey
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # no other of Pillow's decoders may see a file (one of them starts Ghostscript)
+MAX_PIXELS = 89_478_485  # where Pillow begins to speak of a decompression bomb
+BROKEN = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, struct.error, Image.DecompressionBombError)
+THREADS, CHUNK = 8, 64
+
+A = TypeVar("A")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A file with an image's extension. `name` is relative, with slashes; `wrong` says why it is none, None: it may be one."""
+
+    name: str
+    bytes: int = 0
+    mtime_ns: int = 0
+    wrong: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a file says of itself before it is decoded; sides in pixels."""
+
+    width: int
+    height: int
+    grey: bool
+
+
+def printable(name: str) -> str:
+    """A file name fit for a terminal: control characters and bytes that are not UTF-8 are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a file cannot be used, in a few words."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not a PNG, JPEG, WebP or BMP image"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than {MAX_PIXELS} pixels"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def scan(root: Path) -> list[Entry]:
+    """All files under `root` with an image's extension, sorted by name. Hidden names are passed over.
+
+    Links to folders are not followed, links to files only inside `root`. Raises UsageError if `root` cannot be listed.
+    """
+    top = os.path.realpath(root)
+    entries: list[Entry] = []
+    prefixes = [""]
+    while prefixes:
+        prefix = prefixes.pop()
+        try:
+            with os.scandir(os.path.join(top, prefix)) as listing:
+                items = [item for item in listing if not item.name.startswith(".")]
+        except OSError as error:
+            if not prefix:
+                raise UsageError(f"the folder {printable(str(root))} cannot be listed: {reason_of(error)}") from None
+            entries.append(Entry(prefix, wrong=reason_of(error)))
+            continue
+        for item in items:
+            name = prefix + item.name
+            if item.is_dir(follow_symlinks=False):
+                prefixes.append(name + "/")
+            elif item.is_dir():
+                entries.append(Entry(name + "/", wrong="a link to a folder, not followed"))
+            elif name.lower().endswith(EXTENSIONS):
+                entries.append(_entry(item, name, top))
+    return sorted(entries, key=lambda entry: os.fsencode(entry.name))
+
+
+def _entry(item: "os.DirEntry[str]", name: str, top: str) -> Entry:
+    if item.is_symlink():
+        target = os.path.realpath(item.path)
+        if not os.path.exists(target):
+            return Entry(name, wrong="a broken link")
+        if os.path.commonpath([top, target]) != top:
+            return Entry(name, wrong="a link that leaves the folder")
+    if not item.is_file():
+        return Entry(name, wrong="not a regular file")
+    status = item.stat()
+    return Entry(name, status.st_size, status.st_mtime_ns, None if status.st_size else "empty")
+
+
+def read_header(file: IO[bytes]) -> Header:
+    """Size and kind of one image, without decoding it. Raises one of BROKEN."""
+    with Image.open(file, formats=FORMATS) as image:
+        return header_of(image)
+
+
+def header_of(image: Image.Image) -> Header:
+    """Size and kind of an image that was opened; ValueError if it is too large to be decoded safely."""
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"more than {MAX_PIXELS} pixels")
+    return Header(image.width, image.height, is_grey(image))
+
+
+def attempt(function: Callable[[A], T], items: Sequence[A]) -> list[T | str]:
+    """function(item) of each item, by threads; where it raised one of BROKEN, the reason instead."""
+
+    def chunk(first: int) -> list[T | str]:
+        results: list[T | str] = []
+        for item in items[first : first + CHUNK]:
+            try:
+                results.append(function(item))
+            except BROKEN as error:
+                results.append(reason_of(error))
+        return results
+
+    with warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool:
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS decides
+        return [result for results in pool.map(chunk, range(0, len(items), CHUNK)) for result in results]

@@ -1,0 +1,186 @@
+"""What `dmpctl fid` can measure: the images of a run, a folder, an npz or a source, by their indices."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmpctl.data.folder import ImageFolder
+from dmpctl.errors import MissingError, UsageError
+from dmpctl.files import read_json
+from dmpctl.images.stored import StoredImages
+from dmpctl.metrics.npz import NpzImages, npz_images
+from dmpctl.models.patched import Patched
+from dmpctl.models.speed import compile_blocks
+from dmpctl.sampling.generate import begin_samples, in_batches, samples_about, samples_folder
+from dmpctl.sampling.pictures import png_if_whole, read_png, write_pngs
+from dmpctl.settings.model import Settings
+from dmpctl.types import Silent, Source
+
+BATCH = 256
+LOSSY = (".jpg", ".jpeg", ".webp")
+IDENTITY = (
+    "sampling",
+    "label",
+    "backbone_sha256",
+    "patch_sha256",
+    "step",
+    "codec",
+    "prompts",
+    "text",
+)  # of generated images, in samples.json
+SEEDS = ("sampling", "label", "prompts")  # what two sets share whose images pair up
+Read = Callable[[Sequence[int]], Iterable[tuple[Sequence[int], Tensor]]]
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images uint8 [C, H, W] of this `shape`. `read(indices)` gives them in batches, in the order asked for.
+
+    `identity` is all that makes them these images, JSON-able; `seeds` what image k of another set has to share to be paired
+    with image k of this one, None where nothing says. `warnings`: sentences on what they are.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    count: int
+    read: Read
+    identity: Mapping[str, Any]
+    seeds: Mapping[str, Any] | None = None
+    model: Patched | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def images_of(source: Source, limit: int | None = None, batch: int = BATCH) -> Iterator[Tensor]:
+    """The images of a source in order, uint8 batches; `limit` None: all."""
+    count = len(source) if limit is None else min(limit, len(source))
+    for _, images in _one_by_one(lambda i: source.item(i)[0], range(count), batch):
+        yield images
+
+
+def _one_by_one(
+    image: Callable[[int], Tensor], indices: Sequence[int], batch: int = BATCH
+) -> Iterator[tuple[Sequence[int], Tensor]]:
+    """Batches of images that are read one by one."""
+    for first in range(0, len(indices), batch):
+        part = indices[first : first + batch]
+        yield part, torch.stack([image(i) for i in part])
+
+
+def source_images(name: str, source: Source, limit: int | None = None) -> ImageSet:
+    """A source of data as images to measure."""
+    channels, height, width = source.item(0)[0].shape
+    count = len(source) if limit is None else min(limit, len(source))
+    identity = {"source": source.fingerprint, "shape": [channels, height, width]}
+    return ImageSet(
+        name,
+        (channels, height, width),
+        count,
+        partial(_one_by_one, lambda i: source.item(i)[0]),
+        identity,
+        warnings=_about_source(source),
+    )
+
+
+def _about_source(source: Source) -> tuple[str, ...]:
+    lines = []
+    lossy = sum(name.lower().endswith(LOSSY) for name in source.names()) if isinstance(source, StoredImages) else 0
+    if lossy:
+        lines.append(
+            f"warning: {lossy} of {len(source)} images of {source.name} are stored with loss (JPEG), which moves a distance"
+        )
+    if source.num_classes and isinstance(source, StoredImages):
+        counts = torch.bincount(source.labels(), minlength=source.num_classes)
+        if int(counts.max()) > 2 * int(counts.min()):
+            lines.append(f"warning: classes of {source.name} have {int(counts.min())} to {int(counts.max())} images")
+    return tuple(lines)
+
+
+def folder_images(path: Path, limit: int) -> ImageSet:
+    """An image folder; of one that `dmpctl sample` wrote the numbered images, whose seeds are known."""
+    if not (path / "samples.json").is_file():
+        return source_images(str(path), ImageFolder(path), limit)
+    about, count = read_json(path / "samples.json"), 0
+    while count < limit and _place(path, count).is_file():
+        count += 1
+    if not count:
+        raise UsageError(f"{path} holds no 000000.png", "make its images: dmpctl sample")
+    channels, height, width = read_png(_place(path, 0)).shape
+    identity, seeds = ({key: about[key] for key in keys if key in about} for keys in (IDENTITY, SEEDS))
+    read = partial(_one_by_one, lambda k: read_png(_place(path, k)))
+    return ImageSet(str(path), (channels, height, width), count, read, identity, seeds)
+
+
+def _place(folder: Path, k: int) -> Path:
+    """Where `dmpctl sample` writes image k."""
+    return folder / f"{k:06d}.png"
+
+
+def npz_set(path: Path, limit: int) -> ImageSet:
+    """An npz in ADM's layout, read through once; nothing of it is unpickled."""
+    found = npz_images(path)
+    stat = path.stat()
+    identity = {"npz": str(path.absolute()), "bytes": stat.st_size, "modified": stat.st_mtime_ns}
+    return ImageSet(str(path), found.shape, min(limit, found.count), partial(_npz_items, found), identity)
+
+
+def _npz_items(images: NpzImages, indices: Sequence[int]) -> Iterator[tuple[Sequence[int], Tensor]]:
+    wanted, first = set(indices), 0
+    last = max(wanted, default=-1)
+    for batch in images.batches(BATCH, limit=last + 1):
+        part = [i for i in range(first, first + len(batch)) if i in wanted]
+        if part:
+            yield part, batch[[i - first for i in part]]
+        first += len(batch)
+
+
+def run_images(path: Path, model: Patched, settings: Settings, device: torch.device) -> ImageSet:
+    """The images of a run: those that `dmpctl sample` made with the same settings, and the missing ones, made when asked for.
+
+    They are written where `dmpctl sample` writes them; with --stream none is.
+    """
+    about, sampling = samples_about(model, settings), settings.sampling
+    compile_blocks(model.network, settings.launch)
+    folder = samples_folder(path, model, sampling)
+    identity, seeds = ({key: about[key] for key in keys if key in about} for keys in (IDENTITY, SEEDS))
+    read = partial(_made, folder, about, model, settings, device)
+    return ImageSet(str(path), model.image_shape, settings.fid.max_images, read, identity, seeds, model)
+
+
+def _made(
+    folder: Path,
+    about: dict[str, Any],
+    model: Patched,
+    settings: Settings,
+    device: torch.device,
+    indices: Sequence[int],
+) -> Iterator[tuple[Sequence[int], Tensor]]:
+    keep, missing = not settings.fid.stream, list(indices)
+    if keep and indices:
+        begin_samples(folder, about)
+        missing = []
+        for first in range(0, len(indices), BATCH):
+            part = {k: png_if_whole(_place(folder, k)) for k in indices[first : first + BATCH]}
+            there = {k: image for k, image in part.items() if image is not None}
+            missing += [k for k in part if k not in there]
+            if there:
+                yield list(there), torch.stack(list(there.values()))
+    for made, images in in_batches(model, missing, settings.sampling, device, Silent()):
+        if keep:
+            write_pngs(folder, made, images)
+        yield made, images
+
+
+def open_images_of(path: Path, model: Patched | None, settings: Settings, device: torch.device) -> ImageSet:
+    """Open WHAT once: a run, a folder of images or an npz; MissingError where it is none of them."""
+    if model is not None:
+        return run_images(path, model, settings, device)
+    if path.is_dir():
+        return folder_images(path, settings.fid.max_images)
+    if path.suffix == ".npz" and path.is_file():
+        return npz_set(path, settings.fid.max_images)
+    raise MissingError(f"{path} is no run, no folder of images and no .npz file", "name a run, such as runs/digits")

@@ -1,0 +1,1 @@
+"""Parts put together in memory: backbone, patch, codec, captions."""

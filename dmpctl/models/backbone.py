@@ -1,0 +1,231 @@
+"""From the word after --base to a frozen backbone: bundled, a shape and its weights, a file, a run, a folder of diffusers."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib import resources
+from pathlib import Path
+from shlex import quote
+from typing import Any, TypeVar
+
+from torch import nn
+
+from dmpctl.backbones.diffusers_folder import Foreign, holds_diffusers, made, open_folder
+from dmpctl.backbones.dit import DiT, DiTConfig, shape_config
+from dmpctl.backbones.dit_weights import (
+    Weights,
+    described_model,
+    digest_of,
+    dit_from,
+    dit_metadata,
+    fill,
+    model_metadata,
+    read_weights,
+)
+from dmpctl.backbones.pixart import PixArt, fresh, plain_config
+from dmpctl.codecs.vae import Vae
+from dmpctl.errors import IntegrityError, MissingError, UsageError
+from dmpctl.files import read_json
+from dmpctl.settings.assets import AssetRow
+from dmpctl.settings.model import Settings
+from dmpctl.settings.sections import Base
+from dmpctl.store.assets import address_in, folder_at_hand, require, weights_at_hand
+from dmpctl.store.registry import SHIPPED
+from dmpctl.store.shapes import FLOWS, PATCH_SIZES, SHAPES, TEXT, is_flow
+from dmpctl.types import BackboneSpec, ScheduleSpec, TextSpec
+
+BUNDLED = {"digits": "digits-dit.safetensors"}
+PUBLISHED_SHAPES = {"DiT-XL/2": "dit-xl2-256"}  # shapes with public weights, and the row of the registry that has them
+BackboneModule = DiT | Foreign
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A frozen backbone and where it came from.
+
+    `data`: what it was trained on, `codec` and `text`: the records of the codec and of the encoder of captions it was trained
+    with; None if its file does not say.
+    """
+
+    model: BackboneModule
+    digest: str
+    origin: str
+    data: str | None
+    codec: Mapping[str, Any] | None = None
+    text: Mapping[str, Any] | None = None
+
+    @property
+    def spec(self) -> BackboneSpec:
+        return self.model.spec
+
+
+def facts_of(model: BackboneModule) -> dict[str, Any]:
+    """Config and schedule of a network, JSON-able: with its weights all that makes it again."""
+    schedule = {"schedule": asdict(model.schedule)}
+    return ({"config": asdict(model.config)} if isinstance(model, DiT) else {"model": plain_config(model.model)}) | schedule
+
+
+def metadata_of(loaded: Loaded, codec: Mapping[str, Any] | None = None, text: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """safetensors metadata of a backbone; `codec` and `text`: the records of what it is used with, None: its own."""
+    codec, text, model = codec or loaded.codec, text or loaded.text, loaded.model
+    if isinstance(model, DiT):
+        return dit_metadata(model.config, model.schedule, loaded.data, codec)
+    return model_metadata({"schema_version": 1, **facts_of(model), "data": loaded.data, "codec": codec, "text": text})
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def freeze(model: M) -> M:
+    """Eval mode, no gradients: a backbone is never anything else."""
+    return model.eval().requires_grad_(False)
+
+
+def load_backbone(base: Base, data: str | None = None) -> Loaded:
+    """The backbone that --base (and --weights) name, frozen, on the CPU. `data`: what it is for, for hints; None: not known.
+
+    UsageError for an unknown name, MissingError where weights are needed, IntegrityError where they do not fit.
+    """
+    path, heads = backbone_file(base, data)
+    if path.is_dir():
+        loaded = pipeline_backbone(path)
+        return loaded if loaded.text is not None else replace(loaded, text=needed_encoder(base.base))
+    weights = described_beside(path, read_weights(path))
+    model = freeze(model_from(weights, heads, ScheduleSpec("flow") if is_flow(base.base) else None))
+    return Loaded(model, digest_of(model.state_dict()), f"{path} ({weights.taken})", weights.data, weights.codec, weights.text)
+
+
+def model_from(weights: Weights, num_heads: int | None = None, schedule: ScheduleSpec | None = None) -> BackboneModule:
+    """The network those weights are of; every key must fit. `num_heads`, `schedule`: of a DiT whose file does not say.
+
+    IntegrityError on a missing or unexpected key or shape.
+    """
+    if weights.model is None:
+        return dit_from(weights, num_heads, schedule)
+    model = made(weights.model, weights.schedule, (weights.text or {}).get("tokens"))
+    fill(model, weights.tensors, f"the {weights.model.get('_class_name')}")
+    return model
+
+
+def pipeline_backbone(folder: Path) -> Loaded:
+    """The backbone in a folder of diffusers, with the codec and the encoder of captions that lie beside it."""
+    opened = open_folder(folder)
+    model, pipeline = freeze(opened.model), opened.pipeline
+    codec = text = None
+    if pipeline is not None and (pipeline / "vae" / "config.json").is_file():
+        vae = Vae(pipeline, str(pipeline.absolute()))
+        codec = {"name": vae.name, "fingerprint": vae.fingerprint, "scale": vae.scale}
+    if pipeline is not None and (pipeline / "text_encoder" / "config.json").is_file():
+        text = {"name": str(pipeline.absolute())}
+    return Loaded(model, digest_of(model.state_dict()), str(folder), None, codec, text)
+
+
+def needed_encoder(name: str) -> dict[str, Any] | None:
+    """The encoder of captions that a backbone of the registry needs, by its row; None where it needs none."""
+    needs = SHIPPED[name].needs if name in SHIPPED else ()
+    return next(({"name": need} for need in needs if SHIPPED[need].kind == "text"), None)
+
+
+def described_beside(path: Path, weights: Weights) -> Weights:
+    """`weights`, described by the backbone.json beside them where they do not describe themselves: so in checkpoints."""
+    beside = path.parent / "backbone.json"
+    if weights.config is not None or path.name != "backbone.safetensors" or not beside.is_file():
+        return weights
+    about = read_json(beside, 1)
+    if "model" in about:
+        return described_model(beside, weights, about)
+    try:
+        config, schedule = DiTConfig(**about["config"]), ScheduleSpec(**about["schedule"])
+        return replace(weights, config=config, schedule=schedule, data=about["data"], codec=about.get("codec"))
+    except (KeyError, TypeError) as error:
+        raise IntegrityError(f"{beside} does not describe the backbone beside it ({error})") from None
+
+
+def backbone_file(base: Base, data: str | None = None) -> tuple[Path, int | None]:
+    """Where the weights of --base lie (a folder: of diffusers), and the heads that a shape name fixes (None: the file says)."""
+    address = address_in(base.base)
+    if address is not None:
+        return folder_at_hand(address), None
+    if base.base in BUNDLED:
+        return Path(str(resources.files("dmpctl") / "assets" / BUNDLED[base.base])), None
+    shape = shape_named(base.base)
+    if shape is not None:
+        if base.weights is None:
+            raise without_weights(base.base, shape, data or "DIR")
+        address = address_in(base.weights)
+        return base.weights if address is None else weights_at_hand(address), shape.num_heads
+    path = Path(base.base).expanduser()
+    if base.base in SHIPPED and not path.exists():
+        return published_file(SHIPPED[base.base]), None
+    if path.is_dir() and holds_diffusers(path):
+        return path, None
+    if path.is_dir():
+        if not (path / "backbone.safetensors").is_file():
+            raise MissingError(
+                f"{path} holds no finished backbone (backbone.safetensors)", "name a run of dmpctl pretrain that has ended"
+            )
+        return path / "backbone.safetensors", None
+    if path.is_file():
+        return path, None
+    raise unknown_base(base.base)
+
+
+def published_file(row: AssetRow, settings: Settings | None = None) -> Path:
+    """The file, or the folder of diffusers, of a backbone of the registry, checked.
+
+    MissingError with the command that fetches it; UsageError for a row that is no backbone.
+    """
+    if row.kind != "backbone":
+        raise UsageError(f"--base {row.name} is no backbone but {row.what}", f"name one, such as {PUBLISHED_SHAPES['DiT-XL/2']}")
+    return require(row.name, settings)
+
+
+def without_weights(name: str, shape: DiTConfig, data: str) -> MissingError:
+    """The failure for a shape without weights: where they can come from, as commands to be pasted."""
+    command = f"dmpctl patch --base {name} --data {quote(data)} --weights FILE"
+    if name in PUBLISHED_SHAPES:
+        published = f"dmpctl patch --base {PUBLISHED_SHAPES[name]} --data {quote(data)}"
+        return MissingError(f"no weights for {name}: none were named", f"the published ones: {published}; your own: {command}")
+    sizes = (
+        f"--hidden-size {shape.hidden_size} --depth {shape.depth} --num-heads {shape.num_heads} --patch-size {shape.patch_size}"
+    )
+    if name.endswith(TEXT):
+        sizes += " --text-conditional --text-encoder clip-l"
+    elif is_flow(name):
+        sizes += " --schedule flow"
+    pretrain = f"dmpctl pretrain --data {quote(data)} --codec vae-ema --size 256 {sizes}"
+    hint = f"with a checkpoint of your own: {command}; or train one first: {pretrain}"
+    why = "none were named" if is_flow(name) else "no public checkpoint of this shape exists"
+    return MissingError(f"no weights for {name}: {why}", hint)
+
+
+def unknown_base(name: str) -> UsageError:
+    """The failure for a --base that is nothing we know, with the nearest name."""
+    from difflib import get_close_matches
+
+    shapes = [f"{shape}/{patch}" for shape in SHAPES | FLOWS for patch in PATCH_SIZES]
+    near = get_close_matches(name, [*BUNDLED, *shapes, *PUBLISHED_SHAPES.values(), *SHIPPED], 1, 0.5)
+    hint = f"did you mean {near[0]}?" if near else f"name one of {', '.join(BUNDLED)}, a shape such as DiT-L/2, a file or a run"
+    return UsageError(f"--base {name} is no known backbone, no file and no run", hint)
+
+
+CLIP = TextSpec(77, 768)  # CLIP ViT-L/14's
+
+
+def shape_named(name: str) -> DiTConfig | None:
+    """Sizes of a published shape, with captions or without; None if `name` is none."""
+    return shape_config(name.removesuffix(TEXT))
+
+
+def is_planned(base: Base) -> bool:
+    """Whether a shape is named without weights, for a report that needs none."""
+    return base.weights is None and shape_named(base.base) is not None
+
+
+def planned_model(base: Base) -> BackboneModule:
+    """The network of a shape, whatever its weights: `DiT-B/2-text` is PixArt's of that size, with captions of CLIP ViT-L/14."""
+    shape = shape_named(base.base)
+    if shape is None:
+        raise unknown_base(base.base)
+    if not base.base.endswith(TEXT):
+        return DiT(shape, ScheduleSpec("flow") if is_flow(base.base) else None)
+    return PixArt(fresh(shape, CLIP), text_tokens=CLIP.tokens)

@@ -1,0 +1,133 @@
+"""A backbone with its patch, in memory."""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dmpctl.codecs.identity import Identity
+from dmpctl.codecs.text import TextEncoder
+from dmpctl.errors import UsageError
+from dmpctl.methods.changed import ChangedBackbone
+from dmpctl.models.backbone import Loaded
+from dmpctl.models.build import PatchModule, build_codec
+from dmpctl.models.conditions import Prompts, encoded, open_encoder, prompts_for
+from dmpctl.settings.model import Settings
+from dmpctl.settings.sections import Data
+from dmpctl.types import Backbone, Codec, Progress, Routings, Source
+
+
+def predict_patched(
+    backbone: Backbone,
+    time_only: bool,
+    plan: nn.Module,
+    x_t: Tensor,
+    t: Tensor,
+    cond: Tensor | None,
+    gate_noise: Tensor | None = None,
+) -> tuple[Tensor, Routings]:
+    """Prediction and routing of a patched backbone; `plan` is the patch, as it is or wrapped for many processes."""
+    made = plan(backbone.embed_time(t) if time_only else backbone.embed(t, cond), gate_noise)
+    return (made.backbone or backbone).denoise(x_t, t, cond, made.edit), made.routing
+
+
+def routing_of(
+    backbone: Backbone, time_only: bool, plan: nn.Module, t: Tensor, cond: Tensor | None, gate_noise: Tensor | None = None
+) -> Routings:
+    """The same routing alone: no block is run."""
+    routing: Routings = plan(backbone.embed_time(t) if time_only else backbone.embed(t, cond), gate_noise).routing
+    return routing
+
+
+@dataclass(frozen=True)
+class Patched:
+    """A frozen backbone, and its patch (None: the backbone alone), with the codec of its images.
+
+    `about` is patch.json, {} without a patch. `text` reads captions, `prompts` are those of generated images: None where the
+    backbone takes none, or until one asks for them. `precision`: bf16 predicts under autocast.
+    """
+
+    backbone: Loaded
+    patch: PatchModule | None
+    about: Mapping[str, Any]
+    codec: Codec = field(default_factory=Identity)
+    text: TextEncoder | None = None
+    prompts: Prompts | None = None
+    precision: Literal["no", "bf16"] = "no"
+
+    def predict(self, x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
+        """Prediction [B, C or 2C, H, W] in the dtype of x, without gate noise."""
+        with torch.autocast(x.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext():
+            if self.patch is None:
+                found = self.backbone.model.denoise(x, t, cond)
+            else:
+                found, _ = predict_patched(self.backbone.model, self.patch.time_only, self.patch, x, t, cond)
+        return found.to(x.dtype)
+
+    def in_precision(self, precision: Literal["no", "bf16"]) -> "Patched":
+        """The same, predicting so."""
+        return replace(self, precision=precision)
+
+    @property
+    def network(self) -> nn.Module:
+        """The backbone that is run: the frozen one, or a changed one."""
+        return self.patch.changed if isinstance(self.patch, ChangedBackbone) else self.backbone.model
+
+    def to(self, device: torch.device) -> "Patched":
+        """Both parts on `device`."""
+        self.backbone.model.to(device)
+        if self.patch is not None:
+            self.patch.to(device)
+        return self
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps behind the patch, 0 without one."""
+        return int(self.about.get("step", 0))
+
+    def unpatched(self) -> "Patched":
+        """The same backbone without its patch."""
+        return replace(self, patch=None, about={})
+
+    @property
+    def trained_on(self) -> str | None:
+        """The images it was trained on, by a name that opens them; None if it does not say."""
+        if self.about:
+            name = self.about["data"]["name"]
+            return None if name is None else str(name)
+        return self.backbone.data
+
+    @property
+    def data(self) -> Data | None:
+        """The same with the columns that were named for it, to be opened."""
+        name = self.trained_on
+        return None if name is None else Data(data=name, **self.about.get("data", {}).get("columns", {}))
+
+    def with_codec(self, settings: Settings) -> "Patched":
+        """The same with the codec and the text encoder that the settings name; what was loaded has none until then."""
+        return replace(self.with_text(settings), codec=build_codec(self.backbone, settings, self.about.get("codec")))
+
+    def with_text(self, settings: Settings) -> "Patched":
+        """The same with the text encoder alone."""
+        recorded = self.about.get("text") or self.backbone.text
+        return replace(self, text=open_encoder(settings, self.backbone.spec, recorded))
+
+    def with_prompts(self, settings: Settings, count: int, progress: Progress, data: Source | None = None) -> "Patched":
+        """The same with captions for `count` generated images, encoded; `data` None: of --prompts, or what it was trained on.
+
+        UsageError for a prompt that the backbone has no use for.
+        """
+        if self.text is None:
+            if settings.prompting.prompt is not None or settings.prompting.prompts_from is not None:
+                raise UsageError("--prompt needs a text-conditional backbone, this one is not", "leave it out")
+            return self
+        texts, about = prompts_for(settings, data or self.data, count)
+        return replace(self, prompts=Prompts(encoded(texts, self.text, settings, progress), tuple(texts), about))
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of its images."""
+        return self.codec.image_shape(self.backbone.spec.latent_shape)

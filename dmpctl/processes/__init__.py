@@ -1,0 +1,1 @@
+"""One command, many processes: device, ranks, launcher, signals."""

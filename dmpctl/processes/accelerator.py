@@ -1,0 +1,55 @@
+"""How a command runs: through accelerate, in as many processes as were started, and what makes two runs the same experiment."""
+
+import os
+import shlex
+import sys
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from dmpctl.errors import UsageError
+from dmpctl.processes.ranks import join
+from dmpctl.settings.launch import Launch
+from dmpctl.settings.model import Settings
+
+
+def accelerator_for(settings: Settings) -> Accelerator:
+    """The accelerator that training goes through, even on one CPU: in all processes of this command at once.
+
+    UsageError for fp16 on a CPU, and where accelerate does not see the processes that were started.
+    """
+    ranks = join(settings.launch)
+    if settings.train.precision == "fp16" and ranks.device.type == "cpu":
+        raise UsageError("--precision fp16 needs a GPU, this is a CPU", "use --precision bf16, or no")
+    allow_tf32(settings.launch)
+    if settings.launch.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    accelerator = Accelerator(cpu=ranks.device.type == "cpu", mixed_precision=settings.train.precision)
+    if accelerator.num_processes != ranks.world:  # two worlds of one would both write
+        raise UsageError(f"{ranks.world} processes were started, accelerate sees {accelerator.num_processes}", "add --cpu")
+    return accelerator
+
+
+def again_command() -> str:
+    """The command line that was typed, to be typed again."""
+    return shlex.join(["dmpctl", *sys.argv[1:]])
+
+
+def science_of(settings: Settings) -> dict[str, Any]:
+    """Flat values that make a run this experiment: a change of one of them is refused on resume.
+
+    More iterations at a constant rate are the same experiment taken further, so --iters counts only under a decay.
+    """
+    found = settings.science()
+    if settings.train.lr_schedule == "constant":
+        found.pop("iters", None)
+    return found
+
+
+def allow_tf32(launch: Launch) -> None:
+    """TF32 in matrix products and convolutions of float32 on a GPU, or not at all."""
+    wanted = launch.tf32 and not launch.deterministic
+    torch.set_float32_matmul_precision("high" if wanted else "highest")
+    torch.backends.cudnn.allow_tf32 = wanted

@@ -1,0 +1,259 @@
+"""Starts a command in several processes, through torch's elastic launcher, and says in one sentence how they ended.
+
+One process per GPU, over one machine or several; none of it where something else has started this process already.
+"""
+
+import logging
+import math
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import torch
+
+from dmpctl.errors import DmpError, Interrupted
+from dmpctl.files import read_json, write_json
+from dmpctl.processes.ranks import launched
+from dmpctl.processes.stop import hold_signals, let_signals_in
+from dmpctl.settings.launch import Launch
+from dmpctl.settings.model import Settings
+
+GRACE = 8.0  # sec that the others have to end after one has failed, before they are killed
+POLL = 0.2  # sec between two looks at the processes
+SAVING = 3600  # sec that processes have to save after a signal; schedulers have limits of their own
+MEETING = "dmpctl"  # where machines meet, if no scheduler names the job
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command with all its settings, resolved once: the processes look at no variable and no settings file.
+
+    `argument` is the positional one, None if there is none; `argv` is what was typed.
+    """
+
+    command: str
+    settings: Settings
+    argument: Any
+    argv: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; `from_dict` gives the same job back."""
+        path = isinstance(self.argument, Path)
+        argument = {"value": str(self.argument) if path else self.argument, "path": path}
+        return {"command": self.command, "settings": self.settings.to_dict(), "argument": argument, "argv": self.argv}
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> "Job":
+        argument = value["argument"]["value"]
+        argument = Path(argument) if value["argument"]["path"] else argument
+        return cls(value["command"], Settings.from_dict(value["settings"]), argument, list(value["argv"]))
+
+
+def processes_to_start(launch: Launch) -> int:
+    """How many processes this command starts on this machine: 0 where this one does the work itself."""
+    if launched():
+        return 0
+    wanted = launch.num_processes
+    if wanted is None:
+        many = launch.device in ("auto", "cuda") and not launch.cpu
+        wanted = max(1, torch.cuda.device_count()) if many else 1
+    return wanted if wanted > 1 or launch.nodes[1] > 1 else 0
+
+
+def run_job(job: Job, processes: int) -> int:
+    """Run the job in so many processes on this machine; returns its exit code.
+
+    Raises what the first process to fail raised, with its rank, and Interrupted after a signal. No process is left.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="dmpctl-"))
+    keep = False
+    try:
+        write_json(folder / "job.json", job.to_dict())
+        with ending_the_rest(folder) as hung:
+            caught = _started(job.settings.launch, processes, folder)
+        return _outcome(folder, caught, hung)
+    except DmpError as error:
+        keep = error.exit_code == DmpError.exit_code  # a failure that nobody expected: its logs are needed
+        raise
+    finally:
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _started(launch: Launch, processes: int, folder: Path) -> "dict[int, Any] | signal.Signals":
+    """Start them and wait: those that failed by rank ({}: none did), or the signal that came."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    low, high = launch.nodes
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # shared, a second attempt reads the addresses of the first
+    for name in list(logging.root.manager.loggerDict):  # each has a level of its own; we say what failed
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    hosts = {} if launch.node_rank is None else {"is_host": launch.node_rank == 0}
+    wanted: dict[str, Any] = {
+        "min_nodes": low,
+        "max_nodes": high,
+        "nproc_per_node": processes,
+        "run_id": uuid.uuid4().hex if high == 1 else os.environ.get("SLURM_JOB_ID", MEETING),
+        "rdzv_backend": "c10d",
+        "rdzv_endpoint": launch.rdzv_endpoint or "localhost:0",
+        "rdzv_configs": hosts,
+        "local_addr": "localhost" if high == 1 else None,
+        "max_restarts": launch.max_restarts,
+        "monitor_interval": POLL,
+        "shutdown_timeout": SAVING,
+        "signals_to_handle": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+        "logs_specs": DefaultLogsSpecs(
+            log_dir=str(folder / "logs"), redirects={rank: Std.NONE if rank == 0 else Std.ALL for rank in range(processes)}
+        ),
+    }
+    there = LaunchConfig.__dataclass_fields__  # older releases of torch wait 30 sec after a signal, whatever is asked for
+    config = LaunchConfig(**{name: value for name, value in wanted.items() if name in there})
+    try:
+        elastic_launch(config, sys.executable)("-m", "dmpctl.cli.worker", str(folder), str(os.getpid()))
+    except ChildFailedError as error:
+        return dict(error.failures)
+    except SignalException as error:
+        return signal.Signals(error.sigval)
+    return {}
+
+
+def _outcome(folder: Path, caught: "dict[int, Any] | signal.Signals", hung: Collection[int]) -> int:
+    """The exit code of the job, or the failure to raise: the one that was first, not what the others said of its loss.
+
+    `hung`: pids of processes that had to be killed after another's failure.
+    """
+    found = outcomes(folder)
+    if stopped := [outcome for outcome in found if outcome["signal"]]:
+        raise _again(stopped[0])
+    if isinstance(caught, signal.Signals):
+        raise Interrupted(f"stopped by {caught.name}", caught.value, "the same command goes on with what is there")
+    if not caught:
+        return max((int(outcome["exit_code"]) for outcome in found), default=0)
+    where = f"logs: {folder / 'logs'}"
+    said = sorted((o for o in found if o["message"]), key=lambda o: (o["echo"], not o["expected"], o["at"]))
+    by_launcher_last = sorted(caught.items(), key=lambda item: (item[1].exitcode == -signal.SIGTERM, item[0]))
+    died = {rank: failure for rank, failure in by_launcher_last if rank not in {outcome["rank"] for outcome in said}}
+    if said and not (said[0]["echo"] and died):
+        alike = len(said) > 1 and len({outcome["message"] for outcome in said}) == 1
+        raise _again(said[0], alike, None if said[0]["expected"] else where)
+    rank, failure = next(iter(died.items()), by_launcher_last[0])
+    who = f"rank {rank} (pid {failure.pid})"
+    if failure.pid in hung:
+        raise DmpError(f"{who} hangs: the others waited for it for --rank-timeout seconds", where)
+    if failure.exitcode >= 0:
+        raise DmpError(f"{who} ended with exit code {failure.exitcode} and said nothing", where)
+    memory = ", as where memory runs out" if failure.signal_name() == "SIGKILL" else ""
+    raise DmpError(f"{who} was ended by {failure.signal_name()}{memory}", where)
+
+
+def _again(outcome: Mapping[str, Any], all_alike: bool = False, hint: str | None = None) -> DmpError:
+    """The failure that a process wrote down; `all_alike`: all say this, so it is nobody's own. `hint` None: its own."""
+    message, hint, number = outcome["message"], hint or outcome["hint"], outcome["signal"]
+    who = "" if all_alike else f"rank {outcome['rank']}: "
+    error = Interrupted(message, number, hint) if number else DmpError(who + message, hint)
+    error.exit_code = int(outcome["exit_code"])
+    return error
+
+
+def outcomes(folder: Path) -> list[dict[str, Any]]:
+    """How the processes of the last attempt ended, as far as they could still say it."""
+    attempts = sorted(folder.glob("attempt-*"), key=lambda path: int(path.name.removeprefix("attempt-")))
+    if not attempts:
+        return []
+    return [read_json(path) for path in sorted(attempts[-1].glob("rank-*.json"))]
+
+
+@contextmanager
+def ending_the_rest(folder: Path) -> Iterator[set[int]]:
+    """Kill processes that still run some seconds after another has failed: one that waits for it may never hear a signal.
+
+    So after a second Ctrl-C, at once. Gives the pids of those that were killed.
+    """
+    done, killed = Event(), set[int]()
+    heard, hearing = os.pipe()
+    os.set_blocking(heard, False)
+    os.set_blocking(hearing, False)
+    before = signal.set_wakeup_fd(hearing, warn_on_full_buffer=False)  # the launcher's own handlers say nothing to us
+    thread = Thread(target=_watch, args=(folder, heard, done, killed), daemon=True)
+    thread.start()
+    hold_signals()  # by the processes, until they are ready; here the watching thread takes them for this one
+    try:
+        yield killed
+    finally:
+        let_signals_in()
+        done.set()
+        thread.join()
+        signal.set_wakeup_fd(before)
+        os.close(heard)
+        os.close(hearing)
+
+
+def _watch(folder: Path, heard: int, done: Event, killed: set[int]) -> None:
+    since: dict[Path, float] = {}
+    interrupts = 0
+    while not done.wait(POLL):
+        with suppress(BlockingIOError):
+            interrupts += os.read(heard, 64).count(signal.SIGINT)
+        for attempt in folder.glob("attempt-*"):
+            if attempt not in since and _has_failed(attempt):
+                since[attempt] = time.monotonic()
+            if interrupts > 1 or time.monotonic() - since.get(attempt, math.inf) > GRACE:
+                running = _running(attempt)
+                killed.update(running)
+                kill(running)
+
+
+def _has_failed(attempt: Path) -> bool:
+    """Whether a process has said that it failed, or has gone without a word."""
+    for path in attempt.glob("rank-*.pid"):
+        outcome = path.with_suffix(".json")
+        if not outcome.is_file():
+            if not alive(_pid_in(path)) and not outcome.is_file():
+                return True
+        elif (said := read_json(outcome))["message"] and not said["signal"]:
+            return True
+    return False
+
+
+def _running(attempt: Path) -> list[int]:
+    return [pid for pid in map(_pid_in, attempt.glob("rank-*.pid")) if alive(pid)]
+
+
+def _pid_in(path: Path) -> int:
+    return int(path.read_text("utf-8"))
+
+
+def alive(pid: int) -> bool:
+    """Whether this is a process of ours that runs; the number of one that has ended may be another's by now (Linux)."""
+    if sys.platform == "linux":
+        try:
+            state, parent, *_ = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+        return state not in ("Z", "X") and int(parent) == os.getpid()
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def kill(pids: Iterable[int]) -> None:
+    """End processes at once."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)

@@ -1,0 +1,108 @@
+"""Images on disk: PNG files, contact sheets, and the npz that ADM's evaluator reads."""
+
+import io
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dmpctl.files import write_atomic, writing
+from dmpctl.images.scan import BROKEN
+
+
+def to_image(image: Tensor) -> Image.Image:
+    """uint8 [C, H, W] with 1 or 3 channels as a picture."""
+    array = image.permute(1, 2, 0).numpy()
+    return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
+
+
+def write_pngs(folder: Path, indices: Sequence[int], images: Tensor) -> None:
+    """Write images under their six-digit index; a half-written file never bears that name."""
+    for index, image in zip(indices, images, strict=True):
+        final = folder / f"{index:06d}.png"
+        temporary = final.with_name(f".{final.name}")
+        with writing(final):
+            to_image(image).save(temporary, "PNG")
+            temporary.replace(final)
+
+
+def is_png(path: Path) -> bool:
+    """Whether a complete PNG is there."""
+    return png_if_whole(path) is not None
+
+
+def png_if_whole(path: Path) -> Tensor | None:
+    """A PNG as uint8 [C, H, W]; None where there is none, or half of one."""
+    try:
+        return read_png(path)
+    except BROKEN:
+        return None
+
+
+def read_png(path: Path) -> Tensor:
+    """A PNG as uint8 [C, H, W]."""
+    with Image.open(path) as image:
+        array = np.asarray(image)
+    return torch.from_numpy(array.copy()).reshape(*array.shape[:2], -1).permute(2, 0, 1)
+
+
+def contact_sheet(images: Sequence[Tensor], columns: int = 8, side: int = 96) -> Image.Image:
+    """Images uint8 [C, H, W] on one white sheet, enlarged in whole steps so that small pixels stay square."""
+    _, height, width = images[0].shape
+    factor = max(1, side // max(height, width))
+    gap = 4
+    rows = -(-len(images) // columns)
+    cell_w, cell_h = width * factor + gap, height * factor + gap
+    sheet = Image.new("RGB", (min(columns, len(images)) * cell_w + gap, rows * cell_h + gap), "white")
+    for position, image in enumerate(images):
+        row, column = divmod(position, columns)
+        picture = to_image(image).convert("RGB").resize((width * factor, height * factor), Image.Resampling.NEAREST)
+        sheet.paste(picture, (gap + column * cell_w, gap + row * cell_h))
+    return sheet
+
+
+def write_picture(path: Path, picture: Image.Image) -> None:
+    """Atomically write a PNG."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    write_atomic(path, buffer.getvalue())
+
+
+def write_contact_sheet(path: Path, images: Sequence[Tensor]) -> None:
+    """Atomically write a contact sheet."""
+    write_picture(path, contact_sheet(images))
+
+
+def write_npz(path: Path, batches: Iterator[Tensor], count: int) -> None:
+    """Stream images into `arr_0` uint8 [N, H, W, 3] of an npz, the layout of ADM's evaluator; grey is repeated.
+
+    One batch is in memory at a time.
+    """
+    temporary = path.with_name(f".{path.name}")
+    try:
+        with (
+            writing(path),
+            zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
+            archive.open("arr_0.npy", "w", force_zip64=True) as file,
+        ):
+            _write_array(file, batches, count)
+        with writing(path):
+            temporary.replace(path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def _write_array(file: IO[bytes], batches: Iterator[Tensor], count: int) -> None:
+    for number, images in enumerate(batches):
+        colour = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()
+        if number == 0:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (count, *colour.shape[1:])}
+            np.lib.format.write_array_header_1_0(file, header)
+        file.write(colour.tobytes())

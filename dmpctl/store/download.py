@@ -1,0 +1,148 @@
+"""`dmpctl download`: lists, fetches, verifies and prunes what the tool uses and may not ship."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dmpctl.errors import IntegrityError, MissingError, UsageError
+from dmpctl.files import amount
+from dmpctl.settings.assets import AssetRow, Assets
+from dmpctl.settings.model import Settings
+from dmpctl.store import needs, prune
+from dmpctl.store.assets import ad_hoc, address_in, cached, command_for, fetch, present, provenance, verify
+from dmpctl.store.cache import cache_dir, changing_index, files_dir, hub_dir, need_room, now, read_index
+from dmpctl.store.registry import SHIPPED, Registry, expanded, registry_of, replaced
+from dmpctl.types import Progress, Report
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for. `rows`: the registry, and addresses as rows of their own; `names`: of rows, before their parts;
+    `typed`: the same as on the command line.
+    """
+
+    settings: Settings
+    rows: Registry
+    wanted: list[AssetRow]
+    names: tuple[str, ...]
+    typed: str
+
+
+def download(settings: Settings, names: Sequence[str], progress: Progress) -> Report:
+    """Fetch assets by name, or what an experiment needs; without either, list what there is.
+
+    UsageError for an unknown name, a licence that was not accepted or a full disk; MissingError for what is not there;
+    IntegrityError for what is not as it should be.
+    """
+    options = settings.download
+    request = requested(settings, names)
+    for name in replaced(request.settings):
+        progress.say(f"{name}: the row of your settings takes the place of the shipped one")
+    if options.prune:
+        if names:
+            raise UsageError(
+                "--prune goes over the whole cache, it takes no names", "dmpctl download --prune --dry-run shows what goes"
+            )
+        return prune.prune(request.rows, settings.console.dry_run)
+    if options.verify:
+        return verified(request, progress)
+    if options.list_assets or not (names or options.needed_for):
+        return listed(request)
+    if not request.wanted:
+        return Report({"files": []}, lines=(f"{options.needed_for} needs nothing that has to be fetched",))
+    accept_licences(request)
+    return fetched(request, progress)
+
+
+def requested(settings: Settings, names: Sequence[str]) -> Request:
+    """The rows that names, addresses and --for stand for."""
+    found = needs.settings_in(settings.download.needed_for) if settings.download.needed_for else []
+    if own := needs.rows_in(found):
+        known = {row.name for row in settings.assets.rows}
+        rows = (*settings.assets.rows, *(row for row in own if row.name not in known))
+        settings = settings.model_copy(update={"assets": Assets(rows=rows)})
+    registry = registry_of(settings)
+    addresses = {name: ad_hoc(name) for name in names if address_in(name)}
+    needed = needs.needed(found, registry)
+    by_name = dict(registry) | {row.name: row for row in (*addresses.values(), *needed)}
+    every = (*(addresses[name].name if name in addresses else name for name in names), *(row.name for row in needed))
+    typed = " ".join([*names, *(["--for", str(settings.download.needed_for)] if settings.download.needed_for else [])])
+    return Request(settings, by_name, expanded(every, by_name), tuple(dict.fromkeys(every)), typed)
+
+
+def listed(request: Request) -> Report:
+    """Every row: name, what, size, licence, present."""
+    rows = [request.rows[name] for name in request.names] or list(request.rows.values())
+    data = [_described(row, request.settings) for row in rows]
+    table = tuple({key: str(row[key]) for key in ("name", "what", "size", "licence", "present")} for row in data)
+    lines = (f"cache: {cache_dir()}", f"Hub repositories: {hub_dir()}")
+    return Report({"assets": data, "cache": str(cache_dir()), "hub_cache": str(hub_dir())}, table, lines)
+
+
+def _described(row: AssetRow, settings: Settings) -> dict[str, Any]:
+    path = present(row) if row.name not in registry_of(settings) else cached(row.name, settings)
+    fields = row.model_dump(include={"name", "what", "kind", "sha256", "non_commercial", "gated", "needs", "notes", "score"})
+    size = amount(row.size) if row.size is not None else f"about {amount(row.about)}" if row.about is not None else "unknown"
+    licence = row.licence + (" (non-commercial)" if row.non_commercial and "NC" not in row.licence else "")
+    found = {"size": size, "bytes": row.size, "licence": licence, "source": row.source}
+    own = SHIPPED.get(row.name) != row
+    return fields | found | {"present": "yes" if path else "no", "path": path and str(path), "own": own}
+
+
+def accept_licences(request: Request) -> None:
+    """Record what --accept-license accepts; UsageError where a non-commercial licence was not accepted."""
+    accepted, options = read_index().licences, request.settings.download
+    restricted = [request.rows[name] for name in request.names if request.rows[name].non_commercial]
+    restricted += [row for row in request.wanted if row.non_commercial and row not in restricted]
+    new = [row for row in restricted if accepted.get(row.name, {}).get("licence") != row.licence]
+    if not new:
+        return
+    if not options.accept_license:
+        which = ", ".join(f"{row.name} ({row.licence})" for row in new)
+        command = f"dmpctl download {request.typed} --accept-license"
+        raise UsageError(f"for non-commercial use only: {which}", f"if you accept that: {command}")
+    if not request.settings.console.dry_run:
+        with changing_index() as index:
+            index.licences |= {row.name: {"licence": row.licence, "accepted": now()} for row in new}
+
+
+def fetched(request: Request, progress: Progress) -> Report:
+    """Bring every row into the cache; offline, or in a dry run, say what is missing."""
+    console = request.settings.console
+    missing = [row for row in request.wanted if present(row) is None]
+    if console.offline and missing:
+        names = ", ".join(row.label for row in missing)
+        raise MissingError(f"not in the cache: {names}, and --offline forbids fetching", f"online: {command_for(missing)}")
+    known = [row.size or row.about for row in missing]
+    need_room(files_dir(), sum(size for size in known if size and not console.offline), ", ".join(row.label for row in missing))
+    if console.dry_run:
+        for row in missing:
+            size = amount(row.size) if row.size else "unknown size"
+            progress.say(f"would fetch {row.label} from {row.source} ({size})")
+    rows = [row for row in request.wanted if not (console.dry_run and row in missing)]
+    paths = [fetch(row, progress) for row in rows]
+    files = [{**provenance(row), "path": str(path)} for row, path in zip(rows, paths, strict=True)]
+    table = tuple({key: str(row[key]) for key in ("name", "path", "sha256", "licence")} for row in files)
+    return Report({"files": files, "would_fetch": [row.label for row in missing] if console.dry_run else []}, table)
+
+
+def verified(request: Request, progress: Progress) -> Report:
+    """Hash everything that is there again; IntegrityError for the first file that has changed, and how many more."""
+    rows = request.wanted or [row for row in request.rows.values() if not row.parts]
+    there = [row for row in rows if present(row) is not None or row.name in read_index().entries]
+    good: list[dict[str, Any]] = []
+    bad: list[IntegrityError | MissingError] = []
+    for row in there:
+        progress.say(f"verifying {row.label}")
+        try:
+            facts = verify(row, deep=True)
+        except (IntegrityError, MissingError) as error:
+            bad.append(error)
+        else:
+            good += [{"name": row.name, "file": name, "sha256": fact.sha256} for name, fact in facts.items()]
+    if bad:
+        first = next((error for error in bad if isinstance(error, IntegrityError)), bad[0])
+        rest = f", and {len(bad) - 1} more are not as they should be" if len(bad) > 1 else ""
+        raise type(first)(f"{first.message}{rest}", first.hint)
+    lines = (f"{len(good)} files are what they were",) if good else ("nothing was downloaded yet",)
+    return Report({"verified": good}, tuple({key: str(value) for key, value in row.items()} for row in good), lines)

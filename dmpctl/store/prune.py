@@ -1,0 +1,70 @@
+"""`dmpctl download --prune`: removes from the cache what no row of the registry names, and what downloads left over.
+
+The Hub's own cache is shared with other programs and left alone; one inside ours is not.
+"""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+from dmpctl.files import amount, writing
+from dmpctl.store import hub
+from dmpctl.store.assets import target_of
+from dmpctl.store.cache import cache_dir, changing_index, files_dir, hub_dir, locked, own_hub, read_index
+from dmpctl.store.registry import Registry
+from dmpctl.types import Report
+
+
+def prune(rows: Registry, dry_run: bool) -> Report:
+    """Remove it (or say what would be removed): each path with its bytes. What another process is fetching stays."""
+    found: list[dict[str, str]] = []
+    total = 0
+    for path, name in [*_stray_files(rows), *_stray_repositories(rows)]:
+        with nullcontext(True) if dry_run else locked(name, wait=False) as free:
+            if not free:
+                continue
+            size = size_of(path)
+            total += size
+            found.append({"path": str(path), "size": amount(size)})
+            if not dry_run:
+                with writing(path):
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+    if not dry_run and any(name not in rows for name in read_index().entries):
+        with changing_index() as index:
+            index.entries = {name: entry for name, entry in index.entries.items() if name in rows}
+    lines = [f"{'would free' if dry_run else 'freed'} {amount(total)} in {cache_dir()}"]
+    if not own_hub():
+        lines.append(f"the Hub's cache, {hub_dir()}, belongs to other programs, too: hf cache prune")
+    return Report({"removed": found, "bytes": total, "dry_run": dry_run}, tuple(found), tuple(lines))
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder; a link counts as itself."""
+    if path.is_dir() and not path.is_symlink():
+        return sum(size_of(child) for child in path.iterdir())
+    return path.lstat().st_size
+
+
+def _stray_files(rows: Registry) -> Iterator[tuple[Path, str]]:
+    """Files of ours that no row names, and parts of downloads; each with the lock that guards it."""
+    if not files_dir().is_dir():
+        return
+    for folder in sorted(files_dir().iterdir()):
+        row = rows.get(folder.name)
+        if row is None or row.repo is not None or not folder.is_dir():
+            yield folder, folder.name
+            continue
+        yield from ((path, folder.name) for path in sorted(folder.iterdir()) if path != target_of(row))
+
+
+def _stray_repositories(rows: Registry) -> Iterator[tuple[Path, str]]:
+    """Repositories in a Hub cache of our own that no row names, and half files in the others."""
+    if not own_hub() or not hub_dir().is_dir():
+        return
+    named = {hub.folder_of(row).name: row.name for row in rows.values() if row.repo is not None}
+    for folder in sorted(path for path in hub_dir().iterdir() if path.name.startswith(("models--", "datasets--"))):
+        if folder.name not in named:
+            yield folder, folder.name
+        else:
+            yield from ((path, named[folder.name]) for path in sorted(folder.glob("blobs/*.incomplete")))

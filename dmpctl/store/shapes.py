@@ -1,0 +1,18 @@
+"""Published shapes by name: DiT-S/2 to SiT-XL/8, and DiT-XL/2-text with attention to captions in every block."""
+
+# name -> (width, blocks, heads); Peebles and Xie 2023, table 1
+SHAPES = {"DiT-S": (384, 12, 6), "DiT-B": (768, 12, 12), "DiT-L": (1024, 24, 16), "DiT-XL": (1152, 28, 16)}
+FLOWS = {name.replace("DiT", "SiT"): shape for name, shape in SHAPES.items()}  # Ma et al. 2024, table 1
+PATCH_SIZES = (2, 4, 8)
+TEXT = "-text"
+
+
+def is_shape(word: str) -> bool:
+    """Whether `word` names a published shape, with or without captions."""
+    shape, _, patch = word.removesuffix(TEXT).partition("/")
+    return shape in SHAPES | FLOWS and patch in map(str, PATCH_SIZES)
+
+
+def is_flow(name: str) -> bool:
+    """Whether a shape's name is that of a SiT."""
+    return name.partition("/")[0] in FLOWS

@@ -1,0 +1,1 @@
+"""`compare`: variants over seeds and stages."""

@@ -1,0 +1,204 @@
+"""`dmpctl patch`: train a patch on a frozen backbone, and say with numbers and pictures what it did."""
+
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dmpctl.backbones.dit_weights import digest_of
+from dmpctl.diffusion.samplers import refuse_other_kind
+from dmpctl.errors import IntegrityError
+from dmpctl.files import make_folder, read_json, write_json
+from dmpctl.measuring import before_after
+from dmpctl.measuring.paired_loss import error_profile
+from dmpctl.methods.full import FullPatch
+from dmpctl.methods.lora import LoraPatch
+from dmpctl.models.backbone import Loaded, is_planned, load_backbone, planned_model, published_file
+from dmpctl.models.build import build_codec, build_patch
+from dmpctl.models.codec import latent_record
+from dmpctl.models.conditions import captions_of, encoder_record, open_encoder
+from dmpctl.models.patch_files import added_words, backbone_digest, describe_patch, lasting_name, load_patch
+from dmpctl.models.patched import Patched, predict_patched, routing_of
+from dmpctl.models.sources import open_data, own_data
+from dmpctl.models.speed import state_as_cast
+from dmpctl.processes.accelerator import accelerator_for
+from dmpctl.processes.device import resolve_device
+from dmpctl.runs.rundir import RunDir
+from dmpctl.sampling.generate import denoiser_of
+from dmpctl.sampling.pictures import write_picture
+from dmpctl.settings.model import Settings
+from dmpctl.store.assets import resolve_weights
+from dmpctl.training.session import Session, Trained, train_in
+from dmpctl.training.subject import Subject
+from dmpctl.types import Codec, Progress, Report, Source
+
+SCHEMA_VERSION = 1
+
+
+def patch(settings: Settings, progress: Progress) -> Report:
+    """Train into the run directory, going on from its newest checkpoint; then compare with the backbone."""
+    if settings.console.dry_run and is_planned(settings.base):
+        with torch.device("meta"):
+            shape = planned_model(settings.base)
+            return _parameters_only(settings, shape.spec.parameters, build_patch(shape, settings.method).added)
+    settings = with_weights_here(settings, progress)
+    loaded = load_backbone(settings.base, settings.data.data)
+    codec = build_codec(loaded, settings)
+    source = open_data(settings.data, loaded.spec, codec, loaded.data, settings)
+    session = session_of(settings, loaded, codec, source)
+    if settings.evaluate.evaluate:
+        refuse_sampling(settings, loaded, source)
+    path = (settings.run.run or Path("runs") / Path(data_name(settings, loaded)).name).expanduser().absolute()
+    if settings.console.dry_run:
+        return _planned(settings, path, session)
+    accelerator = accelerator_for(settings)
+    with RunDir(path, accelerator.is_main_process) as run:
+        loaded.model.to(accelerator.device)
+        cast = settings.base.backbone_dtype != "float32"
+        expected = digest_of(state_as_cast(loaded.model)) if cast else loaded.digest
+        trained = train_in(run, session, settings, accelerator, progress)
+        refuse_changed_backbone(loaded, expected)
+        if not accelerator.is_main_process:  # what is left is rank 0's, and no collective
+            return Report({})
+        return _report(settings, run, session, trained, progress)
+
+
+def with_weights_here(settings: Settings, progress: Progress) -> Settings:
+    """The same settings with --weights as a file on this disk, fetched first if it is an address.
+
+    So with a --base or --data that is a row of the settings file: the patch can be used without that file.
+    """
+    base, own = settings.base, {row.name: row for row in settings.assets.rows}
+    if base.weights is not None:
+        base = base.model_copy(update={"weights": resolve_weights(base.weights, settings, progress)})
+    if base.base in own and not Path(base.base).expanduser().exists():
+        base = base.model_copy(update={"base": str(published_file(own[base.base], settings))})
+    return settings.model_copy(update={"base": base, "data": own_data(settings.data, settings)})
+
+
+def refuse_sampling(settings: Settings, loaded: Loaded, source: Source) -> None:
+    """What does not suit the comparison fails now, not after training: guidance, sampler, data without captions."""
+    if loaded.spec.text is None:
+        denoiser_of(Patched(loaded, None, {}), [0], settings.sampling, torch.device("cpu"))
+    else:
+        refuse_other_kind(settings.sampling.sampler, flow=False)
+        captions_of(source, 0)
+
+
+def data_name(settings: Settings, loaded: Loaded) -> str:
+    """The images to train on, by a name that still means the same from another folder."""
+    return lasting_name(settings.data.data or str(loaded.data))
+
+
+def session_of(settings: Settings, loaded: Loaded, codec: Codec, source: Source) -> Session:
+    """The training of a fresh patch on this backbone."""
+    loaded.model.recompute = settings.train.grad_checkpoint
+    module = build_patch(loaded.model, settings.method, settings.run.seed)
+    text = open_encoder(settings, loaded.spec, loaded.text)
+    described = describe_patch(
+        loaded,
+        settings.base,
+        settings.method,
+        module,
+        data_name(settings, loaded),
+        source.fingerprint,
+        latent_record(codec),
+        encoder_record(text),
+    )
+    named = settings.data.model_dump(include={"image_column", "label_column", "caption_column"}, exclude_none=True)
+    described["data"] |= {"columns": named} if named else {}
+    predict = partial(predict_patched, loaded.model, module.time_only)
+    route = partial(routing_of, loaded.model, module.time_only)
+    network = module.changed if isinstance(module, FullPatch | LoraPatch) else loaded.model
+    groups, noise, whole = module.param_groups(), module.noise_shape(), not isinstance(module, LoraPatch)
+    subject = Subject("patch", module, network, groups, predict, route, module.penalty, noise, described, whole)
+    digests = {"backbone_sha256": loaded.digest, "data_fingerprint": source.fingerprint}
+    profile = partial(error_profile, Patched(loaded, None, {}, codec, text), source, settings.run.seed)
+    return Session("patch", subject, loaded.spec, codec, source, digests, {"backbone": loaded.origin}, profile=profile, text=text)
+
+
+def refuse_changed_backbone(loaded: Loaded, expected: str | None = None) -> None:
+    """Invariant 2: every tensor of the backbone is what it was, and none has a gradient.
+
+    `expected`: its digest, None: the one it was loaded with.
+    """
+    touched = [name for name, p in loaded.model.named_parameters() if p.requires_grad or p.grad is not None]
+    if touched or backbone_digest(loaded) != (expected or loaded.digest):
+        raise IntegrityError(
+            f"the backbone changed while its patch was trained{': ' + touched[0] if touched else ''}", "please report this"
+        )
+
+
+def _parameters_only(settings: Settings, backbone: int, added: int) -> Report:
+    """What a shape name alone can tell: how much a patch would add."""
+    share = 100 * added / backbone
+    line = f"{settings.base.base}: {backbone:,} parameters, patch {added:,} (+{share:.2f} %)"
+    missing = f"no weights were named, so nothing else was checked: a real run needs --weights FILE for {settings.base.base}"
+    data = {
+        "dry_run": True,
+        "ready": False,
+        "base": settings.base.base,
+        "backbone_parameters": backbone,
+        "added_parameters": added,
+        "added_percent": round(share, 4),
+    }
+    return Report(data, (), (line, missing, "dry run: nothing was written"))
+
+
+def _planned(settings: Settings, path: Path, session: Session) -> Report:
+    described, source = session.subject.described, session.source
+    backbone = described["backbone"]
+    data = {"dry_run": True, "ready": True, "run": str(path), "images": len(source), "iters": settings.train.iters, **described}
+    row = {
+        "backbone": f"{backbone['base']} ({backbone['parameters']:,})",
+        "patch": added_words(described),
+        "data": f"{source.name} ({len(source)})",
+        "iterations": str(settings.train.iters),
+        "run": str(path),
+    }
+    return Report(data, (row,), ("dry run: nothing was written",))
+
+
+def _report(settings: Settings, run: RunDir, session: Session, trained: Trained, progress: Progress) -> Report:
+    """The table that ends the command. The comparison is made once: a complete run shows what it has recorded."""
+    patched, described = replace(load_patch(run.path), codec=session.codec, text=session.text), session.subject.described
+    data: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "run": str(run.path), "step": patched.step}
+    data |= {"patch_sha256": patched.about["sha256"], "train_seconds": round(trained.seconds, 1)}
+    data |= {"added_parameters": described["added_parameters"], "added_percent": described["added_percent"]}
+    first = f"trained {trained.step - trained.start} steps in {trained.seconds:.0f} s"
+    if trained.was_complete:
+        first = f"the run was complete already, at step {patched.step}"
+    first += f"; the patch adds {added_words(described)}"
+    where = f"patch: {run.path / 'patch.safetensors'}"
+    if not settings.evaluate.evaluate:
+        return Report(data, (), (first, where))
+    data |= _compared(settings, run, session.source, patched, progress)
+    lines = (
+        first,
+        *([f"Fréchet distance: {data['verdict']}"] if data["difference"] else [before_after.NO_DISTANCE]),
+        f"denoising loss: {data['paired_loss_verdict']}",
+        where,
+        f"look at: {run.path / 'before-after.png'}",
+    )
+    return Report(data, before_after.table(data), lines)
+
+
+def _compared(settings: Settings, run: RunDir, source: Source, patched: Patched, progress: Progress) -> dict[str, Any]:
+    """The comparison of this patch under these settings: recorded, or made now and recorded with its sheet."""
+    path = run.path / "metrics" / f"comparison-{patched.step:07d}.json"
+    sheet = run.path / "before-after.png"
+    identity = {"patch_sha256": patched.about["sha256"], "protocol": before_after.protocol(settings, source)}
+    if path.is_file() and sheet.is_file():
+        before = read_json(path, SCHEMA_VERSION)
+        if all(before.get(key) == value for key, value in identity.items()):
+            return before
+    began = time.perf_counter()
+    figures, picture = before_after.measure(patched, source, settings, resolve_device(settings.launch), progress)
+    make_folder(path.parent)
+    write_picture(sheet, picture)
+    recorded = {"schema_version": SCHEMA_VERSION, **identity, **figures, "eval_seconds": round(time.perf_counter() - began, 1)}
+    write_json(path, recorded)
+    return recorded

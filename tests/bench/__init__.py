@@ -1,1 +1,0 @@
-"""Timings, never asserted: `python -m tests.bench`."""

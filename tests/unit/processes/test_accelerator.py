@@ -1,0 +1,106 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dmpctl.errors import UsageError
+from dmpctl.processes.accelerator import accelerator_for, again_command, science_of
+from dmpctl.processes.device import resolve_device
+from dmpctl.processes.launcher import Job, processes_to_start
+from dmpctl.processes.ranks import VARIABLES, own_device
+from tests.helpers import settings_for
+
+
+def test_the_command_that_goes_on_is_the_one_that_was_typed(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/bin/dmpctl", "patch", "--run", "my run"])
+    assert again_command() == "dmpctl patch --run 'my run'"
+
+
+def test_more_steps_are_the_same_experiment_but_under_a_decay():
+    few, many = (science_of(settings_for("patch", iters=iters)) for iters in (10, 20))
+    assert few == many
+    few, many = (science_of(settings_for("patch", iters=iters, lr_schedule="cosine")) for iters in (10, 20))
+    assert (few.pop("iters"), many.pop("iters")) == (10, 20)
+    assert few == many
+
+
+@pytest.mark.parametrize(
+    "free", [{"save_every": 1}, {"num_workers": 1}, {"run": "x"}, {"steps": 3}, {"quiet": True}, {"cpu": True}]
+)
+def test_what_does_not_change_the_result_is_free(free):
+    assert science_of(settings_for("patch", **free)) == science_of(settings_for("patch"))
+
+
+@pytest.mark.parametrize(
+    "changed", [{"seed": 1}, {"gate_lr": 1.0}, {"batch_size": 3}, {"ema": 0.5}, {"grad_clip": 1.0}, {"hflip": True}]
+)
+def test_what_changes_the_result_is_another_experiment(changed):
+    assert science_of(settings_for("patch", **changed)) != science_of(settings_for("patch"))
+
+
+@pytest.mark.parametrize(
+    ("given", "gpus", "expected"),
+    [
+        ({}, 0, 0),
+        ({}, 1, 0),
+        ({}, 8, 8),
+        ({"device": "cuda"}, 8, 8),
+        ({"device": "cuda:3"}, 8, 0),
+        ({"cpu": True}, 8, 0),
+        ({"cpu": True, "num_processes": 2}, 8, 2),
+        ({"num_processes": 1}, 8, 0),
+        ({"num_processes": 3}, 8, 3),
+        ({"num_processes": 1, "nnodes": "2", "rdzv_endpoint": "a:1"}, 8, 1),
+        ({"nnodes": "1:4", "rdzv_endpoint": "a:1"}, 0, 1),
+    ],
+)
+def test_one_process_for_each_gpu_unless_it_says_otherwise(monkeypatch, given, gpus, expected):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    launch = settings_for("patch", **given).launch
+    assert processes_to_start(launch) == expected
+    for name in VARIABLES:
+        monkeypatch.setenv(name, "0")
+    assert processes_to_start(launch) == 0  # somebody else has started this one
+
+
+def test_a_rank_has_a_gpu_of_its_own_or_says_that_there_is_none(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert own_device(settings_for("patch").launch) == torch.device("cuda", 1) == chosen[0]
+    assert own_device(settings_for("patch", cpu=True).launch) == torch.device("cpu")
+    with pytest.raises(UsageError, match="--device cuda:1 is one device"):
+        own_device(settings_for("patch", device="cuda:1").launch)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UsageError, match="process 3 of this machine has no GPU: there are 2"):
+        own_device(settings_for("patch").launch)
+
+
+def test_a_job_is_what_was_asked_for(tmp_path):
+    for argument in (None, "runs/x", Path("runs/x"), ["a", "b"]):
+        job = Job("fid", settings_for("fid", metrics="fid,kid", cpu=True), argument, ["dmpctl", "fid", "x"])
+        again = Job.from_dict(json.loads(json.dumps(job.to_dict())))
+        assert again == job
+        assert type(again.argument) is type(argument) or isinstance(argument, Path)
+
+
+def test_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for given in ({}, {"device": "cpu"}, {"cpu": True}):
+        assert resolve_device(settings_for("patch", **given).launch) == torch.device("cpu")
+    with pytest.raises(UsageError, match=r"--device cuda:1 is not there \(0 found\)"):
+        resolve_device(settings_for("patch", device="cuda:1").launch)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_device(settings_for("patch", device="cuda:1").launch) == torch.device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolve_device(settings_for("patch").launch) == torch.device("cuda")
+
+
+def test_half_precision_on_a_cpu_is_a_sentence():
+    with pytest.raises(UsageError, match="--precision fp16"):
+        accelerator_for(settings_for("patch", precision="fp16", cpu=True))

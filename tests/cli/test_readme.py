@@ -68,7 +68,9 @@ def test_each_python_block_of_the_readme_runs(block: str, tmp_path: Path) -> Non
     assert len(done.stdout.split()) == 2
 
 
-@pytest.mark.parametrize("module", sorted({name for page in PAGES for name in re.findall(r"python -m (tests[.\w]*\w)", page)}))
+@pytest.mark.parametrize(
+    "module", sorted({name for page in PAGES for name in re.findall(r"python -m ((?:tests|benchmarks)[.\w]*\w)", page)})
+)
 def test_each_module_of_the_tests_that_a_page_runs_is_there(module: str) -> None:
     """They are run by hand: a name that has moved would not be missed until someone wants their numbers."""
     package = importlib.import_module(module)

@@ -1,8 +1,6 @@
 """How a command runs: through accelerate, in as many processes as were started, and what makes two runs the same experiment."""
 
 import os
-import shlex
-import sys
 from typing import Any
 
 import torch
@@ -30,11 +28,6 @@ def accelerator_for(settings: Settings) -> Accelerator:
     if accelerator.num_processes != ranks.world:  # two worlds of one would both write
         raise UsageError(f"{ranks.world} processes were started, accelerate sees {accelerator.num_processes}", "add --cpu")
     return accelerator
-
-
-def again_command() -> str:
-    """The command line that was typed, to be typed again."""
-    return shlex.join(["dmpctl", *sys.argv[1:]])
 
 
 def science_of(settings: Settings) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dmpctl.errors import NumericalError
 from dmpctl.files import json_to_bytes, make_folder, write_atomic, write_json
 from dmpctl.models.build import build_patch
 from dmpctl.models.sources import open_data
-from dmpctl.processes.accelerator import again_command
+from dmpctl.processes.command import again_command
 from dmpctl.processes.device import resolve_device
 from dmpctl.processes.stop import Stop, interrupted
 from dmpctl.runs.rundir import version_of

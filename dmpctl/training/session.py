@@ -12,7 +12,8 @@ from dmpctl.codecs.text import TextEncoder
 from dmpctl.images.stored import left_out_of, left_out_words
 from dmpctl.models.conditions import training_conditions
 from dmpctl.models.encode import training_source
-from dmpctl.processes.accelerator import again_command, science_of
+from dmpctl.processes.accelerator import science_of
+from dmpctl.processes.command import again_command
 from dmpctl.processes.ranks import ranks_of
 from dmpctl.runs import checkpoint
 from dmpctl.runs.rundir import RunDir

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dmpctl.errors import UsageError
-from dmpctl.processes.accelerator import accelerator_for, again_command, science_of
+from dmpctl.processes.accelerator import accelerator_for, science_of
+from dmpctl.processes.command import again_command
 from dmpctl.processes.device import resolve_device
 from dmpctl.processes.launcher import Job, processes_to_start
 from dmpctl.processes.ranks import VARIABLES, own_device

@@ -4,7 +4,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,28 @@ def make_folder(path: Path) -> Path:
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+@contextmanager
+def locked(path: Path, wait: bool = True, busy: Callable[[], None] | None = None) -> Iterator[bool]:
+    """Hold the lock file `path`, which the system gives up when a process dies; yields whether it is held.
+
+    Without `wait` it may not be. `busy` is called before waiting for another process; None: nothing is said.
+    UsageError where the file cannot be made.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
+    with writing(path), suppress(Timeout):
+        lock.acquire(blocking=False)
+    if wait and not lock.is_locked:
+        if busy is not None:
+            busy()
+        lock.acquire()
+    try:
+        yield lock.is_locked
+    finally:
+        lock.release()
 
 
 def sha256_of(path: Path) -> str:

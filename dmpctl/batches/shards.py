@@ -7,8 +7,8 @@ recorded (it was copied, or touched), and when one asks to verify. A shard that 
 
 import fcntl
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dmpctl.errors import IntegrityError, MissingError, UsageError
-from dmpctl.files import make_folder, read_json, sha256_of, sha256_of_json, write_json, write_tensors, writing
+from dmpctl.files import locked, make_folder, read_json, sha256_of, sha256_of_json, write_json, write_tensors, writing
 
 SCHEMA_VERSION = 1
 MOST_ITEMS, MOST_BYTES = 4096, 2**26  # of one shard: what an interruption can cost, and what is held in memory
@@ -122,24 +122,12 @@ class Shards:
 
     def _record(self, new: Mapping[int, Mapping[str, Any]], bad: Mapping[int, Mapping[str, Any]]) -> None:
         """Add entries to the manifest, and drop those of `bad` that are still what they were."""
-        with self._alone():
+        with locked(self.folder / ".manifest.lock"):  # one process at a time writes the manifest
             kept = {shard: entry for shard, entry in self._entries().items() if bad.get(shard) != entry}
             entries = {str(shard): entry for shard, entry in sorted((kept | dict(new)).items())}
             self._sweep("manifest.json")
             value = {"schema_version": SCHEMA_VERSION, "key": self.key, "about": self.about, "shards": entries}
             write_json(self.folder / "manifest.json", value)
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """The only process that writes the manifest."""
-        path = self.folder / ".manifest.lock"
-        with writing(path):
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(handle)
 
     def _sweep(self, name: str) -> None:
         """Take away what a killed process has left of a file; whoever may write it now holds its lock."""

@@ -20,7 +20,7 @@ from dmpctl.metrics.statistics import SUFFIXES, Statistics, disagreements, read_
 from dmpctl.models.sources import open_images
 from dmpctl.settings.model import Settings
 from dmpctl.settings.sections import Data
-from dmpctl.store.cache import cache_dir, locked
+from dmpctl.store.cache import cache_dir, working_on
 from dmpctl.types import Extractor, Progress
 
 SCHEMA_VERSION = 1
@@ -153,7 +153,7 @@ def _from_images(
 ) -> Reference:
     """Statistics from the cache, or from the images and into it."""
     about, path = _kept_as(images, extractor, protocol, spatial)
-    with nullcontext() if path.is_file() else locked(f"statistics-{path.stem[:16]}"):
+    with nullcontext() if path.is_file() else working_on(f"statistics-{path.stem[:16]}"):
         if path.is_file():
             found = read_statistics(path, extractor.width)
             features, spatial_features = found.features, found.spatial

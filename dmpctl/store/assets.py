@@ -11,7 +11,7 @@ from dmpctl.files import sha256_of
 from dmpctl.settings.assets import AssetRow
 from dmpctl.settings.model import Settings
 from dmpctl.store import hub
-from dmpctl.store.cache import Entry, Fact, changing_index, files_dir, hub_dir, locked, now, read_index
+from dmpctl.store.cache import Entry, Fact, changing_index, files_dir, hub_dir, now, read_index, working_on
 from dmpctl.store.https import Wanted, fetch_file
 from dmpctl.store.registry import registry_of, row_named
 from dmpctl.types import Progress
@@ -153,7 +153,7 @@ def fetch(row: AssetRow, progress: Progress) -> Path:
         return path
     if row.repo is None and row.url is None:
         raise MissingError(f"{row.filename} has no address to fetch it from", f"get it by hand, and put it at {target_of(row)}")
-    with locked(row.name, progress):
+    with working_on(row.name, progress):
         if present(row) is None:
             before = entry_of(row)
             entry = _from_hub(row, before, progress) if row.repo else _from_https(row, before, progress)

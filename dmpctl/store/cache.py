@@ -5,7 +5,6 @@ other programs, unless a cache was named (--cache-dir, DMPCTL_CACHE_DIR): then i
 prepares in <cache>/datasets.
 """
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dmpctl.errors import IntegrityError, UsageError
-from dmpctl.files import amount, make_folder, read_json, write_json, writing
+from dmpctl.files import amount, locked, make_folder, read_json, write_json
 from dmpctl.types import Progress
 
 SCHEMA_VERSION = 1
@@ -104,7 +103,7 @@ def _entry(value: Mapping[str, Any]) -> Entry:
 @contextmanager
 def changing_index() -> Iterator[Index]:
     """The index, to be changed and then written, while no other process does the same."""
-    with locked(".index"):  # no row can be called so
+    with working_on(".index"):  # no row can be called so
         index = read_index()
         yield index
         entries = {name: asdict(entry) for name, entry in sorted(index.entries.items())}
@@ -113,25 +112,16 @@ def changing_index() -> Iterator[Index]:
 
 
 @contextmanager
-def locked(name: str, progress: Progress | None = None, wait: bool = True) -> Iterator[bool]:
-    """One process at a time works on `name`; who has to wait says so. Without `wait`: whether the lock was free."""
-    path = make_folder(cache_dir() / "locks") / f"{name}.lock"
-    with writing(path):
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        free = True
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            free = False
-            if wait:
-                if progress is not None:
-                    progress.say(f"another process is fetching {name}, waiting for it")
-                fcntl.flock(handle, fcntl.LOCK_EX)
-                free = True
+def working_on(name: str, progress: Progress | None = None, wait: bool = True) -> Iterator[bool]:
+    """One process at a time works on `name`; who has to wait says so. Without `wait`: yields whether nobody else does."""
+    lock = make_folder(cache_dir() / "locks") / f"{name}.lock"
+
+    def busy() -> None:
+        if progress is not None:
+            progress.say(f"another process is fetching {name}, waiting for it")
+
+    with locked(lock, wait, busy) as free:
         yield free
-    finally:
-        os.close(handle)
 
 
 def need_room(folder: Path, need: int, what: str) -> None:

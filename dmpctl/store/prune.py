@@ -11,7 +11,7 @@ from pathlib import Path
 from dmpctl.files import amount, writing
 from dmpctl.store import hub
 from dmpctl.store.assets import target_of
-from dmpctl.store.cache import cache_dir, changing_index, files_dir, hub_dir, locked, own_hub, read_index
+from dmpctl.store.cache import cache_dir, changing_index, files_dir, hub_dir, own_hub, read_index, working_on
 from dmpctl.store.registry import Registry
 from dmpctl.types import Report
 
@@ -21,7 +21,7 @@ def prune(rows: Registry, dry_run: bool) -> Report:
     found: list[dict[str, str]] = []
     total = 0
     for path, name in [*_stray_files(rows), *_stray_repositories(rows)]:
-        with nullcontext(True) if dry_run else locked(name, wait=False) as free:
+        with nullcontext(True) if dry_run else working_on(name, wait=False) as free:
             if not free:
                 continue
             size = size_of(path)

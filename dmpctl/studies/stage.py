@@ -1,10 +1,7 @@
 """One stage of a study: its backbone, how variants are measured against it, and the backbone's own side, made once."""
 
-import fcntl
 import json
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import stdev
@@ -15,7 +12,7 @@ from torch import Tensor
 
 from dmpctl.codecs.text import TextEncoder
 from dmpctl.errors import UsageError
-from dmpctl.files import make_folder, read_json, read_tensors, sha256_of_json, write_json, write_tensors, writing
+from dmpctl.files import locked, make_folder, read_json, read_tensors, sha256_of_json, write_json, write_tensors
 from dmpctl.measuring import paired_loss
 from dmpctl.measuring.extraction import build_extractor, extract
 from dmpctl.measuring.image_sets import images_of
@@ -154,7 +151,7 @@ def side_of(stage: Stage, device: torch.device, progress: Progress) -> Side | No
         path = stage.folder / "stage.json"
         if not path.is_file():
             make_folder(stage.folder)
-            with taken(stage.folder / ".lock") as mine:
+            with locked(stage.folder / ".lock", wait=False) as mine:
                 if not mine:
                     return None
                 if not path.is_file():
@@ -162,22 +159,6 @@ def side_of(stage: Stage, device: torch.device, progress: Progress) -> Side | No
                     _write(stage, path, _measured(stage, device))
         stage.sides.append(_read(stage, path))
     return stage.sides[0]
-
-
-@contextmanager
-def taken(lock: Path) -> Iterator[bool]:
-    """Hold a lock file for a while; False if another process has it."""
-    with writing(lock):
-        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        mine = True
-    except OSError:
-        mine = False
-    try:
-        yield mine
-    finally:
-        os.close(handle)
 
 
 def sampled_features(

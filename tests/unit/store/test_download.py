@@ -11,7 +11,7 @@ from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.settings.assets import AssetRow, Assets
 from dmpctl.store import assets, https
 from dmpctl.store import download as fetch
-from dmpctl.store.cache import locked, read_index
+from dmpctl.store.cache import read_index, working_on
 from dmpctl.store.registry import SHIPPED
 from dmpctl.types import Silent
 from tests.helpers import files, flip, settings_for
@@ -351,7 +351,7 @@ def test_prune_removes_what_no_row_names(given, server, cache):
 def test_prune_leaves_what_is_being_fetched(given, cache):
     (cache / "files/thing").mkdir(parents=True)
     (cache / "files/thing/good.bin.part").write_bytes(b"half")
-    with locked("thing"):
+    with working_on("thing"):
         assert download(given(prune=True)).data["removed"] == []
     assert (cache / "files/thing/good.bin.part").exists()
 

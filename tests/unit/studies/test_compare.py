@@ -11,11 +11,10 @@ import torch
 from scipy import stats
 
 from dmpctl.errors import NumericalError, UsageError
-from dmpctl.files import read_json
+from dmpctl.files import locked, read_json
 from dmpctl.measuring import paired_loss
 from dmpctl.studies import cell as study_cell
 from dmpctl.studies import compare as engine
-from dmpctl.studies import stage as study_stage
 from dmpctl.studies.cell import seconds_of
 from dmpctl.studies.compare import best, compare, mean_or_none
 from dmpctl.studies.plot import plot
@@ -323,7 +322,7 @@ def test_a_cell_that_another_process_has_is_put_off(study, tmp_path, monkeypatch
 
 def test_a_backbone_that_another_process_measures_is_waited_for(study, tmp_path, monkeypatch):
     (tmp_path / "study" / "flat").mkdir(parents=True)
-    held = study_stage.taken(tmp_path / "study" / "flat" / ".lock")
+    held = locked(tmp_path / "study" / "flat" / ".lock")
     assert held.__enter__()
     waited: list[float] = []
     monkeypatch.setattr(engine.time, "sleep", lambda seconds: (waited.append(seconds), held.__exit__(None, None, None)))

@@ -5,10 +5,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 
 from dmpctl.cli.app import main
-from tests.helpers import Done, patch_run, pretrain_run
+from tests.helpers import Done, made_once, patch_run, pretrain_run
+from tests.random_inception import write_random_inception
+
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -28,17 +32,19 @@ def fresh_precision() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of `dmpctl patch` that has ended: 6 steps, checkpoints at 3 and 6. Not to be written to: take a copy."""
-    run = tmp_path_factory.mktemp("finished") / "run"
-    patch_run(run, prompt_lr=0.05, gate_lr=0.05, ema=0.0)
-    return run
+    return made_once(tmp_path_factory, "finished", lambda run: patch_run(run, prompt_lr=0.05, gate_lr=0.05, ema=0.0))
 
 
 @pytest.fixture(scope="session")
 def conditional(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished class-conditional backbone on the digits. Not to be written to."""
-    run = tmp_path_factory.mktemp("conditional") / "backbone"
-    pretrain_run(run, class_conditional=True, lr=3e-3)
-    return run
+    return made_once(tmp_path_factory, "conditional", lambda run: pretrain_run(run, class_conditional=True, lr=3e-3))
+
+
+@pytest.fixture(scope="session")
+def random_inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights in torch-fidelity's file format. Not to be written to."""
+    return made_once(tmp_path_factory, "random-inception.pth", write_random_inception)
 
 
 @pytest.fixture

@@ -4,11 +4,14 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+from filelock import FileLock
 from PIL import Image
 
 import dmpctl
@@ -56,6 +59,19 @@ def patch_run(run: Path, **given: Any) -> Report:
 def pretrain_run(run: Path, **given: Any) -> Report:
     """A small `dmpctl pretrain` on the digits."""
     return pretrain(settings_for("pretrain", **{"run": run, "data": "digits", **SHAPE, **SMALL, **given}), Silent())
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """The path that `make` fills: by the first worker of a session that needs it, for all of them."""
+    own = factory.getbasetemp()
+    root = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    path, done = root / "shared" / name, root / f"{name}.done"
+    with FileLock(root / f"{name}.lock"):
+        if not done.exists():
+            path.parent.mkdir(exist_ok=True)
+            make(path)
+            done.touch()
+    return path
 
 
 def run_cli(*args: object, cwd: Path, env: dict[str, str] | None = None, timeout: float = 240) -> Done:

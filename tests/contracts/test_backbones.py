@@ -12,6 +12,7 @@ from dmpctl.backbones.pixart import PixArt
 from dmpctl.backbones.sd_unet import SdUnet
 from dmpctl.models.backbone import freeze
 from dmpctl.types import Backbone, ScheduleSpec
+from tests.contracts.rows import Rows
 from tests.foreign_helpers import TOKENS, tiny_dit, tiny_pixart, tiny_unet
 
 BATCH = 4
@@ -29,7 +30,10 @@ BACKBONES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.fixture(params=BACKBONES)
+rows = Rows("backbone", BACKBONES)
+
+
+@pytest.fixture
 def backbone(request) -> Backbone:
     """With random weights, so that no path is dead; frozen as everywhere."""
     model, draw = BACKBONES[request.param](), torch.Generator().manual_seed(0)
@@ -54,10 +58,11 @@ def inputs(backbone) -> tuple[Tensor, Tensor, Tensor | None]:
     return x, t, cond
 
 
-def rows(cond: Tensor | None, which: list[int]) -> Tensor | None:
+def some_of(cond: Tensor | None, which: list[int]) -> Tensor | None:
     return None if cond is None else cond[which]
 
 
+@rows.but("")
 def test_the_prediction_has_the_shape_the_spec_says(backbone, inputs):
     channels, height, width = backbone.spec.latent_shape
     prediction = backbone.denoise(*inputs)
@@ -66,16 +71,19 @@ def test_the_prediction_has_the_shape_the_spec_says(backbone, inputs):
     assert prediction.isfinite().all()
 
 
+@rows.on("dit-class diffusers-dit pixart sd-unet")
 def test_it_is_frozen(backbone, inputs):
     assert not backbone.training
     assert not any(tensor.requires_grad for tensor in backbone.parameters())
     assert not backbone.denoise(*inputs).requires_grad
 
 
+@rows.but("sit-class pixart")
 def test_the_spec_counts_its_parameters(backbone):
     assert backbone.spec.parameters == sum(tensor.numel() for tensor in backbone.parameters())
 
 
+@rows.but("sit-class pixart-1024")
 def test_every_site_is_edited_once_in_order_with_the_tokens_the_spec_says(backbone, inputs):
     seen: list[tuple[int, int, int, int]] = []
 
@@ -88,6 +96,7 @@ def test_every_site_is_edited_once_in_order_with_the_tokens_the_spec_says(backbo
     assert torch.equal(edited, backbone.denoise(*inputs))
 
 
+@rows.on("dit-class dit-class-epsilon diffusers-dit pixart sd-unet")
 def test_every_site_is_felt(backbone, inputs):
     plain = backbone.denoise(*inputs)
     for number in range(len(backbone.spec.sites)):
@@ -99,16 +108,15 @@ def test_every_site_is_felt(backbone, inputs):
         assert not torch.allclose(edited, plain, atol=1e-4)
 
 
+@rows.on("dit-class dit-class-epsilon diffusers-dit pixart")
 def test_tokens_put_in_front_fall_away(backbone, inputs):
-    if len(set(backbone.spec.sites)) > 1:
-        pytest.skip("sites of several sizes take no prepended prompts")
-
     def prepend(site: int, tokens: Tensor) -> Tensor:
         return torch.cat([tokens[:, :2] + 1, tokens], 1) if site == 0 else tokens
 
     assert backbone.denoise(*inputs, prepend).shape == backbone.denoise(*inputs).shape
 
 
+@rows.on("dit-class diffusers-dit pixart sd-unet")
 def test_gradients_pass_through_to_the_edit_and_stop_there(backbone, inputs):
     site = backbone.spec.sites[0]
     shift = torch.zeros(site.tokens, site.width, requires_grad=True)
@@ -118,6 +126,7 @@ def test_gradients_pass_through_to_the_edit_and_stop_there(backbone, inputs):
     assert all(tensor.grad is None for tensor in backbone.parameters())
 
 
+@rows.on("dit-uncond dit-class diffusers-dit pixart-1024 sd-unet")
 def test_denoising_is_deterministic_and_writes_nothing_into_its_arguments(backbone, inputs):
     kept = [None if value is None else value.clone() for value in inputs]
     weights = {name: value.clone() for name, value in backbone.state_dict().items()}
@@ -126,17 +135,19 @@ def test_denoising_is_deterministic_and_writes_nothing_into_its_arguments(backbo
     assert all(torch.equal(weights[name], value) for name, value in backbone.state_dict().items())
 
 
+@rows.but("dit-class-epsilon")
 def test_a_sample_does_not_depend_on_its_neighbours(backbone, inputs):
     x, t, cond = inputs
     together, c = backbone.denoise(x, t, cond), backbone.embed(t, cond)
     for i in range(BATCH):
-        torch.testing.assert_close(backbone.denoise(x[[i]], t[[i]], rows(cond, [i]))[0], together[i], rtol=0, atol=1e-5)
-        torch.testing.assert_close(backbone.embed(t[[i]], rows(cond, [i]))[0], c[i], rtol=0, atol=1e-5)
+        torch.testing.assert_close(backbone.denoise(x[[i]], t[[i]], some_of(cond, [i]))[0], together[i], rtol=0, atol=1e-5)
+        torch.testing.assert_close(backbone.embed(t[[i]], some_of(cond, [i]))[0], c[i], rtol=0, atol=1e-5)
     order = [2, 0, 3, 1]
-    shuffled = backbone.denoise(x[order], t[order], rows(cond, order))
+    shuffled = backbone.denoise(x[order], t[order], some_of(cond, order))
     torch.testing.assert_close(shuffled, together[order], rtol=0, atol=1e-5)
 
 
+@rows.but("dit-class-epsilon")
 def test_embedding_is_one_vector_of_the_sites_width_per_sample(backbone, inputs):
     _, t, cond = inputs
     for c in (backbone.embed(t, cond), backbone.embed_time(t)):
@@ -145,6 +156,7 @@ def test_embedding_is_one_vector_of_the_sites_width_per_sample(backbone, inputs)
         assert not torch.allclose(c[0], c[1], atol=1e-4)
 
 
+@rows.but("dit-uncond dit-class-epsilon")
 def test_the_condition_is_added_to_the_times_share(backbone, inputs):
     """c = t_emb + y_emb: what is left without the time is the same at all times."""
     _, t, cond = inputs
@@ -157,10 +169,13 @@ def test_the_condition_is_added_to_the_times_share(backbone, inputs):
     assert share.abs().max() > 1e-3
 
 
+@rows.but("dit-uncond pixart-1024 sit-class")
 def test_labels_are_felt(backbone, inputs):
     x, t, cond = inputs
-    if cond is None:
-        pytest.skip("unconditional")
     others = backbone.denoise(x, t, cond.roll(1))
     differs = (others - backbone.denoise(x, t, cond)).flatten(1).abs().amax(1) > 1e-4
     assert differs.all()
+
+
+def test_every_row_is_asked_for_what_it_promises():
+    assert not rows.forgotten()

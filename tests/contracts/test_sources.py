@@ -23,6 +23,7 @@ from dmpctl.data.tar import TarImages
 from dmpctl.images import stored
 from dmpctl.models.encode import build_latents
 from dmpctl.types import Silent, Source
+from tests.contracts.rows import Rows
 from tests.latent_helpers import Ramp
 from tests.unit.data.made import write_coco, write_parquet, write_tar
 
@@ -107,12 +108,15 @@ SOURCES: dict[str, Callable[[Path], Source]] = {
 }
 
 
+rows = Rows("opened", SOURCES)
+
+
 @pytest.fixture(autouse=True)
 def _arrow_in_tmp(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("arrow")))
 
 
-@pytest.fixture(params=SOURCES)
+@pytest.fixture
 def opened(request, tmp_path, monkeypatch) -> Callable[[], Source]:
     if request.param.endswith("-lazy"):
         monkeypatch.setattr(stored, "HELD_ITEMS", 0)
@@ -131,6 +135,7 @@ def some(source: Source) -> list[int]:
     return [0, 1, len(source) // 2, len(source) - 1]
 
 
+@rows.but("folder-lazy parquet-lazy tar-lazy coco-packed")
 def test_items_are_square_and_of_one_shape(opened):
     """Bytes of 1 or 3 channels, or moments: as many means as log variances."""
     source = opened()
@@ -144,6 +149,7 @@ def test_items_are_square_and_of_one_shape(opened):
         assert image.shape == first.shape
 
 
+@rows.but("folder-cropped folder-lazy parquet-lazy tar-lazy digits-rgb coco-packed")
 def test_labels_lie_within_the_classes(opened):
     source = opened()
     labels = [source.item(index)[1] for index in range(min(len(source), 200))]
@@ -152,6 +158,7 @@ def test_labels_lie_within_the_classes(opened):
     assert len(set(labels)) == max(source.num_classes, 1)
 
 
+@rows.but("")
 def test_an_item_never_changes(opened):
     one, two = opened(), opened()
     assert len(one) == len(two)
@@ -164,17 +171,20 @@ def test_an_item_never_changes(opened):
             assert source.item(index)[1] == label
 
 
+@rows.on("digits folder-lazy parquet-lazy streamed tar-lazy latents coco-packed")
 def test_items_are_not_all_the_same(opened):
     source = opened()
     assert not torch.equal(source.item(0)[0], source.item(1)[0])
 
 
+@rows.on("digits folder folder-lazy parquet parquet-lazy streamed tar tar-lazy latents coco")
 def test_the_end_is_the_end(opened):
     source = opened()
     with pytest.raises(IndexError):
         source.item(len(source))
 
 
+@rows.but("folder-lazy parquet-lazy tar-lazy")
 def test_the_fingerprint_is_a_stable_sha256(opened):
     one, two = opened(), opened()
     assert one.fingerprint == two.fingerprint
@@ -191,6 +201,7 @@ def test_fingerprints_tell_sources_apart(tmp_path, monkeypatch):
     assert len({source.fingerprint for source in sources}) == len(sources)
 
 
+@rows.on("digits folder latents parquet streamed tar hub coco")
 def test_it_says_what_it_is(opened):
     source = opened()
     assert source.name
@@ -198,6 +209,7 @@ def test_it_says_what_it_is(opened):
     assert isinstance(source.mirror, bool)
 
 
+@rows.on("digits folder folder-lazy latents parquet-lazy streamed tar-lazy hub streamed-latents coco-packed")
 def test_loader_processes_get_the_same_source(opened):
     source = opened()
     copy = pickle.loads(pickle.dumps(source))  # noqa: S301
@@ -205,6 +217,7 @@ def test_loader_processes_get_the_same_source(opened):
         assert torch.equal(copy.item(index)[0], source.item(index)[0])
 
 
+@rows.on("digits folder latents streamed streamed-latents")
 def test_an_epoch_has_each_item_once_in_an_order_of_its_own(opened):
     source, order = opened(), order_of(opened())
     one, again, other = (order(len(source), torch.Generator().manual_seed(seed)).tolist() for seed in (0, 0, 5))
@@ -213,6 +226,7 @@ def test_an_epoch_has_each_item_once_in_an_order_of_its_own(opened):
     assert one != other
 
 
+@rows.on("digits-rgb folder folder-lazy latents streamed tar-lazy streamed-latents coco")
 def test_training_sees_the_items(opened):
     source = opened()
     places = [(0, index) for index in some(source)]
@@ -221,3 +235,7 @@ def test_training_sees_the_items(opened):
     for row, index in enumerate(indices.tolist()):
         assert torch.equal(images[row], source.item(index)[0])
         assert int(labels[row]) == source.item(index)[1]
+
+
+def test_every_row_is_asked_for_what_it_promises():
+    assert not rows.forgotten()

@@ -20,7 +20,6 @@ from dmpctl.metrics.moments import features_to_moments
 from dmpctl.metrics.statistics import write_statistics
 from dmpctl.types import Silent
 from tests.helpers import copied, digit_folder, environment, settings_for
-from tests.random_inception import write_random_inception
 
 FAST = {"sampler": "ddim", "steps": 3, "sample_batch": 64, "cpu": True, "max_images": 90}
 
@@ -123,11 +122,10 @@ def test_every_metric_that_needs_no_network(run):
 
 
 @pytest.mark.slow
-def test_inception_by_every_protocol_and_all_its_metrics(tmp_path, cli):
+def test_inception_by_every_protocol_and_all_its_metrics(tmp_path, cli, random_inception):
     """Random weights: the numbers mean nothing, but each protocol has one of its own, and says so."""
-    weights = write_random_inception(tmp_path / "random.pth")
     one, two = digit_folder(tmp_path / "one", 12), digit_folder(tmp_path / "two", 14)
-    common = ("fid", one, "--reference", two, "--extractor-weights", weights, "--allow-small", "--cpu", "--json")
+    common = ("fid", one, "--reference", two, "--extractor-weights", random_inception, "--allow-small", "--cpu", "--json")
     found = {}
     for protocol in ("adm", "pytorch-fid", "clean"):
         done = cli(*common, "--protocol", protocol, "--metrics", "sfid,is,pr,dc,kid")

@@ -2,16 +2,17 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.golden.check import check_directory
 
 
-def main() -> int:
-    """Print what `check_directory` found, return its exit code."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print what `check_directory` found, return its exit code. `argv` None: the process's own arguments."""
     parser = argparse.ArgumentParser(prog="python -m tests.golden", description="Check golden pairs against dmpctl.")
     parser.add_argument("directory", type=Path, metavar="DIR", help="holds NAME.weights.safetensors and NAME.tensors.safetensors")
-    lines, code = check_directory(parser.parse_args().directory)
+    lines, code = check_directory(parser.parse_args(argv).directory)
     sys.stdout.write("\n".join(lines) + "\n")
     return code
 

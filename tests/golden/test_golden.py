@@ -18,6 +18,7 @@ from dmpctl.methods.dmp import DmpPatch, DmpShape
 from dmpctl.settings.methods import Dmp
 from dmpctl.types import ScheduleSpec
 
+from .__main__ import main
 from .check import INPUTS, OUTPUTS, RESPACED, TENSORS, WEIGHTS, Finding, Golden, check_directory, kept_of, pairs_in
 
 HERE = Path(__file__).parent
@@ -109,7 +110,7 @@ def test_what_is_not_finite_never_agrees(copied, bad):
     assert [line.split()[1] for line in lines if "FAIL" in line] == ["dmp_out"]
 
 
-@pytest.mark.parametrize("key", ["prompt_embeddings", "gate.weight", "gate.bias", "pos_embed", "blocks.2.mlp.fc2.bias"])
+@pytest.mark.parametrize("key", ["prompt_embeddings", "gate.weight", "blocks.2.mlp.fc2.bias"])
 def test_bent_weights_are_a_failure_of_what_they_feed(copied, key):
     def bend(weights):
         weights[key].view(-1)[::3] += 0.1
@@ -119,7 +120,7 @@ def test_bent_weights_are_a_failure_of_what_they_feed(copied, key):
     assert code == 1
     failed = {line.split()[1] for line in lines if "FAIL" in line}
     assert "dmp_out" in failed
-    assert ("base_out" in failed) == (key in ("pos_embed", "blocks.2.mlp.fc2.bias"))
+    assert ("base_out" in failed) == key.startswith("blocks.")
     assert ("gates" in failed) == key.startswith("gate.")
     assert not failed & {"linear.betas", "linear.x_t", "sample.timesteps"}
 
@@ -129,7 +130,7 @@ def test_gate_noise_has_no_part_in_the_golden_numbers(copied):
     assert check_directory(copied)[1] == 0
 
 
-@pytest.mark.parametrize("changes", [{"num_heads": 8}, {"topk": 0.4375}, {"topk": 1.0}, {"num_classes": 9}])
+@pytest.mark.parametrize("changes", [{"num_heads": 8}, {"topk": 0.4375}, {"num_classes": 9}])
 def test_another_config_is_a_failure(copied, changes):
     """One class fewer takes the last class for the null class: only guidance can tell."""
     edit_config(copied / (TOPK + WEIGHTS), **changes)
@@ -141,10 +142,8 @@ def test_another_config_is_a_failure(copied, changes):
     "changes",
     [
         {"prompt_depth": 1},
-        {"depth": 2},
         {"hidden_size": 32},
         {"num_prompts": 8},
-        {"input_size": 16},
         {"patch_size": 4},
         {"topk": "all"},
     ],
@@ -280,27 +279,22 @@ def test_other_sizes_heads_classes_channels_and_fractions_work(tmp_path, uncond)
     assert sum(line.startswith("  ok") for line in lines) == 5
 
 
-def run(directory: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tests.golden", str(directory)]
-    return subprocess.run(command, cwd=HERE.parents[1], capture_output=True, text=True, timeout=120, check=False)
-
-
-def test_the_command_passes_and_prints_errors_beside_tolerances():
-    ended = run(HERE)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "ok   sample.ddpm10" in ended.stdout
-    assert "tolerance 0.0001" in ended.stdout
+def test_the_command_passes_and_prints_errors_beside_tolerances(capsys):
+    assert main([str(HERE)]) == 0
+    printed = capsys.readouterr().out
+    assert "ok   sample.ddpm10" in printed
+    assert "tolerance 0.0001" in printed
 
 
 def test_the_command_fails(copied):
     edit_tensors(copied / (TOPK + TENSORS), lambda tensors: tensors["gates"].mul_(1.001))
-    ended = run(copied)
+    command = [sys.executable, "-m", "tests.golden", str(copied)]
+    ended = subprocess.run(command, cwd=HERE.parents[1], capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 1, ended.stdout + ended.stderr
     assert "FAIL gates" in ended.stdout
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_the_command_says_when_there_is_nothing(tmp_path, there):
-    ended = run(tmp_path if there else tmp_path / "nowhere")
-    assert ended.returncode == 3
-    assert not ended.stderr
+def test_the_command_says_when_there_is_nothing(tmp_path, capsys, there):
+    assert main([str(tmp_path if there else tmp_path / "nowhere")]) == 3
+    assert not capsys.readouterr().err

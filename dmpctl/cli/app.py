@@ -16,6 +16,7 @@ from typer.main import get_command
 from dmpctl import __version__
 from dmpctl.cli.help import WIDTH, Group
 from dmpctl.errors import DmpError, UsageError
+from dmpctl.words import did_you_mean
 
 SIGINT, SIGPIPE = 130, 141  # exit codes: 128 + the signal
 
@@ -144,8 +145,6 @@ def _usage(error: typer.TyperException) -> tuple[str, str | None]:
     near = getattr(error, "possibilities", None)
     if not near and ctx is not None and ctx.parent is None:
         hint = f"options follow the command: dmpctl COMMAND {option}"
-    from dmpctl.settings.layers import did_you_mean  # costs pydantic, which a help page does without
-
     return f"no such option {option}{did_you_mean(str(option), near or ())}", hint
 
 

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping
-from difflib import get_close_matches
 from ipaddress import ip_address
 from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit
@@ -11,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dmpctl.errors import UsageError
 from dmpctl.settings.sections import Section
+from dmpctl.words import did_you_mean, first_error
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -128,11 +128,10 @@ def _row(name: str, table: Mapping[str, Any], where: str) -> AssetRow:
     known = sorted(set(AssetRow.model_fields) - {"name"})
     for key in table:
         if (plain := key.replace("-", "_").replace("license", "licence")) not in known:
-            near = get_close_matches(plain, known, 1)
-            raise UsageError(f"{where}: {key} is no key of an asset" + (f", did you mean {near[0]}?" if near else ""))
+            raise UsageError(f"{where}: {key} is no key of an asset{did_you_mean(plain, known, n=1)}")
     try:
         return AssetRow(name=name, **values)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        message = str(first["ctx"]["error"]) if first["type"] == "value_error" else f"{first['loc'][0]}: {first['msg']}"
-        raise UsageError(f"{where}: {message}") from None
+        wrong = first_error(error)
+        key = wrong.where.partition(".")[0]
+        raise UsageError(f"{where}: {wrong.own or f'{key}: {wrong.message}'}") from None

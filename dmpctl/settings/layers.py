@@ -3,7 +3,6 @@
 Each value comes with where it came from, and each error names it.
 """
 
-import difflib
 import os
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -22,6 +21,7 @@ from dmpctl.settings.commands import COMMANDS, VARIABLE_PREFIX, Option, every_op
 from dmpctl.settings.methods import METHODS
 from dmpctl.settings.model import Settings
 from dmpctl.settings.presets import PRESETS, chosen_preset, preset_values
+from dmpctl.words import did_you_mean
 
 CONFIG_VARIABLE = VARIABLE_PREFIX + "CONFIG"
 ASSETS = "assets"
@@ -200,10 +200,3 @@ def _sentence(details: ErrorDetails, found: Mapping[str, Found], options: Mappin
             return f"{where}: the chosen method has no {option.public}"
         case _:
             return f"{where}: {details['msg']}, found {value!r}"
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`, did you mean X?` for the nearest of the known words; empty where none is near."""
-    near = difflib.get_close_matches(word, list(known), n=3)
-    near.sort(key=lambda other: other.lstrip("-")[:1] != word.lstrip("-")[:1])  # of equals, the one that begins alike
-    return f", did you mean {near[0]}?" if near else ""

@@ -14,6 +14,7 @@ from dmpctl.settings.measuring import Evaluate, Fid, Gates
 from dmpctl.settings.methods import Dmp, Method
 from dmpctl.settings.sections import Base, Codec, Console, Data, Images, Prompting, Result, Run, Sampling, Section, Shape, Text
 from dmpctl.settings.training import Objective, Pretrain, Save, Train
+from dmpctl.words import first_error
 
 
 class Settings(BaseSettings):
@@ -76,9 +77,10 @@ class Settings(BaseSettings):
         try:
             return cls(**sections)
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            where = ".".join(map(str, first["loc"])) or "settings"
-            raise IntegrityError(f"recorded settings do not fit this dmpctl: {where}: {first['msg']}") from None
+            wrong = first_error(error)
+            raise IntegrityError(
+                f"recorded settings do not fit this dmpctl: {wrong.where or 'settings'}: {wrong.message}"
+            ) from None
 
     def to_dict(self) -> dict[str, Any]:
         """The sections that were passed in with all their values, JSON-able; `from_dict` gives the same settings back."""

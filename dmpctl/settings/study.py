@@ -15,9 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from dmpctl.errors import MissingError, UsageError
 from dmpctl.settings.commands import options_of
 from dmpctl.settings.launch import Launch
-from dmpctl.settings.layers import Found, did_you_mean, from_preset, read_toml, validated
+from dmpctl.settings.layers import Found, from_preset, read_toml, validated
 from dmpctl.settings.model import Settings
 from dmpctl.settings.sections import Console, Sampling
+from dmpctl.words import did_you_mean, first_error
 
 Seed = Annotated[int, Field(ge=0)]
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+-]*")  # of a stage or a variant: they name folders
@@ -175,12 +176,8 @@ def _model(kind: type[M], values: Mapping[str, Any], where: str, known: Sequence
     try:
         return kind(**values)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        if first["type"] == "value_error":
-            raise UsageError(f"{where}: {first['ctx']['error']}") from None
-        key = ".".join(map(str, first["loc"]))
-        found = "" if first["type"] == "missing" else f", found {first['input']!r}"
-        raise UsageError(f"{where}: {key}: {first['msg']}{found}") from None
+        wrong = first_error(error)
+        raise UsageError(f"{where}: {wrong.own or f'{wrong.where}: {wrong.message}{wrong.found}'}") from None
 
 
 def _known(names: Iterable[str], known: Iterable[str], where: str, what: str) -> None:

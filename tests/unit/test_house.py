@@ -13,7 +13,7 @@ import dmpctl
 PACKAGE = Path(dmpctl.__file__).parent
 # The rooms from the ground up: an import goes to a room further left, or to one's own room.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("", "errors", "types", "rng", "files"),
+    ("", "errors", "types", "rng", "files", "words"),
     ("settings",),
     ("processes",),
     ("runs",),
@@ -42,7 +42,7 @@ HOMES = {
     "rich": ("cli",),
 }
 HEAVY = ("torch", "torchvision", "numpy", "scipy", "sklearn", "PIL", "matplotlib", "accelerate", "diffusers", "timm", "datasets")
-LIGHT = ("settings", "cli", "errors", "types", "files", "", "__main__")  # a help page imports these
+LIGHT = ("settings", "cli", "errors", "types", "files", "words", "", "__main__")  # a help page imports these
 UNPICKLERS = ("load", "loads", "Unpickler")
 
 

@@ -12,7 +12,8 @@ import torch
 from benchmarks.bench.case import Case
 from benchmarks.bench.timing import interleaved
 from dmpctl.codecs.vae import Vae
-from dmpctl.data.folder import ImageFolder
+from dmpctl.data.folder import FolderReader
+from dmpctl.images.stored import StoredImages
 from dmpctl.models.encode import build_latents
 from dmpctl.sampling.pictures import write_pngs
 from dmpctl.types import Silent
@@ -36,7 +37,7 @@ def indexed(path: str) -> dict[str, float]:
     """In a process of its own: seconds, and MiB above what the imports take."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.perf_counter()
-    count = len(ImageFolder(path))
+    count = len(StoredImages(FolderReader(path)))
     seconds = time.perf_counter() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     return {"files": count, "seconds": round(seconds, 2), "peak_mib": round(peak / 1024, 1)}
@@ -51,7 +52,7 @@ def index(folder: Path, count: int) -> dict[str, float]:
 
 
 def latents(folder: Path, rounds: int, case: Case) -> dict[str, float]:
-    source = ImageFolder(folder_of(folder / "few", 512, 64))
+    source = StoredImages(FolderReader(folder_of(folder / "few", 512, 64)))
     codec = Vae(tiny_vae(folder / "vae"), "tiny")
     began = time.perf_counter()
     cache = build_latents(source, codec, folder / "cache", Silent())
@@ -59,7 +60,7 @@ def latents(folder: Path, rounds: int, case: Case) -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(len(source), (BATCH,), generator=generator)
     mirrored = torch.rand(BATCH, generator=generator) < 0.5
-    plain = ImageFolder(folder / "few")
+    plain = StoredImages(FolderReader(folder / "few"))
     plain._held = None  # as a folder too large to be held in memory
     seconds = interleaved(
         {

@@ -20,7 +20,6 @@ class Digits:
     name = "digits"
     num_classes = 10
     mirror = False
-    classes = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
     def __init__(self, size: int | None = None, channels: int | None = None) -> None:
         if size not in (None, SIDE):
@@ -32,9 +31,7 @@ class Digits:
         grey = (torch.from_numpy(pixels) * 255 / 16).round().to(torch.uint8).view(-1, 1, SIDE, SIDE)
         self._images = grey.repeat(1, channels or 1, 1, 1)
         self._labels = torch.from_numpy(labels).to(torch.int64)
-        digest = hashlib.sha256(self._images.numpy().tobytes())
-        digest.update(self._labels.numpy().tobytes())
-        self.fingerprint = digest.hexdigest()
+        self.fingerprint = hashlib.sha256(self._images.numpy().tobytes() + self._labels.numpy().tobytes()).hexdigest()
 
     def __len__(self) -> int:
         return len(self._images)

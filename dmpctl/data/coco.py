@@ -7,17 +7,14 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
-
-import torch
+from typing import IO
 
 from dmpctl.data.tar import Slice
 from dmpctl.errors import IntegrityError, MissingError
-from dmpctl.images.scan import Entry, printable, scan
-from dmpctl.images.stored import Labels, OnBad, StoredImages
+from dmpctl.images.reader import Reader
+from dmpctl.images.scan import printable, scan
 
 SPLITS = ("train2014", "val2014")
 LOCAL_HEADER, LOCAL_MAGIC = struct.Struct("<4s22xHH"), b"PK\x03\x04"  # APPNOTE.TXT 4.3.7
@@ -30,69 +27,45 @@ def captions_file(folder: Path) -> Path | None:
     return next((path for split, path in found if path.is_file() and (folder / split).is_dir()), None)
 
 
-class CocoImages(StoredImages):
-    """The images that a file of COCO captions names, in the order of their ids, with their captions in the order of theirs.
-
-    `images`: a folder or a zip file; `annotations`: a captions_*.json, or the zip file that holds the one of `split`.
-    Raises MissingError if one of them is not there, IntegrityError if it is not what it should be.
-    """
-
-    def __init__(
-        self,
-        images: Path,
-        annotations: Path,
-        split: str,
-        size: int | None = None,
-        channels: int | None = None,
-        on_bad: OnBad = "fail",
-    ) -> None:
-        for path in (images, annotations):
-            if not path.exists():
-                raise MissingError(f"{printable(str(path))} is not there", "check --data, or run dmpctl download coco")
-        shown = printable(str(images))
-        content = _captions(annotations, split)
-        files = Packed(images) if images.is_file() else Loose(images)
-        super().__init__(Captions(files, content, shown), f"coco-{split}", size, channels, on_bad)
-
-
-class Loose:
+class LooseFiles:
     """Images in a folder, by their base names."""
 
     def __init__(self, folder: Path) -> None:
         self._top = os.path.realpath(folder)
-        self._entries: dict[str, Entry] = {os.path.basename(entry.name): entry for entry in scan(folder)}
+        self._files = {os.path.basename(file.name): file for file in scan(folder)}
 
     def wrong(self, name: str) -> str | None:
-        return self._entries[name].wrong if name in self._entries else "not there"
+        return self._files[name].wrong if name in self._files else "not there"
 
     def open(self, name: str) -> IO[bytes]:
-        return open(os.path.join(self._top, self._entries[name].name), "rb")
+        return open(os.path.join(self._top, self._files[name].name), "rb")
 
     def version(self, name: str) -> bytes:
-        entry = self._entries[name]
-        return f"{entry.bytes} {entry.mtime_ns}".encode()
+        file = self._files[name]
+        return f"{file.bytes} {file.mtime_ns}".encode()
 
 
-class Packed:
+class ZippedFiles:
     """Images in a zip file, by their base names, read where they lie."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
             with zipfile.ZipFile(path) as archive:
-                self._entries = {os.path.basename(info.filename): info for info in archive.infolist() if not info.is_dir()}
+                self._files = {os.path.basename(info.filename): info for info in archive.infolist() if not info.is_dir()}
         except (zipfile.BadZipFile, OSError) as error:
             raise IntegrityError(f"{printable(str(path))} is no whole zip file: {error}", "fetch it again") from None
 
     def wrong(self, name: str) -> str | None:
-        info = self._entries.get(name)
+        info = self._files.get(name)
         if info is None:
             return "not there"
         readable = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) and not info.flag_bits & 1
         return None if readable else "encrypted, or packed in an unusual way"
 
     def open(self, name: str) -> IO[bytes]:
-        info = self._entries[name]
+        # Not by zipfile: loader processes and threads would share one file position, or each read the whole directory again.
+        info = self._files[name]
         with Slice(self._path, info.header_offset, LOCAL_HEADER.size) as header:
             magic, *lengths = LOCAL_HEADER.unpack(header.read())
         if magic != LOCAL_MAGIC:
@@ -107,63 +80,56 @@ class Packed:
                 raise ValueError(f"its zip data is damaged ({error})") from None
 
     def version(self, name: str) -> bytes:
-        return f"{self._entries[name].file_size} {self._entries[name].CRC}".encode()
+        return f"{self._files[name].file_size} {self._files[name].CRC}".encode()
 
 
-@dataclass(frozen=True, slots=True)
-class Captioned:
-    """One image: its file's base name, and its captions."""
+class CocoReader(Reader):
+    """The images that a file of COCO captions names, in the order of their ids, with their captions in the order of theirs.
 
-    name: str
-    captions: tuple[str, ...]
+    `images`: a folder or a zip file; `annotations`: a captions_*.json, or the zip file that holds the one of `split`. There are
+    no classes. Raises MissingError if one of them is not there, IntegrityError if it is not what it should be.
+    """
 
-
-class Captions:
-    """The images of a captions_*.json as a store. Without classes."""
-
-    def __init__(self, files: Loose | Packed, content: bytes, shown: str) -> None:
-        self.shown, self._files = shown, files
+    def __init__(self, images: Path, annotations: Path, split: str) -> None:
+        super().__init__(f"coco-{split}", printable(str(images)))
+        for path in (images, annotations):
+            if not path.exists():
+                raise MissingError(f"{printable(str(path))} is not there", "check --data, or run dmpctl download coco")
+        content = _annotations(annotations, split)
         self._digest = hashlib.sha256(content).digest()
+        self._files = ZippedFiles(images) if images.is_file() else LooseFiles(images)
         self._images = read_captions(content)
 
     def __len__(self) -> int:
         return len(self._images)
 
-    def name(self, index: int) -> str:
-        return printable(self._images[index].name)
+    def name_of(self, index: int) -> str:
+        return printable(self._images[index][0])
 
     def wrong(self, index: int) -> str | None:
-        return self._files.wrong(self._images[index].name)
+        return self._files.wrong(self._images[index][0])
 
     def open(self, index: int) -> IO[bytes]:
-        return self._files.open(self._images[index].name)
-
-    def looked_at(self, good: Sequence[int]) -> Sequence[int]:
-        """All of them."""
-        return good
-
-    def labels(self, kept: Sequence[int]) -> Labels:
-        return Labels(torch.zeros(len(kept), dtype=torch.int64), 0)
-
-    def label(self, index: int) -> int:
-        """There are no classes."""
-        return 0
+        return self._files.open(self._images[index][0])
 
     def captions(self, index: int) -> tuple[str, ...]:
-        return self._images[index].captions
+        return self._images[index][1]
 
     def identity(self, kept: Sequence[int], digests: Sequence[bytes] | None) -> Iterator[bytes]:
         """The captions file, and each image's name and content; its size and version where it was not read."""
         yield self._digest
         for row, index in enumerate(kept):
-            name = self._images[index].name
+            name, _ = self._images[index]
             yield b"\0" + os.fsencode(name) + b"\0" + (self._files.version(name) if digests is None else digests[row])
 
 
-def read_captions(content: bytes) -> list[Captioned]:
-    """Images by id with their captions by id, of the bytes of a captions_*.json; IntegrityError if they are not one."""
+def read_captions(content: bytes) -> list[tuple[str, tuple[str, ...]]]:
+    """Base names of the images by id, each with its captions by id, of the bytes of a captions_*.json.
+
+    IntegrityError if they are not one.
+    """
     try:
-        found: Mapping[str, Any] = json.loads(content)
+        found = json.loads(content)
         names = {int(image["id"]): os.path.basename(image["file_name"]) for image in found["images"]}
         captions: dict[int, list[str]] = {number: [] for number in names}
         for note in sorted(found["annotations"], key=lambda note: int(note["id"])):
@@ -173,16 +139,15 @@ def read_captions(content: bytes) -> list[Captioned]:
         raise IntegrityError(f"the annotations are no captions of COCO ({type(error).__name__}: {error})", hint) from None
     if not names:
         raise IntegrityError("the annotations name no image", "check --data")
-    return [Captioned(names[number], tuple(captions[number])) for number in sorted(names)]
+    return [(names[number], tuple(captions[number])) for number in sorted(names)]
 
 
-def _captions(annotations: Path, split: str) -> bytes:
-    """The bytes of the captions of a split."""
-    if annotations.suffix != ".zip":
-        return annotations.read_bytes()
+def _annotations(path: Path, split: str) -> bytes:
+    """The bytes of a split's captions_*.json, which may lie in a zip file."""
+    if path.suffix != ".zip":
+        return path.read_bytes()
     try:
-        with zipfile.ZipFile(annotations) as archive:
+        with zipfile.ZipFile(path) as archive:
             return archive.read(f"annotations/captions_{split}.json")
     except (zipfile.BadZipFile, zlib.error, OSError, KeyError) as error:
-        shown = printable(str(annotations))
-        raise IntegrityError(f"{shown} holds no captions_{split}.json ({error})", "fetch it again") from None
+        raise IntegrityError(f"{printable(str(path))} holds no captions_{split}.json ({error})", "fetch it again") from None

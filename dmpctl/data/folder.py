@@ -1,97 +1,66 @@
-"""A folder of images as a source."""
+"""A folder of images."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
 import torch
+from torch import Tensor
 
 from dmpctl.errors import MissingError, UsageError
+from dmpctl.images.reader import Reader
 from dmpctl.images.scan import EXTENSIONS, printable, scan
-from dmpctl.images.stored import Labels, OnBad, StoredImages
 
 
-class Files:
-    """The images under a folder as a store; its first-level sub-folders are classes if every image lies in one."""
+class FolderReader(Reader):
+    """PNG, JPEG, WebP and BMP files under a folder, in the order of their names; without captions.
+
+    First-level sub-folders are classes if every image lies in one. Raises MissingError if there is no such folder, UsageError
+    if it is a file or has no images.
+    """
 
     def __init__(self, path: str | Path) -> None:
-        self.shown = printable(str(path))
-        self.entries = scan(_folder(path))
-        if not self.entries:
-            raise UsageError(f"no images in {self.shown}: looked for {', '.join(EXTENSIONS)}", "check --data")
-        self.top = os.path.realpath(path)
+        top, shown = os.path.realpath(path), printable(str(path))
+        super().__init__(printable(os.path.basename(top)), shown)
+        if not os.path.exists(path):
+            raise MissingError(f"there is no folder {shown}", "check --data")
+        if not os.path.isdir(path):
+            raise UsageError(f"{shown} is a file, not a folder of images", "name the folder that it lies in")
+        self._top, self._files = top, scan(Path(path))
+        if not self._files:
+            raise UsageError(f"no images in {shown}: looked for {', '.join(EXTENSIONS)}", "check --data")
 
     def __len__(self) -> int:
-        return len(self.entries)
+        return len(self._files)
 
-    def name(self, index: int) -> str:
-        return printable(self.entries[index].name)
+    def name_of(self, index: int) -> str:
+        return printable(self._files[index].name)
 
     def wrong(self, index: int) -> str | None:
-        return self.entries[index].wrong
+        return self._files[index].wrong
 
     def open(self, index: int) -> IO[bytes]:
-        return open(os.path.join(self.top, self.entries[index].name), "rb")
+        return open(os.path.join(self._top, self._files[index].name), "rb")
 
-    def looked_at(self, good: Sequence[int]) -> Sequence[int]:
-        """All of them, however many there are."""
-        return good
-
-    def classes(self, kept: Sequence[int]) -> tuple[str, ...]:
-        """The names of the classes, sorted; () if the images do not lie in class folders."""
-        return classes_of([entry.name for entry in self.entries], [self.entries[index].name for index in kept])
-
-    def labels(self, kept: Sequence[int]) -> Labels:
-        number = {name: label for label, name in enumerate(self.classes(kept))}
-        values = torch.tensor([number.get(self.entries[index].name.split("/")[0], 0) for index in kept])
-        return Labels(values, len(number))
-
-    def label(self, index: int) -> int:
-        """Not asked for: `labels` knows all of them."""
-        return 0
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        """A folder has none."""
-        return ()
+    def labels(self, kept: Sequence[int]) -> tuple[Tensor, int]:
+        number = {name: label for label, name in enumerate(self._classes(kept))}
+        return torch.tensor([number.get(self._files[index].name.split("/")[0], 0) for index in kept]), len(number)
 
     def identity(self, kept: Sequence[int], digests: Sequence[bytes] | None) -> Iterator[bytes]:
         """The classes, and each file's name, size and content; its time of change where it was not read."""
-        for name in self.classes(kept):
+        for name in self._classes(kept):
             yield b"\0" + os.fsencode(name)
         for row, index in enumerate(kept):
-            entry = self.entries[index]
-            version = str(entry.mtime_ns).encode() if digests is None else digests[row]
-            yield b"\0" + os.fsencode(entry.name) + b"\0" + str(entry.bytes).encode() + b"\0" + version
+            file = self._files[index]
+            version = str(file.mtime_ns).encode() if digests is None else digests[row]
+            yield b"\0" + os.fsencode(file.name) + b"\0" + str(file.bytes).encode() + b"\0" + version
 
+    def _classes(self, kept: Sequence[int]) -> list[str]:
+        """The first-level sub-folders, sorted; [] where an image in use lies outside of them.
 
-class ImageFolder(StoredImages):
-    """PNG, JPEG, WebP and BMP files under a folder, with a class for each first-level sub-folder if all lie in one.
-
-    `size`, `channels` and `on_bad` as for StoredImages. Raises MissingError if there is no such folder, UsageError if it has
-    no images, and what StoredImages raises.
-    """
-
-    def __init__(self, path: str | Path, size: int | None = None, channels: int | None = None, on_bad: OnBad = "fail") -> None:
-        files = Files(path)
-        super().__init__(files, printable(os.path.basename(files.top)), size, channels, on_bad)
-        self.classes = files.classes(self._kept)
-
-
-def _folder(path: str | Path) -> Path:
-    if os.path.isdir(path):
-        return Path(path)
-    shown = printable(str(path))
-    if os.path.exists(path):
-        raise UsageError(f"{shown} is a file, not a folder of images", "name the folder that it lies in")
-    raise MissingError(f"there is no folder {shown}", "check --data")
-
-
-def classes_of(names: Iterable[str], usable: Iterable[str]) -> tuple[str, ...]:
-    """The first-level sub-folders among the files' names, sorted, if every usable file lies in one; else none.
-
-    A sub-folder with nothing but bad files counts too: leaving files out must not renumber the labels.
-    """
-    if not all("/" in name for name in usable):
-        return ()
-    return tuple(sorted({name.split("/")[0] for name in names if "/" in name}, key=os.fsencode))
+        One with nothing but bad files counts too: leaving files out must not renumber the labels.
+        """
+        if not all("/" in self._files[index].name for index in kept):
+            return []
+        return sorted({file.name.split("/")[0] for file in self._files if "/" in file.name}, key=os.fsencode)

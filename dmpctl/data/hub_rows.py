@@ -10,12 +10,11 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
-from dmpctl.data.columns import Columns, choose
-from dmpctl.data.parquet import Table, explained, first_line, prepared, quiet, split_of
-from dmpctl.data.stream import RowGroups, StreamedImages
+from dmpctl.data.columns import UNNAMED, Columns
+from dmpctl.data.parquet import TableReader, explained, first_line, prepared, quiet, split_of
+from dmpctl.data.stream import StreamReader
 from dmpctl.errors import MissingError, UsageError
 from dmpctl.images.scan import printable
-from dmpctl.images.stored import OnBad, StoredImages
 
 log = logging.getLogger(__name__)
 SCHEME = "hf://"
@@ -24,7 +23,6 @@ ADDRESS = re.compile(
 )
 PAGE = "https://huggingface.co/datasets/"
 CARD = ("README.md", "dataset_infos.json", ".huggingface.yaml")
-NO_COLUMNS = Columns()
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class HubSet:
     config: str | None = None
     split: str | None = None
     files: str | None = None
-    columns: Columns = NO_COLUMNS
+    columns: Columns = UNNAMED
     instead: str | None = None
 
     @property
@@ -97,34 +95,21 @@ def parse(address: str) -> HubSet:
     return HubSet(address, found["repo"], found["revision"], found["config"], found["split"])
 
 
-class HubImages(StoredImages):
-    """One split of a data set of the Hub, as memory-mapped Arrow. Its items are those of one commit, in the fingerprint.
+def hub_rows(wanted: HubSet, columns: Columns = UNNAMED, folder: Path | None = None) -> TableReader:
+    """Returns one split of a data set of the Hub, as memory-mapped Arrow. Its rows are those of one commit, in the fingerprint.
 
     `folder`: its files, in a folder named after the commit; None: in the Hub's cache, fetched where they are not there.
-    Raises MissingError for a repository that is gone, gated or, offline, not in the cache, and what ParquetImages raises.
+    Raises MissingError for a repository that is gone, gated or, offline, not in the cache, and what `parquet_rows` raises.
     """
-
-    def __init__(
-        self,
-        wanted: HubSet,
-        size: int | None = None,
-        channels: int | None = None,
-        on_bad: OnBad = "fail",
-        columns: Columns | None = None,
-        folder: Path | None = None,
-    ) -> None:
-        folder = folder or snapshot(wanted)
-        data_files = {wanted.split or "train": wanted.files} if wanted.files else None
-        rows, _, taken = prepared(folder, wanted.shown, wanted.split, wanted.config, data_files)
-        chosen = choose(rows.features, merged(columns, wanted.columns), wanted.shown)
-        table = Table(rows, chosen, wanted.shown, f"{wanted.repo}@{folder.name}:{taken}")
-        super().__init__(table, wanted.name, size, channels, on_bad)
+    folder = folder or snapshot(wanted)
+    data_files = {wanted.split or "train": wanted.files} if wanted.files else None
+    rows, _, taken = prepared(folder, wanted.shown, wanted.split, wanted.config, data_files)
+    origin = f"{wanted.repo}@{folder.name}:{taken}"
+    return TableReader(rows, wanted.name, wanted.shown, merged(columns, wanted.columns), origin)
 
 
-def stream(
-    wanted: HubSet, size: int | None = None, channels: int | None = None, on_bad: OnBad = "fail", columns: Columns | None = None
-) -> StreamedImages:
-    """The same as HubImages, but fetched as it is used, and not kept. UsageError for a set that is not parquet."""
+def stream_hub(wanted: HubSet, columns: Columns = UNNAMED) -> StreamReader:
+    """Returns the rows of `hub_rows`, but fetched as they are used, and not kept. UsageError for a set that is not parquet."""
     from huggingface_hub import constants
 
     if constants.is_offline_mode():
@@ -138,13 +123,11 @@ def stream(
             raise UsageError(f"{wanted.shown} is not parquet, and only that can be streamed", hint)
         urls = [f"{SCHEME}datasets/{wanted.repo}@{commit}/{name}" for name in files]
         origin = f"{wanted.repo}@{commit}:{wanted.config or 'default'}/{split}"
-        groups = RowGroups(urls, merged(columns, wanted.columns), wanted.shown, origin)
-    return StreamedImages(groups, wanted.name, size, channels, on_bad)
+        return StreamReader(urls, wanted.name, wanted.shown, merged(columns, wanted.columns), origin)
 
 
-def merged(given: Columns | None, known: Columns) -> Columns:
-    """Columns that were asked for, else those that are known of a set."""
-    given = given or Columns()
+def merged(given: Columns, known: Columns) -> Columns:
+    """Returns the columns that were asked for, else those that are known of a set."""
     return Columns(given.image or known.image, given.label or known.label, given.caption or known.caption)
 
 
@@ -200,7 +183,7 @@ def resolved(wanted: HubSet) -> tuple[str, dict[str, list[str]]]:
     if wanted.files:
         there = sorted(sibling.rfilename for sibling in info.siblings or [])
         return commit, {wanted.split or "train": fnmatch.filter(there, wanted.files)}
-    with quiet(), explained(wanted.shown):
+    with explained(wanted.shown):
         builder = load_dataset_builder(wanted.repo, wanted.config, revision=commit)
     start, found = f"@{commit}/", dict[str, list[str]]()
     for split, files in (builder.config.data_files or {}).items():

@@ -6,15 +6,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dmpctl.data.bundled import Digits
-from dmpctl.data.coco import CocoImages, captions_file
+from dmpctl.data.coco import CocoReader, captions_file
 from dmpctl.data.columns import Columns
-from dmpctl.data.folder import ImageFolder
-from dmpctl.data.hub_rows import KNOWN, SCHEME, HubImages, HubSet, parse, stream
-from dmpctl.data.parquet import ParquetImages, local_files
-from dmpctl.data.stream import RowGroups, StreamedImages
-from dmpctl.data.tar import TarImages
+from dmpctl.data.folder import FolderReader
+from dmpctl.data.hub_rows import KNOWN, SCHEME, HubSet, hub_rows, parse, stream_hub
+from dmpctl.data.parquet import parquet_rows
+from dmpctl.data.stream import StreamedImages, StreamReader, stream_files
+from dmpctl.data.tar import TarReader
 from dmpctl.errors import MissingError, UsageError
+from dmpctl.images.reader import Reader
 from dmpctl.images.scan import EXTENSIONS, printable
+from dmpctl.images.stored import StoredImages
 from dmpctl.settings.sections import Data
 from dmpctl.types import Source
 
@@ -43,13 +45,20 @@ def open_source(section: Data, size: int | None, channels: int | None, find: Fin
         raise UsageError(f"images have 1 or 3 channels, not {channels}", "this backbone does not work on pixels: name its codec")
     if name in BUNDLED:
         return Digits(size, channels)
+    reader = _reader(name, section, find)
+    if isinstance(reader, StreamReader):
+        return StreamedImages(reader, size, channels, section.on_bad)
+    return StoredImages(reader, size, channels, section.on_bad)
+
+
+def _reader(name: str, section: Data, find: Find | None) -> Reader:
     if name in COCO:
-        return _coco(name, section, size, channels, find)
+        return _coco(name, find)
     if name in KNOWN or name.startswith(SCHEME):
-        return _from_hub(KNOWN.get(name) or parse(name), section, size, channels, find)
+        return _from_hub(KNOWN.get(name) or parse(name), section, find)
     path = os.path.expanduser(name)
     if os.path.exists(path):
-        return _local(Path(path), section, size, channels)
+        return _local(Path(path), section)
     raise unknown(name)
 
 
@@ -92,36 +101,29 @@ def columns_of(section: Data) -> Columns:
     return Columns(section.image_column, section.label_column, section.caption_column)
 
 
-def _local(path: Path, section: Data, size: int | None, channels: int | None) -> Source:
+def _local(path: Path, section: Data) -> Reader:
     captions = captions_file(path)
     if captions is not None:
         split = captions.stem.removeprefix("captions_")
-        return CocoImages(path / split, captions, split, size, channels, section.on_bad)
+        return CocoReader(path / split, captions, split)
     kind = KINDS.get(path.suffix.lower()) if path.is_file() else kind_of(path)
     if kind == "parquet":
-        if section.streaming:
-            shown = printable(str(path))
-            groups = RowGroups(local_files(path, shown), columns_of(section), shown)
-            return StreamedImages(groups, printable(path.stem), size, channels, section.on_bad)
-        return ParquetImages(path, size, channels, section.on_bad, columns_of(section))
+        return (stream_files if section.streaming else parquet_rows)(path, columns_of(section))
     if section.streaming:
         raise UsageError(f"{printable(str(path))} is read where it lies already", "leave --streaming out")
-    if kind == "tar":
-        return TarImages(path, size, channels, section.on_bad, columns_of(section))
-    return ImageFolder(path, size, channels, section.on_bad)
+    return TarReader(path, columns_of(section)) if kind == "tar" else FolderReader(path)
 
 
-def _from_hub(wanted: HubSet, section: Data, size: int | None, channels: int | None, find: Find | None) -> Source:
+def _from_hub(wanted: HubSet, section: Data, find: Find | None) -> Reader:
     if section.streaming:
-        return stream(wanted, size, channels, section.on_bad, columns_of(section))
+        return stream_hub(wanted, columns_of(section))
     folder = find(wanted.word) if find is not None and wanted.word in KNOWN else None
-    return HubImages(wanted, size, channels, section.on_bad, columns_of(section), folder)
+    return hub_rows(wanted, columns_of(section), folder)
 
 
-def _coco(name: str, section: Data, size: int | None, channels: int | None, find: Find | None) -> Source:
+def _coco(name: str, find: Find | None) -> Reader:
     split = COCO[name]
     if find is None:
         hint = f"run dmpctl download coco, or name a folder with {split}/ and annotations/captions_{split}.json"
         raise MissingError(f"{name} (MS-COCO 2014, {split}) is not at hand", hint)
-    images, annotations = find(f"coco-{split}"), find("coco-annotations")
-    return CocoImages(images, annotations, split, size, channels, section.on_bad)
+    return CocoReader(find(f"coco-{split}"), find("coco-annotations"), split)

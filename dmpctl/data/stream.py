@@ -11,18 +11,18 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from dmpctl.data.columns import NO_LABEL, Chosen, Columns, captions_in, choose, image_bytes
-from dmpctl.data.parquet import first_line, stamps, table_identity
+from dmpctl.data.columns import NO_LABEL, Columns, choose
+from dmpctl.data.parquet import RowsReader, built, first_line
 from dmpctl.errors import IntegrityError, MissingError, UsageError
-from dmpctl.images.scan import THREADS
-from dmpctl.images.stored import Labels, OnBad, StoredImages
+from dmpctl.images.scan import THREADS, printable
+from dmpctl.images.stored import OnBad, StoredImages
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -32,92 +32,82 @@ PROBED = 64  # rows whose headers are read at the start
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class RowGroup:
     """A row group: the file and its number there, its first row in the whole, how many rows and bytes it has."""
 
-    file: int
+    file: str
     number: int
     first: int
     rows: int
     bytes: int
 
 
-class RowGroups:
-    """The rows of parquet files as a store; `files` are whatever fsspec opens: paths, hf://... `origin` as for Table.
+class StreamReader(RowsReader):
+    """The rows of parquet files; `files` are whatever fsspec opens: paths, hf://... `origin` as for RowsReader.
 
-    Raises what opening them raises, and UsageError for a wanted label whose classes cannot be counted.
+    An image or a label that is bad is found when it is used. Raises what opening the files raises, and UsageError for no rows
+    and for a wanted label whose classes cannot be counted.
     """
 
-    def __init__(self, files: Sequence[str | Path], wanted: Columns, shown: str, origin: str | None = None) -> None:
+    def __init__(self, files: Sequence[str | Path], name: str, shown: str, columns: Columns, origin: str | None = None) -> None:
         from datasets import Features
 
-        self.shown, self._files, self._origin = shown, [str(file) for file in files], origin
+        urls = [str(file) for file in files]
         with ThreadPoolExecutor(THREADS) as pool:
-            footers = list(pool.map(self._footer, self._files))
-        self._groups = _groups([footer for footer, _ in footers])
+            footers = list(pool.map(_footer, urls))
+        self._groups: list[RowGroup] = []
+        for url, (sizes, _) in zip(urls, footers, strict=True):
+            for number, (rows, size) in enumerate(sizes):
+                if rows:
+                    self._groups.append(RowGroup(url, number, len(self), rows, size))
         if not self._groups:
             raise UsageError(f"{shown} has no rows", "check --data")
         self._firsts = torch.tensor([group.first for group in self._groups])
-        chosen = choose(Features.from_arrow_schema(footers[0][1]), wanted, shown)
+        chosen = choose(Features.from_arrow_schema(footers[0][1]), columns, shown)
         if chosen.label and chosen.names is None:
-            if wanted.label:
+            if columns.label:
                 raise UsageError(f"the labels of {shown} have no names, and streaming cannot count them", "leave --streaming out")
-            chosen = Chosen(chosen.image, None, chosen.caption)
-        self._chosen = chosen
-        self._reset()
+            chosen = replace(chosen, label=None)
+        super().__init__(name, shown, chosen, origin, [Path(url) for url in urls])
+        self._forget()
 
-    def _reset(self) -> None:
-        self._held: OrderedDict[int, Any] = OrderedDict()
+    def _forget(self) -> None:
+        self._held: OrderedDict[int, pa.Table] = OrderedDict()
         self._lock = threading.Lock()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {key: value for key, value in self.__dict__.items() if key not in ("_held", "_lock")}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
-        self._reset()
+        self._forget()
 
     def __len__(self) -> int:
-        return self._groups[-1].first + self._groups[-1].rows
-
-    def name(self, index: int) -> str:
-        return f"row {index}"
-
-    def wrong(self, index: int) -> None:
-        """Nothing is known before a row is fetched."""
+        return self._groups[-1].first + self._groups[-1].rows if self._groups else 0
 
     def open(self, index: int) -> IO[bytes]:
-        import pyarrow as pa
-
         if self.label(index) <= NO_LABEL:
             raise ValueError("no label")
-        return cast(IO[bytes], pa.BufferReader(image_bytes(self._cell(self._chosen.image, index))))
+        return super().open(index)
 
     def looked_at(self, good: Sequence[int]) -> Sequence[int]:
         """The first few, which lie in one row group."""
         return good[: min(PROBED, self._groups[0].rows)]
 
-    def labels(self, kept: Sequence[int]) -> Labels:
-        return Labels(None, len(self._chosen.names or ()))
+    def labels(self, kept: Sequence[int]) -> tuple[None, int]:
+        return None, len(self._chosen.names or ())
 
     def label(self, index: int) -> int:
-        name = self._chosen.label
-        value = self._cell(name, index).as_py() if name else 0
+        value = self.cell(self._chosen.label, index).as_py() if self._chosen.label else 0
         return NO_LABEL if value is None else int(value)
 
-    def captions(self, index: int) -> tuple[str, ...]:
-        name = self._chosen.caption
-        return captions_in(self._cell(name, index).as_py()) if name else ()
-
     def identity(self, kept: Sequence[int], digests: Sequence[bytes] | None) -> Iterator[bytes]:
-        yield from table_identity(self._chosen, len(self), kept, self._origin)
-        if self._origin is None:
-            yield from stamps([Path(file) for file in self._files])
+        return super().identity(kept, None)  # nothing is read for it: the files stand for their content
 
     def order(self, generator: torch.Generator) -> Tensor:
         """All rows in the order of one epoch, int64 [n]: groups shuffled, then rows within windows of them."""
         shuffled = [self._groups[number] for number in torch.randperm(len(self._groups), generator=generator).tolist()]
-        windows: list[list[Group]] = []
+        windows: list[list[RowGroup]] = []
         room = 0
         for group in shuffled:
             if not windows or group.bytes > room:
@@ -127,9 +117,9 @@ class RowGroups:
         rows = [torch.cat([torch.arange(group.first, group.first + group.rows) for group in window]) for window in windows]
         return torch.cat([part[torch.randperm(len(part), generator=generator)] for part in rows])
 
-    def _cell(self, name: str, index: int) -> "pa.Scalar[Any]":
+    def cell(self, column: str, index: int) -> "pa.Scalar[Any]":
         number = int(torch.searchsorted(self._firsts, index, right=True)) - 1
-        return self._group(number).column(name)[index - self._groups[number].first]
+        return self._group(number).column(column)[index - self._groups[number].first]
 
     def _group(self, number: int) -> "pa.Table":
         """One row group; those used last are held, up to twice WINDOW."""
@@ -141,69 +131,56 @@ class RowGroups:
                 self._held.popitem(last=False)
             return self._held[number]
 
-    def _fetched(self, group: Group) -> "pa.Table":
+    def _fetched(self, group: RowGroup) -> "pa.Table":
         import pyarrow.parquet as pq
 
         columns = [name for name in (self._chosen.image, self._chosen.label, self._chosen.caption) if name]
-        with _asked(self._files[group.file]), _opened(self._files[group.file]) as file:
+        with _asked(group.file) as file:
             return pq.ParquetFile(file, pre_buffer=True).read_row_group(group.number, columns)
-
-    def _footer(self, url: str) -> tuple[list[tuple[int, int]], Any]:
-        """Rows and bytes of each row group of a file, and its schema."""
-        import pyarrow.parquet as pq
-
-        with _asked(url), _opened(url) as file:
-            found = pq.ParquetFile(file)
-            about = (found.metadata.row_group(number) for number in range(found.metadata.num_row_groups))
-            return [(group.num_rows, group.total_byte_size) for group in about], found.schema_arrow
 
 
 class StreamedImages(StoredImages):
-    """Rows of parquet files that are fetched as they are used. An image that is bad is found when it is used."""
+    """Rows of parquet files that are fetched as they are used, in an order of their own."""
 
     def __init__(
-        self,
-        groups: RowGroups,
-        name: str,
-        size: int | None = None,
-        channels: int | None = None,
-        on_bad: OnBad = "fail",
+        self, reader: StreamReader, size: int | None = None, channels: int | None = None, on_bad: OnBad = "fail"
     ) -> None:
-        super().__init__(groups, name, size, channels, on_bad)
-        self._groups = groups
-        self._place = torch.full((len(groups),), -1)
+        super().__init__(reader, size, channels, on_bad)
+        self._rows = reader
+        self._place = torch.full((len(reader),), -1)
         self._place[torch.tensor(list(self._kept))] = torch.arange(len(self._kept))
 
     def order(self, generator: torch.Generator) -> Tensor:
         """The order of one epoch, int64 [n], in which each row group is fetched once."""
-        places = self._place[self._groups.order(generator)]
+        places = self._place[self._rows.order(generator)]
         return places[places >= 0]
 
 
-def _groups(footers: Sequence[Sequence[tuple[int, int]]]) -> list[Group]:
-    groups: list[Group] = []
-    first = 0
-    for file, footer in enumerate(footers):
-        for number, (rows, size) in enumerate(footer):
-            if rows:
-                groups.append(Group(file, number, first, rows, size))
-                first += rows
-    return groups
+def stream_files(path: Path, columns: Columns) -> StreamReader:
+    """Returns the rows of a parquet file, or of a folder of them (train, or the only split), read as they are used."""
+    shown = printable(str(path))
+    return StreamReader(built(path, shown)[2], printable(path.stem), shown, columns)
 
 
-def _opened(url: str) -> Any:
-    import fsspec
+def _footer(url: str) -> tuple[list[tuple[int, int]], Any]:
+    """Rows and bytes of each row group of a file, and its schema."""
+    import pyarrow.parquet as pq
 
-    return fsspec.open(url, "rb")
+    with _asked(url) as file:
+        found = pq.ParquetFile(file)
+        about = (found.metadata.row_group(number) for number in range(found.metadata.num_row_groups))
+        return [(group.num_rows, group.total_byte_size) for group in about], found.schema_arrow
 
 
 @contextmanager
-def _asked(url: str) -> Iterator[None]:
-    """Around the reading of a file: what breaks is a MissingError (not reached) or an IntegrityError (no parquet)."""
+def _asked(url: str) -> Iterator[IO[bytes]]:
+    """Around the reading of a file: its failure is a MissingError (not reached) or an IntegrityError (no parquet)."""
+    import fsspec
     import pyarrow as pa
 
     try:
-        yield
+        with fsspec.open(url, "rb") as file:
+            yield file
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError, pa.ArrowKeyError) as error:
         raise IntegrityError(f"{url} is no whole parquet file: {first_line(error)}", "fetch it again") from None
     except Exception as error:  # of any of the libraries between here and the Hub

@@ -1,4 +1,4 @@
-"""Tar files in WebDataset's layout as a source: key.jpg beside key.cls, key.txt or key.json; nothing is unpacked."""
+"""Tar files in WebDataset's layout: key.jpg beside key.cls, key.txt or key.json; nothing is unpacked."""
 
 import io
 import json
@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import IO
 
 import torch
+from torch import Tensor
 
-from dmpctl.data.columns import CAPTIONS, LABELS, NO_LABEL, Columns, captions_in
-from dmpctl.data.parquet import stamps
+from dmpctl.data.columns import CAPTIONS, LABELS, NO_LABEL, UNNAMED, Columns, captions_in, stamps
 from dmpctl.errors import MissingError, UsageError
+from dmpctl.images.reader import Reader
 from dmpctl.images.scan import EXTENSIONS, printable, reason_of
-from dmpctl.images.stored import Labels, OnBad, StoredImages
 
 BLOCK = 512
 REGULAR, LONG_NAME, PAX, PAX_GLOBAL = (b"0", b"\0", b"7"), b"L", b"x", b"g"
@@ -33,17 +33,6 @@ class Member:
     offset: int
     size: int
     regular: bool
-
-
-@dataclass(slots=True)
-class Sample:
-    """All members with one key. `parts`: (offset, size) of each extension."""
-
-    shard: int
-    key: str
-    wrong: str | None = None
-    parts: dict[str, tuple[int, int]] = field(default_factory=dict)
-    image: str | None = None
 
 
 class Slice(io.RawIOBase):
@@ -137,83 +126,117 @@ def _pax(text: bytes) -> dict[str, bytes]:
     return records
 
 
-class Samples:
-    """The samples of some tar files as a store, in the order of the shards' names, then of their members.
+@dataclass(slots=True)
+class Sample:
+    """All members with one key. `parts`: (offset, size) of each extension; `image`: its image's extension; NO_LABEL: no label.
 
-    A label is key.cls, or "label" of key.json; a caption is key.txt, or "text" or "caption" of key.json. `columns.label` and
-    `columns.caption` name another extension, or another word of the JSON. A sample without a label among others is bad.
+    `wrong`: the reason why it cannot be used, None: it may be good.
     """
 
-    def __init__(self, paths: Sequence[Path], shown: str, columns: Columns) -> None:
-        self.shown, self._paths, self._columns = shown, paths, columns
-        self._samples: list[Sample] = []
-        for number, path in enumerate(paths):
-            self._samples += self._indexed(number, path)
-        if not any(sample.image for sample in self._samples) and not any(sample.wrong for sample in self._samples):
-            raise UsageError(f"no images in {shown}: looked for {', '.join(EXTENSIONS)}", "check --data")
-        self._numbers = [self._number(sample) for sample in self._samples]
-        self._labelled = any(number > NO_LABEL for number in self._numbers)
+    shard: Path
+    key: str
+    wrong: str | None = None
+    parts: dict[str, tuple[int, int]] = field(default_factory=dict)
+    image: str | None = None
+    label: int = NO_LABEL
+
+    def add(self, extension: str, member: Member) -> None:
+        """Take a member in, and note what is wrong with it."""
+        if extension in self.parts:
+            self.wrong = f"two members called .{printable(extension)}"
+        self.parts[extension] = (member.offset, member.size)
+        if "." + extension in EXTENSIONS:
+            if self.image not in (None, extension):
+                self.wrong = "more than one image"
+            self.image = extension
+            if not member.regular:
+                self.wrong = "not a regular file"
+            elif not member.size:
+                self.wrong = self.wrong or "empty"
+
+    def text(self, extension: str) -> str:
+        """The content of one member."""
+        offset, size = self.parts[extension]
+        with self.shard.open("rb") as file:
+            file.seek(offset)
+            return file.read(min(size, MOST_TEXT)).decode("utf-8", "replace")
+
+    def said(self, extension: str, words: Sequence[str]) -> object:
+        """The text of the member with this extension, else the JSON's value of the first of `words` there; None without."""
+        if extension in self.parts:
+            return self.text(extension).strip()
+        try:
+            document = json.loads(self.text("json")) if "json" in self.parts else {}
+        except (ValueError, RecursionError):
+            return None
+        return next((document[word] for word in words if word in document), None) if isinstance(document, dict) else None
+
+
+class TarReader(Reader):
+    """The samples of a tar file, or of a folder of them, in the order of the shards' names, then of their members.
+
+    A label is key.cls, or "label" of key.json; a caption is key.txt, or "text" or "caption" of key.json. `columns.label` and
+    `columns.caption` name another extension, or another word of the JSON. A sample without a label among others is bad; of a
+    broken tar file the whole samples can be used. MissingError without a tar file, UsageError for tar files without images.
+    """
+
+    def __init__(self, path: Path, columns: Columns = UNNAMED) -> None:
+        super().__init__(printable(path.stem), printable(str(path)))
+        self._paths = [path] if path.is_file() else sorted(path.glob("*.tar"), key=os.fsencode)
+        if not self._paths:
+            raise MissingError(f"there is no tar file in {self.shown}", "check --data")
+        self._columns = columns
+        self._samples = [sample for path in self._paths for sample in self._samples_in(path)]
+        if not any(sample.image or sample.wrong for sample in self._samples):
+            raise UsageError(f"no images in {self.shown}: looked for {', '.join(EXTENSIONS)}", "check --data")
+        for sample in self._samples:
+            self._read_label(sample)
+        self._num_classes = max(sample.label for sample in self._samples) + 1
 
     def __len__(self) -> int:
         return len(self._samples)
 
-    def name(self, index: int) -> str:
+    def name_of(self, index: int) -> str:
         sample = self._samples[index]
         member = f":{sample.key}{'.' + sample.image if sample.image else ''}" if sample.key else ""
-        return printable(f"{self._paths[sample.shard].name}{member}")
+        return printable(f"{sample.shard.name}{member}")
 
     def wrong(self, index: int) -> str | None:
         sample = self._samples[index]
-        unlabelled = "no label" if self._labelled and self._numbers[index] <= NO_LABEL else None
-        return sample.wrong or unlabelled
+        return sample.wrong or ("no label" if self._num_classes and sample.label == NO_LABEL else None)
 
     def open(self, index: int) -> IO[bytes]:
         sample = self._samples[index]
-        return io.BufferedReader(Slice(self._paths[sample.shard], *sample.parts[sample.image or ""]))
+        return io.BufferedReader(Slice(sample.shard, *sample.parts[sample.image or ""]))
 
-    def looked_at(self, good: Sequence[int]) -> Sequence[int]:
-        """All of them, however many there are."""
-        return good
-
-    def labels(self, kept: Sequence[int]) -> Labels:
-        count = max((self._numbers[index] for index in range(len(self))), default=NO_LABEL) + 1
-        return Labels(torch.tensor([max(self._numbers[index], 0) for index in kept]), count)
-
-    def label(self, index: int) -> int:
-        """Not asked for: `labels` knows all of them."""
-        return self._numbers[index]
+    def labels(self, kept: Sequence[int]) -> tuple[Tensor, int]:
+        return torch.tensor([max(self._samples[index].label, 0) for index in kept]), self._num_classes
 
     def captions(self, index: int) -> tuple[str, ...]:
-        sample = self._samples[index]
-        extension = self._columns.caption or "txt"
-        if extension in sample.parts:
-            return (self._text(sample, extension).strip(),)
-        words = (self._columns.caption,) if self._columns.caption else CAPTIONS
-        document = self._document(sample)
-        return next((captions_in(document[word]) for word in words if word in document), ())
+        named = self._columns.caption
+        return captions_in(self._samples[index].said(named or "txt", (named,) if named else CAPTIONS))
 
     def identity(self, kept: Sequence[int], digests: Sequence[bytes] | None) -> Iterator[bytes]:
         """Each sample's key, label and content; the shards' names, sizes and times of change where they were not read."""
         for row, index in enumerate(kept):
-            version = b"" if digests is None else digests[row]
-            yield b"\0" + os.fsencode(self._samples[index].key) + f"\0{self._numbers[index]}\0".encode() + version
+            sample, version = self._samples[index], b"" if digests is None else digests[row]
+            yield b"\0" + os.fsencode(sample.key) + f"\0{sample.label}\0".encode() + version
         if digests is None:
             yield from stamps(self._paths)
 
-    def _indexed(self, number: int, path: Path) -> list[Sample]:
-        """The samples of one shard; what is wrong with the shard itself is one more, without a key."""
+    def _samples_in(self, shard: Path) -> list[Sample]:
+        """The samples of one shard; damage to the shard itself is one more, without a key."""
         samples: dict[str, Sample] = {}
         try:
-            for member in members(path):
+            for member in members(shard):
                 folder, base = os.path.split(member.name)
                 stem, _, extension = base.partition(".")
                 if base.startswith(".") or not extension or (not member.regular and "." + extension.lower() not in EXTENSIONS):
                     continue
                 key = os.path.join(folder, stem)
-                sample = samples.setdefault(key, Sample(number, key))
-                _add(sample, extension.lower(), member)
+                samples.setdefault(key, Sample(shard, key)).add(extension.lower(), member)
         except (BrokenTar, OSError) as error:
-            samples["\0"] = Sample(number, "", wrong=reason_of(error))
+            samples["\0"] = Sample(shard, "", wrong=reason_of(error))
         wanted = {"cls", "txt", "json", self._columns.label, self._columns.caption}
         for sample in samples.values():
             if sample.key and not sample.image and not sample.wrong:
@@ -221,69 +244,12 @@ class Samples:
             sample.parts = {name: part for name, part in sample.parts.items() if name in wanted or name == sample.image}
         return list(samples.values())
 
-    def _number(self, sample: Sample) -> int:
-        """The label of a sample, NO_LABEL without."""
-        extension = self._columns.label or "cls"
-        value: object
-        if extension in sample.parts:
-            value = self._text(sample, extension).strip()
-        else:
-            document = self._document(sample) if "json" in sample.parts else {}
-            words = (self._columns.label,) if self._columns.label else (*LABELS, "cls")
-            value = next((document[word] for word in words if word in document), None)
+    def _read_label(self, sample: Sample) -> None:
+        named = self._columns.label
+        value = sample.said(named or "cls", (named,) if named else (*LABELS, "cls"))
         if value is None or sample.wrong:
-            return NO_LABEL
-        if not str(value).isdecimal():
+            return
+        if str(value).isdecimal():
+            sample.label = int(str(value))
+        else:
             sample.wrong = f"its label is {printable(str(value)[:40])!r}, not a number"
-            return NO_LABEL
-        return int(str(value))
-
-    def _text(self, sample: Sample, extension: str) -> str:
-        offset, size = sample.parts[extension]
-        with self._paths[sample.shard].open("rb") as file:
-            file.seek(offset)
-            return file.read(min(size, MOST_TEXT)).decode("utf-8", "replace")
-
-    def _document(self, sample: Sample) -> dict[str, object]:
-        """The JSON of a sample, {} if there is none or it is no object."""
-        try:
-            value = json.loads(self._text(sample, "json")) if "json" in sample.parts else {}
-        except (ValueError, RecursionError):
-            return {}
-        return value if isinstance(value, dict) else {}
-
-
-def _add(sample: Sample, extension: str, member: Member) -> None:
-    if extension in sample.parts:
-        sample.wrong = f"two members called .{printable(extension)}"
-    sample.parts[extension] = (member.offset, member.size)
-    if "." + extension in EXTENSIONS:
-        if sample.image not in (None, extension):
-            sample.wrong = "more than one image"
-        sample.image = extension
-        if not member.regular:
-            sample.wrong = "not a regular file"
-        elif not member.size:
-            sample.wrong = sample.wrong or "empty"
-
-
-class TarImages(StoredImages):
-    """A tar file, or a folder of them, in WebDataset's layout, read where they lie.
-
-    `size`, `channels` and `on_bad` as for StoredImages. Raises UsageError for tar files without images, IntegrityError for
-    one that is broken (under "skip" its whole samples are used), and what StoredImages raises.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        size: int | None = None,
-        channels: int | None = None,
-        on_bad: OnBad = "fail",
-        columns: Columns | None = None,
-    ) -> None:
-        shown = printable(str(path))
-        paths = [path] if path.is_file() else sorted(path.glob("*.tar"), key=os.fsencode)
-        if not paths:
-            raise MissingError(f"there is no tar file in {shown}", "check --data")
-        super().__init__(Samples(paths, shown, columns or Columns()), printable(path.stem), size, channels, on_bad)

@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class ImageFile:
     """A file with an image's extension. `name` is relative, with slashes; `wrong` says why it is none, None: it may be one."""
 
     name: str
@@ -57,13 +57,13 @@ def reason_of(error: BaseException) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def scan(root: Path) -> list[Entry]:
+def scan(root: Path) -> list[ImageFile]:
     """All files under `root` with an image's extension, sorted by name. Hidden names are passed over.
 
     Links to folders are not followed, links to files only inside `root`. Raises UsageError if `root` cannot be listed.
     """
     top = os.path.realpath(root)
-    entries: list[Entry] = []
+    files: list[ImageFile] = []
     prefixes = [""]
     while prefixes:
         prefix = prefixes.pop()
@@ -73,30 +73,30 @@ def scan(root: Path) -> list[Entry]:
         except OSError as error:
             if not prefix:
                 raise UsageError(f"the folder {printable(str(root))} cannot be listed: {reason_of(error)}") from None
-            entries.append(Entry(prefix, wrong=reason_of(error)))
+            files.append(ImageFile(prefix, wrong=reason_of(error)))
             continue
         for item in items:
             name = prefix + item.name
             if item.is_dir(follow_symlinks=False):
                 prefixes.append(name + "/")
             elif item.is_dir():
-                entries.append(Entry(name + "/", wrong="a link to a folder, not followed"))
+                files.append(ImageFile(name + "/", wrong="a link to a folder, not followed"))
             elif name.lower().endswith(EXTENSIONS):
-                entries.append(_entry(item, name, top))
-    return sorted(entries, key=lambda entry: os.fsencode(entry.name))
+                files.append(_image_file(item, name, top))
+    return sorted(files, key=lambda file: os.fsencode(file.name))
 
 
-def _entry(item: "os.DirEntry[str]", name: str, top: str) -> Entry:
+def _image_file(item: "os.DirEntry[str]", name: str, top: str) -> ImageFile:
     if item.is_symlink():
         target = os.path.realpath(item.path)
         if not os.path.exists(target):
-            return Entry(name, wrong="a broken link")
+            return ImageFile(name, wrong="a broken link")
         if os.path.commonpath([top, target]) != top:
-            return Entry(name, wrong="a link that leaves the folder")
+            return ImageFile(name, wrong="a link that leaves the folder")
     if not item.is_file():
-        return Entry(name, wrong="not a regular file")
+        return ImageFile(name, wrong="not a regular file")
     status = item.stat()
-    return Entry(name, status.st_size, status.st_mtime_ns, None if status.st_size else "empty")
+    return ImageFile(name, status.st_size, status.st_mtime_ns, None if status.st_size else "empty")
 
 
 def read_header(file: IO[bytes]) -> Header:

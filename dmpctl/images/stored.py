@@ -1,4 +1,4 @@
-"""Encoded images that lie somewhere (files, rows, members of shards) as a source: every bad one is named and counted.
+"""Encoded images that a reader finds (files, rows, members of shards) as a source: every bad one is named and counted.
 
 A small set (HELD_ITEMS, HELD_BYTES) is decoded as a whole at the start and held in memory. Of a larger one headers are read
 at the start, and it is decoded as it is used: an image that is broken behind its header then stops the run by name under
@@ -9,14 +9,14 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import IO, Any, Literal, Protocol, cast
+from typing import IO, Any, Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from dmpctl.errors import IntegrityError, UsageError
+from dmpctl.images.reader import Reader
 from dmpctl.images.scan import BROKEN, FORMATS, Header, attempt, header_of, read_header, reason_of
 from dmpctl.images.transforms import to_square
 from dmpctl.types import Source
@@ -25,85 +25,29 @@ HELD_ITEMS, HELD_BYTES = 20_000, 2**30
 NAMED = 3  # bad images that an error names
 IN_A_ROW = 100  # broken images side by side: no longer a few bad ones
 
-Bad = tuple[str, str]  # an image's name, printable, and what is wrong with it
+Bad = tuple[str, str]  # an image's name, printable, and the reason why it cannot be used
 OnBad = Literal["fail", "skip"]
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Labels:
-    """Labels int64 [n], and how many classes there are (0: none). `values` None: `Store.label` tells, image by image."""
-
-    values: Tensor | None
-    num_classes: int
-
-
-class Store(Protocol):
-    """Encoded images 0..n-1 in an order that never changes, and what is known of them without decoding."""
-
-    @property
-    def shown(self) -> str:
-        """What messages call it, printable."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def name(self, index: int) -> str:
-        """What messages call one image, printable."""
-        ...
-
-    def wrong(self, index: int) -> str | None:
-        """Why an image cannot be used, as far as listing it tells; None: it may be good."""
-        ...
-
-    def open(self, index: int) -> IO[bytes]:
-        """The bytes of one image. Raises one of BROKEN."""
-        ...
-
-    def looked_at(self, good: Sequence[int]) -> Sequence[int]:
-        """Of these images, those whose headers are read at the start."""
-        ...
-
-    def labels(self, kept: Sequence[int]) -> Labels:
-        """Labels of the images that are used."""
-        ...
-
-    def label(self, index: int) -> int:
-        """The label of one image, 0 without classes."""
-        ...
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        """The captions of one image."""
-        ...
-
-    def identity(self, kept: Sequence[int], digests: Sequence[bytes] | None) -> Iterable[bytes]:
-        """What the images that are used are made of, for the fingerprint.
-
-        `digests`: sha256 of each one's bytes; None: they were not read.
-        """
-        ...
-
-
 class StoredImages:
-    """The images of a store as uint8 [C, size, size], by `transforms.to_square`; with a short side under size / 2 one is bad.
+    """The images of a reader as uint8 [C, size, size], by `transforms.to_square`; with a short side under size / 2 one is bad.
 
     `size` None: the side that all images share. `channels` None: 1 if all of them are grey, else 3. Bad images raise
-    IntegrityError under `on_bad` "fail"; under "skip" they are left out and listed in `bad`.
+    IntegrityError under `on_bad` "fail"; under "skip" they are left out and listed in `bad`. `num_classes` 0: no labels.
     Raises UsageError if there is no common size.
     """
 
     mirror = True
 
-    def __init__(
-        self, store: Store, name: str, size: int | None = None, channels: int | None = None, on_bad: OnBad = "fail"
-    ) -> None:
-        self.name, self._store = name, store
+    def __init__(self, reader: Reader, size: int | None = None, channels: int | None = None, on_bad: OnBad = "fail") -> None:
+        self.name, self._reader = reader.name, reader
         self.bad: list[Bad] = []
-        good = self._left(range(len(store)), {index: why for index in range(len(store)) if (why := store.wrong(index))})
-        looked = store.looked_at(good)
+        good = self._left(range(len(reader)), {index: why for index in range(len(reader)) if (why := reader.wrong(index))})
+        looked = reader.looked_at(good)
         headers = dict(zip(looked, attempt(self._header, looked), strict=True))
         known = [header for header in headers.values() if not isinstance(header, str)]
-        self._size = size or (common_side(known, store.shown) if known else 1)
+        self._size = size or (common_side(known, reader.shown) if known else 1)
         self._channels = channels or (1 if all(header.grey for header in known) else 3)
         whole = len(looked) == len(good)
         good = self._left(good, {index: why for index, found in headers.items() if (why := self._judge(found))})
@@ -113,20 +57,16 @@ class StoredImages:
             good, self._held, digests = self._decoded(good)
         self.bad.sort()
         if self.bad and (on_bad == "fail" or not good):
-            raise refused(self.bad, len(store), store.shown)
+            raise refused(self.bad, len(reader), reader.shown)
         self._kept: Sequence[int] = good
-        labels = store.labels(good)
-        self._labels, self._num_classes = labels.values, labels.num_classes
-        self._broken = _shared_flags(len(good)) if self._held is None and on_bad == "skip" else None
+        self._labels, self.num_classes = reader.labels(good)
+        flags: Any = torch.zeros(len(good), dtype=torch.bool)
+        # In memory that loader processes share: between them, each broken image is reported once.
+        self._broken: Tensor | None = flags.share_memory_() if self._held is None and on_bad == "skip" else None
         digest = hashlib.sha256(repr((self._channels, self._size)).encode())
-        for part in store.identity(good, digests):
+        for part in reader.identity(good, digests):
             digest.update(part)
         self.fingerprint = digest.hexdigest()
-
-    @property
-    def num_classes(self) -> int:
-        """How many classes there are; 0 without labels."""
-        return self._num_classes
 
     @property
     def replaced(self) -> list[str]:
@@ -145,7 +85,7 @@ class StoredImages:
 
     def names(self) -> list[str]:
         """The names of the images, as messages show them."""
-        return [self._store.name(index) for index in self._kept]
+        return [self._name(place) for place in range(len(self))]
 
     def images(self) -> Tensor | None:
         """All images, uint8 [N, C, S, S], not copied; None if they are too large to be held in memory."""
@@ -153,21 +93,21 @@ class StoredImages:
 
     def labels(self) -> Tensor:
         """All labels, int64 [N]."""
-        return torch.tensor([self._label(index) for index in range(len(self))]) if self._labels is None else self._labels
+        return torch.tensor([self._label(place) for place in range(len(self))]) if self._labels is None else self._labels
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The captions of one image, () without; where images may be replaced, this decodes it to know."""
         place = index if self._broken is None else self._standing_in(range(len(self))[index])[0]
-        return self._store.captions(self._kept[place])
+        return self._reader.captions(self._kept[place])
 
     def _label(self, place: int) -> int:
-        return self._store.label(self._kept[place]) if self._labels is None else int(self._labels[place])
+        return self._reader.label(self._kept[place]) if self._labels is None else int(self._labels[place])
 
     def _name(self, place: int) -> str:
-        return self._store.name(self._kept[place])
+        return self._reader.name_of(self._kept[place])
 
     def _header(self, index: int) -> Header:
-        with self._store.open(index) as file:
+        with self._reader.open(index) as file:
             return read_header(file)
 
     def _judge(self, found: Header | str) -> str | None:
@@ -175,7 +115,7 @@ class StoredImages:
 
     def _left(self, indices: Iterable[int], wrong: Mapping[int, str]) -> list[int]:
         """The indices that nothing is wrong with; the others are noted as bad."""
-        self.bad += [(self._store.name(index), why) for index, why in wrong.items()]
+        self.bad += [(self._reader.name_of(index), why) for index, why in wrong.items()]
         return [index for index in indices if index not in wrong]
 
     def _fits(self, count: int) -> bool:
@@ -187,7 +127,7 @@ class StoredImages:
         images = torch.empty(len(indices), self._channels, self._size, self._size, dtype=torch.uint8)
 
         def read(row: int) -> bytes:
-            with self._store.open(indices[row]) as file:
+            with self._reader.open(indices[row]) as file:
                 images[row] = read_image(file, self._size, self._channels)
                 file.seek(0)
                 return hashlib.sha256(file.read()).digest()
@@ -205,24 +145,18 @@ class StoredImages:
             if self._broken is not None and self._broken[place]:
                 continue
             try:
-                with self._store.open(self._kept[place]) as file:
+                with self._reader.open(self._kept[place]) as file:
                     return place, read_image(file, self._size, self._channels)
             except BROKEN as error:
                 failure = f"{self._name(place)} cannot be decoded: {reason_of(error)}"
                 gone = isinstance(error, OSError) and error.errno is not None  # the disk's fault: another time it may work
                 if self._broken is None or gone:
                     hint = "check the disk" if gone else "repair it, take it away, or go on without it: --on-bad skip"
-                    raise IntegrityError(f"{failure} (in {self._store.shown})", hint) from None
+                    raise IntegrityError(f"{failure} (in {self._reader.shown})", hint) from None
                 self._broken[place] = True
                 log.warning("%s; the next good image stands in for it", failure)
         name = self._name(index)
-        raise IntegrityError(f"{self._store.shown}: none of {step + 1} images from {name} on can be decoded", "check --data")
-
-
-def _shared_flags(count: int) -> Tensor:
-    """False [count], in memory that loader processes share: between them, each broken image is said once."""
-    flags: Any = torch.zeros(count, dtype=torch.bool)
-    return cast(Tensor, flags.share_memory_())
+        raise IntegrityError(f"{self._reader.shown}: none of {step + 1} images from {name} on can be decoded", "check --data")
 
 
 def common_side(headers: Sequence[Header], shown: str) -> int:
@@ -231,7 +165,7 @@ def common_side(headers: Sequence[Header], shown: str) -> int:
     (width, height), _ = sizes[0]
     if len(sizes) == 1 and width == height:
         return width
-    found = ", ".join(f"{w}x{h} ({times} of them)" for (w, h), times in sizes[:NAMED]) + (", ..." if len(sizes) > NAMED else "")
+    found = _first([f"{w}x{h} ({times} of them)" for (w, h), times in sizes])
     raise UsageError(f"the images in {shown} are not squares of one size: found {found}", "say --size N to crop and resize them")
 
 
@@ -244,9 +178,14 @@ def too_small(header: Header, size: int) -> str | None:
 
 def refused(bad: Sequence[Bad], total: int, shown: str) -> IntegrityError:
     """The error that names the first bad images and counts all of them."""
-    first = ", ".join(f"{name} ({reason})" for name, reason in bad[:NAMED]) + (", ..." if len(bad) > NAMED else "")
+    first = _first([f"{name} ({reason})" for name, reason in bad])
     hint = "leave them out with --on-bad skip, or repair them" if len(bad) < total else "none is left: check --data"
     return IntegrityError(f"{len(bad)} of {total} images in {shown} cannot be used: {first}", hint)
+
+
+def _first(found: Sequence[str]) -> str:
+    """The first few of a list, as messages show them."""
+    return ", ".join(found[:NAMED]) + (", ..." if len(found) > NAMED else "")
 
 
 def read_image(file: IO[bytes], size: int, channels: int) -> Tensor:
@@ -258,26 +197,20 @@ def read_image(file: IO[bytes], size: int, channels: int) -> Tensor:
         return to_square(image, size, channels)
 
 
-def left_out_of(source: Source) -> dict[str, Any]:
-    """What of a source is not used (--on-bad skip), JSON-able: {} where nothing is.
+def left_out_of(source: Source) -> dict[str, dict[str, list[list[str]] | list[str]]]:
+    """Images that a source does not use (--on-bad skip), JSON-able: {} where it uses all.
 
-    `bad`: [name, what is wrong with it] of images left out; `replaced`: names of those that another stands in for.
+    `bad`: [name, reason] of images left out; `replaced`: names of those that another stands in for.
     """
-    if not isinstance(source, StoredImages):
+    if not isinstance(source, StoredImages) or not (source.bad or source.replaced):
         return {}
-    found = {"bad": [list(pair) for pair in source.bad], "replaced": source.replaced}
-    return {"left_out": found} if any(found.values()) else {}
+    return {"left_out": {"bad": [list(pair) for pair in source.bad], "replaced": source.replaced}}
 
 
-def left_out_words(source: Source) -> tuple[str, ...]:
-    """The same for people: how many, and the first by name; one line for each kind there is."""
+def left_out_words(source: Source) -> list[str]:
+    """Messages about the images that a source does not use: how many there are, and the first of them by name."""
     if not isinstance(source, StoredImages):
-        return ()
-    bad = [f"{name} ({why})" for name, why in source.bad]
+        return []
+    bad, total = [f"{name} ({why})" for name, why in source.bad], len(source) + len(source.bad)
     kinds = (("left out", bad), ("broken, others stand in for them", source.replaced))
-    return tuple(
-        f"{source.name}: {len(names)} of {len(source) + len(bad)} images {what}: {', '.join(names[:NAMED])}"
-        + (", ..." if len(names) > NAMED else "")
-        for what, names in kinds
-        if names
-    )
+    return [f"{source.name}: {len(names)} of {total} images {what}: {_first(names)}" for what, names in kinds if names]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmpctl.data.folder import ImageFolder
+from dmpctl.data.folder import FolderReader
 from dmpctl.errors import MissingError, UsageError
 from dmpctl.files import read_json
 from dmpctl.images.stored import StoredImages
@@ -103,7 +103,7 @@ def _about_source(source: Source) -> tuple[str, ...]:
 def folder_images(path: Path, limit: int) -> ImageSet:
     """An image folder; of one that `dmpctl sample` wrote the numbered images, whose seeds are known."""
     if not (path / "samples.json").is_file():
-        return source_images(str(path), ImageFolder(path), limit)
+        return source_images(str(path), StoredImages(FolderReader(path)), limit)
     about, count = read_json(path / "samples.json"), 0
     while count < limit and _place(path, count).is_file():
         count += 1

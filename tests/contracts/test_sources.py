@@ -13,19 +13,23 @@ from PIL import Image
 
 from dmpctl.batches.loader import TrainingItems, order_of
 from dmpctl.data.bundled import Digits
-from dmpctl.data.coco import CocoImages
-from dmpctl.data.columns import Columns
-from dmpctl.data.folder import ImageFolder
-from dmpctl.data.hub_rows import HubImages, parse
-from dmpctl.data.parquet import ParquetImages
-from dmpctl.data.stream import RowGroups, StreamedImages
-from dmpctl.data.tar import TarImages
+from dmpctl.data.hub_rows import parse
 from dmpctl.images import stored
 from dmpctl.models.encode import build_latents
 from dmpctl.types import Silent, Source
 from tests.contracts.rows import Rows
 from tests.latent_helpers import Ramp
-from tests.unit.data.made import write_coco, write_parquet, write_tar
+from tests.unit.data.made import (
+    coco_images,
+    folder_images,
+    hub_images,
+    parquet_images,
+    streamed_images,
+    tar_images,
+    write_coco,
+    write_parquet,
+    write_tar,
+)
 
 
 def made_folder(root: Path, seed: int = 0) -> Path:
@@ -85,26 +89,26 @@ def hub_in(root: Path) -> Path:
 
 def made_streamed_latents(root: Path) -> Source:
     """The latents of images that are read in an order of their own."""
-    images = StreamedImages(RowGroups([parquet_in(root)], Columns(), "rows", "a@b"), "rows", 8)
+    images = streamed_images([parquet_in(root)], "a@b", size=8)
     return build_latents(images, Ramp(), root / "cache", Silent())
 
 
 SOURCES: dict[str, Callable[[Path], Source]] = {
     "digits": lambda root: Digits(),
     "digits-rgb": lambda root: Digits(channels=3),
-    "folder": lambda root: ImageFolder(made_folder(root)),
-    "folder-cropped": lambda root: ImageFolder(made_folder(root), 6, 1),
-    "folder-lazy": lambda root: ImageFolder(made_folder(root)),
+    "folder": lambda root: folder_images(made_folder(root)),
+    "folder-cropped": lambda root: folder_images(made_folder(root), 6, 1),
+    "folder-lazy": lambda root: folder_images(made_folder(root)),
     "latents": made_latents,
-    "parquet": lambda root: ParquetImages(parquet_in(root)),
-    "parquet-lazy": lambda root: ParquetImages(parquet_in(root)),
-    "streamed": lambda root: StreamedImages(RowGroups([parquet_in(root)], Columns(), "rows", "a@b"), "rows"),
-    "tar": lambda root: TarImages(tar_in(root)),
-    "tar-lazy": lambda root: TarImages(tar_in(root), on_bad="skip"),
-    "hub": lambda root: HubImages(parse("hf://owner/name"), folder=hub_in(root)),
+    "parquet": lambda root: parquet_images(parquet_in(root)),
+    "parquet-lazy": lambda root: parquet_images(parquet_in(root)),
+    "streamed": lambda root: streamed_images([parquet_in(root)], "a@b"),
+    "tar": lambda root: tar_images(tar_in(root)),
+    "tar-lazy": lambda root: tar_images(tar_in(root), on_bad="skip"),
+    "hub": lambda root: hub_images(parse("hf://owner/name"), folder=hub_in(root)),
     "streamed-latents": made_streamed_latents,
-    "coco-packed": lambda root: CocoImages(packed_in(root), root / "annotations/captions_val2014.json", "val2014"),
-    "coco": lambda root: CocoImages(coco_in(root) / "val2014", root / "annotations/captions_val2014.json", "val2014"),
+    "coco-packed": lambda root: coco_images(packed_in(root), root / "annotations/captions_val2014.json", "val2014"),
+    "coco": lambda root: coco_images(coco_in(root) / "val2014", root / "annotations/captions_val2014.json", "val2014"),
 }
 
 
@@ -128,7 +132,7 @@ def again(name: str, root: Path) -> Source:
     """The same files, opened anew."""
     if "folder" not in name:
         return SOURCES[name](root)
-    return ImageFolder(root, 6, 1) if name == "folder-cropped" else ImageFolder(root)
+    return folder_images(root, 6, 1) if name == "folder-cropped" else folder_images(root)
 
 
 def some(source: Source) -> list[int]:
@@ -197,7 +201,7 @@ def test_fingerprints_tell_sources_apart(tmp_path, monkeypatch):
     sources = list(named.values())
     monkeypatch.setattr(stored, "HELD_ITEMS", 0)
     sources += [SOURCES[name](tmp_path / name) for name in SOURCES if name.endswith("-lazy")]
-    sources.append(ImageFolder(made_folder(tmp_path / "other", seed=1)))
+    sources.append(folder_images(made_folder(tmp_path / "other", seed=1)))
     assert len({source.fingerprint for source in sources}) == len(sources)
 
 

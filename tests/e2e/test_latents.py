@@ -7,7 +7,6 @@ import torch
 
 from dmpctl.backbones.dit import DiT, DiTConfig
 from dmpctl.codecs.vae import Vae
-from dmpctl.data.folder import ImageFolder
 from dmpctl.models.encode import build_latents
 from dmpctl.processes.accelerator import accelerator_for
 from dmpctl.runs.rundir import RunDir
@@ -18,6 +17,7 @@ from dmpctl.training.trainer import Trainer
 from dmpctl.types import Silent
 from tests.helpers import colour_folder, same_but_time, settings_for, tensors_of
 from tests.latent_helpers import TINY_SIDE, tiny_vae
+from tests.unit.data.made import folder_images
 
 IMAGES = 20
 SIDE = TINY_SIDE // 2
@@ -30,7 +30,7 @@ def codec(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    return ImageFolder(colour_folder(tmp_path_factory.mktemp("data") / "colours", IMAGES, TINY_SIDE))
+    return folder_images(colour_folder(tmp_path_factory.mktemp("data") / "colours", IMAGES, TINY_SIDE))
 
 
 @pytest.fixture(scope="module")

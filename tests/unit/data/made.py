@@ -13,6 +13,15 @@ import datasets
 import numpy as np
 from PIL import Image
 
+from dmpctl.data.coco import CocoReader
+from dmpctl.data.columns import UNNAMED, Columns
+from dmpctl.data.folder import FolderReader
+from dmpctl.data.hub_rows import HubSet, hub_rows, stream_hub
+from dmpctl.data.parquet import parquet_rows
+from dmpctl.data.stream import StreamedImages, StreamReader
+from dmpctl.data.tar import TarReader
+from dmpctl.images.stored import StoredImages
+
 
 def picture(seed: int, size: int = 8, channels: int = 3) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (size, size, channels), dtype=np.uint8)
@@ -74,3 +83,31 @@ def write_coco(root: Path, split: str, images: Mapping[str, bytes], captions: in
     about = {"images": [{"id": number, "file_name": name} for name, number in ids.items()], "annotations": notes}
     write_folder(root, {f"annotations/captions_{split}.json": json.dumps(about).encode()})
     return root
+
+
+def folder_images(path: Path | str, *form: Any, **options: Any) -> StoredImages:
+    return StoredImages(FolderReader(path), *form, **options)
+
+
+def tar_images(path: Path, *form: Any, columns: Columns = UNNAMED, **options: Any) -> StoredImages:
+    return StoredImages(TarReader(path, columns), *form, **options)
+
+
+def parquet_images(path: Path, columns: Columns = UNNAMED, split: str | None = None, **options: Any) -> StoredImages:
+    return StoredImages(parquet_rows(path, columns, split), **options)
+
+
+def coco_images(images: Path, annotations: Path, split: str, **options: Any) -> StoredImages:
+    return StoredImages(CocoReader(images, annotations, split), **options)
+
+
+def hub_images(wanted: HubSet, columns: Columns = UNNAMED, folder: Path | None = None, **options: Any) -> StoredImages:
+    return StoredImages(hub_rows(wanted, columns, folder), **options)
+
+
+def streamed_hub_images(wanted: HubSet) -> StreamedImages:
+    return StreamedImages(stream_hub(wanted))
+
+
+def streamed_images(files: Sequence[Path], origin: str | None = None, **options: Any) -> StreamedImages:
+    return StreamedImages(StreamReader(files, "set", "the set", UNNAMED, origin), **options)

@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dmpctl.data.coco import CocoImages, captions_file, read_captions
+from dmpctl.data.coco import captions_file, read_captions
 from dmpctl.errors import IntegrityError, MissingError
 from dmpctl.images import stored
-from tests.unit.data.made import encoded, picture, write_coco
+from dmpctl.images.stored import StoredImages
+from tests.unit.data.made import coco_images, encoded, picture, write_coco
 
 IMAGES = {f"COCO_train2014_{n:012}.jpg": encoded(n) for n in range(4)}
 ANNOTATIONS = "annotations/captions_train2014.json"
@@ -19,8 +20,8 @@ def root(tmp_path: Path) -> Path:
     return write_coco(tmp_path, "train2014", IMAGES)
 
 
-def opened(root: Path, **options: object) -> CocoImages:
-    return CocoImages(root / "train2014", root / ANNOTATIONS, "train2014", **options)
+def opened(root: Path, **options: object) -> StoredImages:
+    return coco_images(root / "train2014", root / ANNOTATIONS, "train2014", **options)
 
 
 def zipped(root: Path, method: int = zipfile.ZIP_STORED) -> tuple[Path, Path]:
@@ -50,7 +51,7 @@ def test_the_archives_are_read_where_they_lie(root, monkeypatch, method, held):
     monkeypatch.setattr(stored, "HELD_ITEMS", 20_000 if held else 0)
     before = sorted(root.rglob("*"))
     images, annotations = zipped(root, method)
-    packed = CocoImages(images, annotations, "train2014")
+    packed = coco_images(images, annotations, "train2014")
     for index in range(4):
         assert (packed.item(index)[0] == loose.item(index)[0]).all()
         assert packed.captions(index) == loose.captions(index)
@@ -80,13 +81,13 @@ def test_damage_inside_of_an_archive(root):
     start = content.index(b"COCO_train2014_000000000001.jpg") + 40
     content[start : start + 60] = b"\xff" * 60
     images.write_bytes(content)
-    source = CocoImages(images, annotations, "train2014", on_bad="skip")
+    source = coco_images(images, annotations, "train2014", on_bad="skip")
     assert [name for name, _ in source.bad] == ["COCO_train2014_000000000001.jpg"]
     images.write_bytes(bytes(content)[:-100])
     with pytest.raises(IntegrityError, match=r"train2014\.zip is no whole zip file"):
-        CocoImages(images, annotations, "train2014")
+        coco_images(images, annotations, "train2014")
     with pytest.raises(IntegrityError, match=r"holds no captions_val2014\.json"):
-        CocoImages(zipped(root)[0], annotations, "val2014")
+        coco_images(zipped(root)[0], annotations, "val2014")
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,7 @@ def test_what_are_no_captions(content):
 
 def test_what_is_missing(root):
     with pytest.raises(MissingError, match=r"val2014 is not there") as caught:
-        CocoImages(root / "val2014", root / ANNOTATIONS, "val2014")
+        coco_images(root / "val2014", root / ANNOTATIONS, "val2014")
     assert "dmpctl download coco" in str(caught.value.hint)
 
 

@@ -11,21 +11,22 @@ from datasets import ClassLabel, Value
 
 from dmpctl.data import parquet
 from dmpctl.data.columns import Columns
-from dmpctl.data.parquet import ParquetImages, missing_shards
+from dmpctl.data.parquet import missing_shards
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.images import stored
-from tests.unit.data.made import encoded, picture, write_parquet
+from dmpctl.images.stored import StoredImages
+from tests.unit.data.made import encoded, parquet_images, picture, write_parquet
 
 IMAGES = [encoded(seed) for seed in range(4)]
 NAMES = ClassLabel(names=["cat", "dog", "emu"])
 
 
-def labels(source: ParquetImages) -> list[int]:
+def labels(source: StoredImages) -> list[int]:
     return [source.item(index)[1] for index in range(len(source))]
 
 
 def test_rows_are_the_images_in_their_order(tmp_path):
-    source = ParquetImages(write_parquet(tmp_path / "faces.parquet", IMAGES))
+    source = parquet_images(write_parquet(tmp_path / "faces.parquet", IMAGES))
     assert source.name == "faces"
     assert source.num_classes == 0
     for index in range(4):
@@ -36,11 +37,11 @@ def test_a_folder_as_the_hub_has_it(tmp_path):
     for number in (1, 0):
         write_parquet(tmp_path / f"data/train-0000{number}-of-00002.parquet", IMAGES[2 * number : 2 * number + 2])
     write_parquet(tmp_path / "data/test-00000-of-00001.parquet", [encoded(9)])
-    source = ParquetImages(tmp_path)
+    source = parquet_images(tmp_path)
     assert np.array_equal(source.images().permute(0, 2, 3, 1).numpy(), [np.asarray(picture(seed)) for seed in range(4)])
-    assert len(ParquetImages(tmp_path, split="test")) == 1
+    assert len(parquet_images(tmp_path, split="test")) == 1
     with pytest.raises(UsageError, match="no split 'validation'") as caught:
-        ParquetImages(tmp_path, split="validation")
+        parquet_images(tmp_path, split="validation")
     assert "train, test" in str(caught.value.hint)
 
 
@@ -48,7 +49,7 @@ def test_a_missing_shard_is_no_smaller_set(tmp_path):
     for number in (0, 2):
         write_parquet(tmp_path / f"train-0000{number}-of-00003.parquet", IMAGES[:1])
     with pytest.raises(MissingError, match=r"not complete: train-00001-of-00003\.parquet is not there"):
-        ParquetImages(tmp_path)
+        parquet_images(tmp_path)
 
 
 def test_missing_shards():
@@ -60,48 +61,48 @@ def test_plain_arrow_files_without_features_work(tmp_path):
     cells = [{"bytes": content, "path": "/etc/passwd"} for content in IMAGES]
     pq.write_table(pa.table({"image": cells, "label": [0, 2, 0, 1]}), tmp_path / "a.parquet")
     pq.write_table(pa.table({"jpg": IMAGES, "caption": list("abcd")}), tmp_path / "b.parquet")
-    assert labels(ParquetImages(tmp_path / "a.parquet")) == [0, 2, 0, 1]
-    assert ParquetImages(tmp_path / "a.parquet").num_classes == 3
-    assert ParquetImages(tmp_path / "b.parquet").captions(2) == ("c",)
+    assert labels(parquet_images(tmp_path / "a.parquet")) == [0, 2, 0, 1]
+    assert parquet_images(tmp_path / "a.parquet").num_classes == 3
+    assert parquet_images(tmp_path / "b.parquet").captions(2) == ("c",)
 
 
 def test_a_path_in_a_row_is_never_followed(tmp_path):
     picture(0).save(tmp_path / "a.png")
     cells = [{"bytes": IMAGES[0], "path": "a"}, {"bytes": None, "path": str(tmp_path / "a.png")}]
     pq.write_table(pa.table({"image": cells}), tmp_path / "a.parquet")
-    assert ParquetImages(tmp_path / "a.parquet", on_bad="skip").bad == [("row 1", "no image in this row")]
+    assert parquet_images(tmp_path / "a.parquet", on_bad="skip").bad == [("row 1", "no image in this row")]
 
 
 def test_the_class_label_is_the_label(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", IMAGES, kind=(NAMES, [2, 0, 0, 2]), year=(Value("int32"), [1, 2, 3, 4]))
-    source = ParquetImages(path)
+    source = parquet_images(path)
     assert labels(source) == source.labels().tolist() == [2, 0, 0, 2]
     assert source.num_classes == 3
-    other = ParquetImages(path, columns=Columns(label="year"))
+    other = parquet_images(path, columns=Columns(label="year"))
     assert (labels(other), other.num_classes) == ([1, 2, 3, 4], 5)
     assert source.fingerprint != other.fingerprint
 
 
 def test_words_are_numbered_in_their_order(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", IMAGES, breed=(Value("string"), ["pug", "cob", "pug", "asp"]))
-    assert labels(ParquetImages(path, columns=Columns(label="breed"))) == [2, 1, 2, 0]
+    assert labels(parquet_images(path, columns=Columns(label="breed"))) == [2, 1, 2, 0]
 
 
 def test_a_row_without_a_label_is_bad(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", IMAGES, label=(NAMES, [0, -1, None, 1]))
-    source = ParquetImages(path, on_bad="skip")
+    source = parquet_images(path, on_bad="skip")
     assert source.bad == [("row 1", "no label"), ("row 2", "no label")]
     assert labels(source) == [0, 1]
     with pytest.raises(IntegrityError, match="2 of 4 images"):
-        ParquetImages(path)
+        parquet_images(path)
 
 
 def test_captions_are_text_or_lists_of_it(tmp_path):
     one = write_parquet(tmp_path / "a.parquet", IMAGES, text=(Value("string"), ["a", "b", None, "d"]))
-    assert [ParquetImages(one).captions(index) for index in range(4)] == [("a",), ("b",), (), ("d",)]
+    assert [parquet_images(one).captions(index) for index in range(4)] == [("a",), ("b",), (), ("d",)]
     many = write_parquet(tmp_path / "b.parquet", IMAGES, said=(datasets.List(Value("string")), [["a", "b"], [], ["c"], ["d"]]))
-    assert ParquetImages(many).captions(0) == ()
-    assert ParquetImages(many, columns=Columns(caption="said")).captions(0) == ("a", "b")
+    assert parquet_images(many).captions(0) == ()
+    assert parquet_images(many, columns=Columns(caption="said")).captions(0) == ("a", "b")
 
 
 @pytest.mark.parametrize(
@@ -119,14 +120,14 @@ def test_columns_that_do_not_fit(tmp_path, columns, said):
     two = {"kind": (NAMES, [0] * 4), "colour": (NAMES, [0] * 4)} if columns == Columns() else {}
     path = write_parquet(tmp_path / "a.parquet", IMAGES, year=(Value("int32"), [1] * 4), **two)
     with pytest.raises(UsageError, match=said) as caught:
-        ParquetImages(path, columns=columns)
+        parquet_images(path, columns=columns)
     assert caught.value.exit_code == 2
 
 
 def test_no_images_at_all(tmp_path):
     pq.write_table(pa.table({"a": [1]}), tmp_path / "a.parquet")
     with pytest.raises(UsageError, match=r"no column of .* holds images") as caught:
-        ParquetImages(tmp_path / "a.parquet")
+        parquet_images(tmp_path / "a.parquet")
     assert "--image-column: a" in str(caught.value.hint)
 
 
@@ -134,7 +135,7 @@ def test_no_images_at_all(tmp_path):
 def test_what_is_no_parquet(tmp_path, content):
     (tmp_path / "a.parquet").write_bytes(content)
     with pytest.raises((IntegrityError, UsageError), match=r"a\.parquet cannot be") as caught:
-        ParquetImages(tmp_path / "a.parquet")
+        parquet_images(tmp_path / "a.parquet")
     assert "\n" not in caught.value.message
 
 
@@ -142,7 +143,7 @@ def test_a_truncated_file(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", IMAGES)
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises((IntegrityError, UsageError), match=r"a\.parquet cannot be"):
-        ParquetImages(path)
+        parquet_images(path)
 
 
 def test_a_long_table_is_looked_at_here_and_there(tmp_path, monkeypatch):
@@ -151,7 +152,7 @@ def test_a_long_table_is_looked_at_here_and_there(tmp_path, monkeypatch):
     images = [encoded(seed) for seed in range(20)]
     images[1], images[8] = b"no image", b"no image either"
     path = write_parquet(tmp_path / "a.parquet", images)
-    source = ParquetImages(path, on_bad="skip")
+    source = parquet_images(path, on_bad="skip")
     assert source.bad == [("row 8", "not a PNG, JPEG, WebP or BMP image")]
     assert source.images() is None
     assert torch.equal(source.item(1)[0], source.item(2)[0])
@@ -161,7 +162,7 @@ def test_a_long_table_is_looked_at_here_and_there(tmp_path, monkeypatch):
 
 def test_pickled_it_is_a_file_name_and_not_the_images(tmp_path, monkeypatch):
     monkeypatch.setattr(stored, "HELD_ITEMS", 0)
-    source = ParquetImages(write_parquet(tmp_path / "a.parquet", [encoded(picture(0, size=128))] * 20))
+    source = parquet_images(write_parquet(tmp_path / "a.parquet", [encoded(picture(0, size=128))] * 20))
     assert len(pickle.dumps(source)) < 10_000
 
 
@@ -169,23 +170,23 @@ def test_pickled_it_is_a_file_name_and_not_the_images(tmp_path, monkeypatch):
 def test_the_fingerprint_sees_every_change(tmp_path, monkeypatch, held):
     monkeypatch.setattr(stored, "HELD_ITEMS", 20_000 if held else 0)
     path = write_parquet(tmp_path / "a.parquet", IMAGES, label=(NAMES, [0, 1, 2, 0]))
-    seen = [ParquetImages(path, **option).fingerprint for option in ({}, {"size": 6}, {"channels": 1})]
-    assert ParquetImages(path).fingerprint == seen[0]
+    seen = [parquet_images(path, **option).fingerprint for option in ({}, {"size": 6}, {"channels": 1})]
+    assert parquet_images(path).fingerprint == seen[0]
     for images, values in ((IMAGES, [0, 1, 2, 1]), ([*IMAGES[:3], encoded(9)], [0, 1, 2, 1])):
         write_parquet(path, images, label=(NAMES, values))
-        seen.append(ParquetImages(path).fingerprint)
+        seen.append(parquet_images(path).fingerprint)
     assert len(set(seen)) == 5
 
 
 def test_nothing_is_written_beside_the_files(tmp_path):
     write_parquet(tmp_path / "set/a.parquet", IMAGES)
-    ParquetImages(tmp_path / "set")
+    parquet_images(tmp_path / "set")
     assert sorted(tmp_path.rglob("*")) == [tmp_path / "set", tmp_path / "set/a.parquet"]
 
 
 def test_the_progress_bars_of_datasets_are_not_shown(tmp_path, capfd):
     path = write_parquet(Path(tmp_path) / "a.parquet", IMAGES)
     capfd.readouterr()
-    ParquetImages(path)
+    parquet_images(path)
     assert capfd.readouterr() == ("", "")
     assert not datasets.are_progress_bars_disabled()

@@ -10,12 +10,11 @@ from datasets import ClassLabel, Value
 
 from dmpctl.batches.loader import batches
 from dmpctl.data import stream
-from dmpctl.data.columns import Columns
-from dmpctl.data.parquet import ParquetImages
-from dmpctl.data.stream import RowGroups, StreamedImages
+from dmpctl.data.columns import UNNAMED, Columns
+from dmpctl.data.stream import StreamedImages, StreamReader
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.rng import seed_of
-from tests.unit.data.made import encoded, write_parquet
+from tests.unit.data.made import encoded, parquet_images, write_parquet
 
 ROWS, PER_GROUP = 60, 7
 
@@ -37,7 +36,7 @@ def files(tmp_path: Path) -> list[Path]:
 
 
 def opened(files: list[Path], **options: object) -> StreamedImages:
-    return StreamedImages(RowGroups(files, Columns(), "the set"), "set", **options)
+    return StreamedImages(StreamReader(files, "set", "the set", UNNAMED), **options)
 
 
 def order(source: StreamedImages, seed: int = 0) -> list[int]:
@@ -47,14 +46,14 @@ def order(source: StreamedImages, seed: int = 0) -> list[int]:
 def fetched(source: StreamedImages, monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
     """Counts the fetches of each row group from now on."""
     count: Counter[int] = Counter()
-    fetch = RowGroups._fetched
-    monkeypatch.setattr(RowGroups, "_fetched", lambda groups, group: count.update([group.first]) or fetch(groups, group))
-    source._groups._reset()
+    fetch = StreamReader._fetched
+    monkeypatch.setattr(StreamReader, "_fetched", lambda groups, group: count.update([group.first]) or fetch(groups, group))
+    source._rows._forget()
     return count
 
 
 def test_items_are_those_of_the_same_files_at_rest(files, tmp_path):
-    source, other = opened(files), ParquetImages(tmp_path)
+    source, other = opened(files), parquet_images(tmp_path)
     assert len(source) == len(other) == ROWS
     assert source.num_classes == other.num_classes == 3
     assert source.images() is None
@@ -76,22 +75,22 @@ def test_an_epoch_has_every_row_once_in_an_order_of_its_own(files):
 
 def test_each_row_group_is_fetched_once_in_an_epoch(files, monkeypatch):
     source = opened(files)
-    sizes = [group.bytes for group in source._groups._groups]
+    sizes = [group.bytes for group in source._rows._groups]
     monkeypatch.setattr(stream, "WINDOW", 2 * max(sizes))
     count = fetched(source, monkeypatch)
     for index in order(source):
         source.item(index)
     assert len(count) == len(sizes) == 10
     assert set(count.values()) == {1}
-    held = sum(source._groups._groups[number].bytes for number in source._groups._held)
+    held = sum(source._rows._groups[number].bytes for number in source._rows._held)
     assert held <= 2 * stream.WINDOW
 
 
 def test_rows_are_shuffled_within_windows(files, monkeypatch):
     source = opened(files)
-    largest = max(group.bytes for group in source._groups._groups)
+    largest = max(group.bytes for group in source._rows._groups)
     monkeypatch.setattr(stream, "WINDOW", 3 * largest)
-    firsts = torch.tensor([group.first for group in source._groups._groups])
+    firsts = torch.tensor([group.first for group in source._rows._groups])
     groups = [int(torch.searchsorted(firsts, row, right=True)) for row in order(source)]
     assert len(set(groups[:PER_GROUP])) > 1
     gone = [len(groups) - 1 - groups[::-1].index(group) for group in dict.fromkeys(groups)]
@@ -101,8 +100,8 @@ def test_rows_are_shuffled_within_windows(files, monkeypatch):
 
 def test_nothing_is_fetched_before_it_is_used(files, monkeypatch):
     count: Counter[int] = Counter()
-    fetch = RowGroups._fetched
-    monkeypatch.setattr(RowGroups, "_fetched", lambda groups, group: count.update([group.first]) or fetch(groups, group))
+    fetch = StreamReader._fetched
+    monkeypatch.setattr(StreamReader, "_fetched", lambda groups, group: count.update([group.first]) or fetch(groups, group))
     source = opened(files)
     assert set(count) <= {0}
     source.item(31)
@@ -148,7 +147,7 @@ def test_labels_without_names(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", [encoded(0)], label=(Value("int64"), [3]))
     assert opened([path]).num_classes == 0
     with pytest.raises(UsageError, match="have no names, and streaming cannot count them"):
-        RowGroups([path], Columns(label="label"), "the set")
+        StreamReader([path], "set", "the set", Columns(label="label"))
 
 
 def test_what_cannot_be_read(files, tmp_path):

@@ -8,22 +8,22 @@ import numpy as np
 import pytest
 
 from dmpctl.data.columns import Columns
-from dmpctl.data.tar import BrokenTar, Slice, TarImages, members
+from dmpctl.data.tar import BrokenTar, Slice, members
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.images import stored
-from tests.unit.data.made import encoded, picture, write_tar
+from dmpctl.images.stored import StoredImages
+from tests.unit.data.made import encoded, picture, tar_images, write_tar
 
 FORMS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 ONE, TWO = encoded(1), encoded(2)
 
 
-def labels(source: TarImages) -> list[int]:
+def labels(source: StoredImages) -> list[int]:
     return [source.item(index)[1] for index in range(len(source))]
 
 
 def seen(path: Path) -> list[str]:
-    source = TarImages(path, 8, on_bad="skip")
-    return [source._store.name(index) for index in source._kept]
+    return tar_images(path, 8, on_bad="skip").names()
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -52,7 +52,7 @@ def test_what_is_no_regular_file_is_told(tmp_path):
         ("folder.png/", False),
     ]
     assert seen(tmp_path / "a.tar") == ["a.tar:f.png"]
-    bad = TarImages(tmp_path / "a.tar", on_bad="skip").bad
+    bad = tar_images(tmp_path / "a.tar", on_bad="skip").bad
     assert bad == [("a.tar:g.png", "not a regular file"), ("a.tar:l.png", "not a regular file")]
 
 
@@ -67,7 +67,7 @@ def test_damaged_tar_files_raise_nothing_unexpected(tmp_path, form):
             damaged[draw.randrange(len(damaged))] = draw.randrange(256)
         path.write_bytes(damaged[: draw.choice([len(damaged), draw.randrange(len(damaged))])])
         try:
-            source = TarImages(path, 8, on_bad="skip")
+            source = tar_images(path, 8, on_bad="skip")
         except (IntegrityError, UsageError):
             continue
         assert 1 <= len(source) <= 4
@@ -83,8 +83,8 @@ def test_samples_share_a_key(tmp_path):
             *(("c.d.png", b"no image of ours: its extension is d.png"), ("e.json", said), ("e.png", ONE)),
         ],
     )
-    source = TarImages(path, on_bad="skip")
-    assert [source._store.name(index) for index in source._kept] == ["a.tar:b/1.png", "a.tar:a/1.png", "a.tar:e.png"]
+    source = tar_images(path, on_bad="skip")
+    assert source.names() == ["a.tar:b/1.png", "a.tar:a/1.png", "a.tar:e.png"]
     assert source.bad == [("a.tar:c", "no image among its members")]
     assert labels(source) == source.labels().tolist() == [7, 0, 3]
     assert source.num_classes == 8
@@ -95,13 +95,13 @@ def test_samples_share_a_key(tmp_path):
 def test_other_extensions_and_words_may_be_named(tmp_path):
     said = json.dumps({"id": 2, "alt": ["x", "y"]}).encode()
     path = write_tar(tmp_path / "a.tar", [("a.png", ONE), ("a.json", said), ("a.cls", b"1"), ("a.title", b"t")])
-    source = TarImages(path, columns=Columns(label="id", caption="alt"))
+    source = tar_images(path, columns=Columns(label="id", caption="alt"))
     assert (labels(source), source.captions(0)) == ([2], ("x", "y"))
-    assert TarImages(path, columns=Columns(caption="title")).captions(0) == ("t",)
+    assert tar_images(path, columns=Columns(caption="title")).captions(0) == ("t",)
 
 
 def test_no_labels_are_no_classes(tmp_path):
-    source = TarImages(write_tar(tmp_path / "a.tar", [("a.png", ONE), ("b.png", TWO)]))
+    source = tar_images(write_tar(tmp_path / "a.tar", [("a.png", ONE), ("b.png", TWO)]))
     assert (source.num_classes, labels(source), source.captions(0)) == (0, [0, 0], ())
 
 
@@ -119,61 +119,61 @@ def test_no_labels_are_no_classes(tmp_path):
 )
 def test_a_bad_sample_is_named(tmp_path, extra, reason):
     path = write_tar(tmp_path / "a.tar", [("a.png", ONE), ("a.cls", b"4"), *extra])
-    source = TarImages(path, on_bad="skip")
+    source = tar_images(path, on_bad="skip")
     assert len(source) == 1
     assert source.num_classes == 5
     assert reason in source.bad[0][1]
     with pytest.raises(IntegrityError, match=r"1 of 2 images .*a\.tar:b"):
-        TarImages(path)
+        tar_images(path)
 
 
 def test_shards_in_the_order_of_their_names(tmp_path):
     write_tar(tmp_path / "10.tar", [("a.png", ONE)])
     write_tar(tmp_path / "02.tar", [("b.png", TWO), ("a.png", TWO)])
     (tmp_path / "notes.txt").write_text("no shard")
-    source = TarImages(tmp_path)
+    source = tar_images(tmp_path)
     assert seen(tmp_path) == ["02.tar:b.png", "02.tar:a.png", "10.tar:a.png"]
     assert source.name == tmp_path.name
     with pytest.raises(MissingError, match="no tar file"):
-        TarImages(tmp_path.parent)
+        tar_images(tmp_path.parent)
 
 
 def test_of_a_truncated_shard_the_whole_samples_are_used(tmp_path):
     path = write_tar(tmp_path / "a.tar", [("a.png", ONE), ("b.png", TWO)])
     path.write_bytes(path.read_bytes()[:1100])
-    source = TarImages(path, on_bad="skip")
+    source = tar_images(path, on_bad="skip")
     assert seen(path) == ["a.tar:a.png"]
     assert len(source.bad) == 1
     assert source.bad[0][0] == "a.tar"
     assert "truncated" in source.bad[0][1]
     with pytest.raises(IntegrityError, match=r"a\.tar \(truncated"):
-        TarImages(path)
+        tar_images(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"no tar file" * 100, b"\x1f\x8b\x08" + b"x" * 2000])
 def test_what_is_no_tar_file(tmp_path, content):
     (tmp_path / "a.tar").write_bytes(content)
     with pytest.raises(IntegrityError, match=r"a\.tar \((empty|not a tar file|truncated)"):
-        TarImages(tmp_path / "a.tar")
+        tar_images(tmp_path / "a.tar")
 
 
 def test_a_tar_file_without_images(tmp_path):
     with pytest.raises(UsageError, match=r"no images in .*\.png"):
-        TarImages(write_tar(tmp_path / "a.tar", []))
+        tar_images(write_tar(tmp_path / "a.tar", []))
 
 
 def test_nothing_is_unpacked(tmp_path):
     outside = ("../outside.png", ONE)
-    source = TarImages(write_tar(tmp_path / "in" / "a.tar", [outside, ("/etc/b.png", TWO)]))
+    source = tar_images(write_tar(tmp_path / "in" / "a.tar", [outside, ("/etc/b.png", TWO)]))
     assert len(source) == 2
     assert sorted(tmp_path.rglob("*")) == [tmp_path / "in", tmp_path / "in" / "a.tar"]
 
 
 @pytest.mark.parametrize("name", ["\udcff\udcfe.png", "z\x1b[2J\n.png", "\u202egnp.png"])
 def test_names_that_are_no_text_are_escaped(tmp_path, name):
-    assert len(TarImages(write_tar(tmp_path / "a.tar", [(name, ONE)]))) == 1
+    assert len(tar_images(write_tar(tmp_path / "a.tar", [(name, ONE)]))) == 1
     with pytest.raises(IntegrityError) as caught:
-        TarImages(write_tar(tmp_path / "a.tar", [(name, b"no image")]))
+        tar_images(write_tar(tmp_path / "a.tar", [(name, b"no image")]))
     assert caught.value.message.isprintable()
 
 
@@ -181,10 +181,10 @@ def test_names_that_are_no_text_are_escaped(tmp_path, name):
 def test_the_fingerprint_sees_every_change(tmp_path, monkeypatch, held):
     monkeypatch.setattr(stored, "HELD_ITEMS", 20_000 if held else 0)
     path = write_tar(tmp_path / "a.tar", [("a.png", ONE), ("a.cls", b"1")])
-    found = [TarImages(path, **option).fingerprint for option in ({}, {"size": 6}, {"channels": 1})]
-    assert TarImages(path).fingerprint == found[0]
+    found = [tar_images(path, **option).fingerprint for option in ({}, {"size": 6}, {"channels": 1})]
+    assert tar_images(path).fingerprint == found[0]
     changes = ([("a.png", ONE), ("a.cls", b"2")], [("b.png", ONE), ("b.cls", b"2")], [("b.png", TWO), ("b.cls", b"2")])
-    found += [TarImages(write_tar(path, files)).fingerprint for files in changes]
+    found += [tar_images(write_tar(path, files)).fingerprint for files in changes]
     assert len(set(found)) == 6
 
 

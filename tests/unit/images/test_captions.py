@@ -1,9 +1,8 @@
 from collections import Counter
 
 from dmpctl.data.bundled import Digits
-from dmpctl.data.folder import ImageFolder
 from dmpctl.images.captions import Captioned, caption_of
-from tests.unit.data.made import encoded, write_folder
+from tests.unit.data.made import encoded, folder_images, write_folder
 
 FIVE = ("a", "b", "c", "d", "e")
 
@@ -27,7 +26,7 @@ def test_one_and_none():
 
 
 def test_sources_say_whether_they_may_have_captions(tmp_path):
-    source = ImageFolder(write_folder(tmp_path, {"a.png": encoded(0)}))
+    source = folder_images(write_folder(tmp_path, {"a.png": encoded(0)}))
     assert isinstance(source, Captioned)
     assert source.captions(0) == ()
     assert not isinstance(Digits(), Captioned)

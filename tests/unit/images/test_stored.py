@@ -11,13 +11,20 @@ import torch
 from PIL import Image
 
 from dmpctl.batches.loader import batches
-from dmpctl.data.folder import ImageFolder
-from dmpctl.data.parquet import ParquetImages
-from dmpctl.data.tar import TarImages
 from dmpctl.errors import IntegrityError
 from dmpctl.images import stored
 from dmpctl.images.stored import StoredImages
-from tests.unit.data.made import encoded, header_of, picture, write_folder, write_parquet, write_tar
+from tests.unit.data.made import (
+    encoded,
+    folder_images,
+    header_of,
+    parquet_images,
+    picture,
+    tar_images,
+    write_folder,
+    write_parquet,
+    write_tar,
+)
 
 Make = Callable[..., StoredImages]
 
@@ -25,19 +32,19 @@ Make = Callable[..., StoredImages]
 def as_folder(root: Path, images: list[bytes] | None, **options: object) -> StoredImages:
     """`images` None: what was written before."""
     write_folder(root / "images", {f"{row:03}.png": data for row, data in enumerate(images or [])})
-    return ImageFolder(root / "images", **options)
+    return folder_images(root / "images", **options)
 
 
 def as_parquet(root: Path, images: list[bytes] | None, **options: object) -> StoredImages:
     if images is not None:
         write_parquet(root / "images.parquet", images)
-    return ParquetImages(root / "images.parquet", **options)
+    return parquet_images(root / "images.parquet", **options)
 
 
 def as_tar(root: Path, images: list[bytes] | None, **options: object) -> StoredImages:
     if images is not None:
         write_tar(root / "images.tar", [(f"{row:03}.png", data) for row, data in enumerate(images)])
-    return TarImages(root / "images.tar", **options)
+    return tar_images(root / "images.tar", **options)
 
 
 @pytest.fixture(params=[as_folder, as_parquet, as_tar], ids=["folder", "parquet", "tar"])
@@ -147,7 +154,7 @@ class TestBrokenBehindItsHeader(Lazy):
                     assert np.array_equal(source.item(index)[0].permute(1, 2, 0).numpy(), expected)
         assert len(source.replaced) == 3
         assert [record.getMessage().split(" cannot")[0] for record in caplog.records] == [
-            source._store.name(index) for index in (5, 1, 2)
+            source.names()[index] for index in (5, 1, 2)
         ]
 
     def test_whichever_is_asked_for_first(self, make):
@@ -193,5 +200,5 @@ class TestGone(Lazy):
 def test_the_label_is_that_of_the_image_that_stands_in(tmp_path, monkeypatch):
     monkeypatch.setattr(stored, "HELD_ITEMS", 0)
     files = {"a/1.png": encoded(0), "a/2.png": BEHIND, "b/1.png": encoded(1)}
-    source = ImageFolder(write_folder(tmp_path, files), 8, on_bad="skip")
+    source = folder_images(write_folder(tmp_path, files), 8, on_bad="skip")
     assert [source.item(index)[1] for index in range(3)] == [0, 1, 1]

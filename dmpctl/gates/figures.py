@@ -1,7 +1,8 @@
-"""What gates say, as figures: for each block over timesteps, averaged over classes or captions."""
+"""Figures of gates: for each block over timesteps, averaged over classes or captions."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ COLLAPSED = 2.0  # effective number of prompts below which a gate has collapsed
 
 
 @dataclass(frozen=True)
-class Seen:
+class SeenGate:
     """Gates [S, N] of one block over S timesteps, mean over classes or captions, and its prompts [N, D] (sets: [E, N·D])."""
 
     block: int
@@ -27,7 +28,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class SiteGates:
+class GateFigures:
     """Figures of one site over its timesteps. `effective` is exp(entropy), N for a uniform gate, 1 for one prompt.
 
     `distance` is the mean absolute distance from uniform in units of 1 / N; `over_time` how far a prompt's weight moves
@@ -47,36 +48,49 @@ class SiteGates:
     prompt_norm: float
     prompt_similarity: float
 
+    @classmethod
+    def of(cls, seen: SeenGate) -> Self:
+        """Returns the figures of the gate of one block."""
+        gates, n = seen.gates, seen.gates.shape[-1]
+        entropy = torch.special.entr(gates).sum(-1)
+        cosine = gates.sum(-1) / (gates.norm(dim=-1) * n**0.5)
+        return cls(
+            site=seen.block,
+            prompts=n,
+            effective=float(entropy.exp().mean()),
+            entropy=float(entropy.mean()),
+            top1=float(gates.max(-1).values.mean()),
+            dead=int((gates.mean(0) < DEAD / n).sum()),
+            cosine_to_uniform=float(cosine.mean()),
+            distance=float((gates * n - 1).abs().mean()),
+            over_time=float((gates * n).std(0).mean()),
+            prompt_norm=float(seen.prompts.norm(dim=-1).mean()),
+            prompt_similarity=mean_cosine(seen.prompts),
+        )
 
-def site_gates(site: int, gates: Tensor, prompts: Tensor) -> SiteGates:
-    """Figures of gates [S, N] over S timesteps and prompts [N, D]."""
-    n = gates.shape[-1]
-    entropy = torch.special.entr(gates).sum(-1)
-    cosine = gates.sum(-1) / (gates.norm(dim=-1) * n**0.5)
-    return SiteGates(
-        site=site,
-        prompts=n,
-        effective=float(entropy.exp().mean()),
-        entropy=float(entropy.mean()),
-        top1=float(gates.max(-1).values.mean()),
-        dead=int((gates.mean(0) < DEAD / n).sum()),
-        cosine_to_uniform=float(cosine.mean()),
-        distance=float((gates * n - 1).abs().mean()),
-        over_time=float((gates * n).std(0).mean()),
-        prompt_norm=float(prompts.norm(dim=-1).mean()),
-        prompt_similarity=mean_cosine(prompts),
-    )
+
+@dataclass(frozen=True)
+class GatesSeen:
+    """The gates of a model at `timesteps`, by block; no blocks: its method has no gates."""
+
+    timesteps: list[int]
+    blocks: list[SeenGate]
+
+    @property
+    def figures(self) -> list[GateFigures]:
+        """Figures of each block."""
+        return [GateFigures.of(one) for one in self.blocks]
 
 
 def mean_cosine(prompts: Tensor) -> float:
-    """Mean cosine of two different rows of prompts [N, D]; 0 for a single one."""
+    """Returns the mean cosine of two different rows of prompts [N, D]; 0 for a single one."""
     unit = torch.nn.functional.normalize(prompts.float(), dim=-1)
     n = len(unit)
     return float((unit.sum(0).square().sum() - unit.square().sum()) / (n * (n - 1))) if n > 1 else 0.0
 
 
 def timestep_similarity(gates: Tensor) -> Tensor:
-    """Correlation [S, S] of the gates [S, N] of two timesteps over the prompts: the paper's picture of stages.
+    """Returns the correlation [S, S] of the gates [S, N] of two timesteps over the prompts: the paper's picture of stages.
 
     0 where a gate is uniform, which correlates with nothing.
     """
@@ -84,8 +98,8 @@ def timestep_similarity(gates: Tensor) -> Tensor:
     return off @ off.T
 
 
-def judge(sites: Sequence[SiteGates]) -> list[str]:
-    """What the figures say, in sentences."""
+def judge(sites: Sequence[GateFigures]) -> list[str]:
+    """Returns the conclusions from the figures, in sentences."""
     lines: list[str] = []
     prompts = " or ".join(map(str, sorted({s.prompts for s in sites})))
     if all(s.distance < UNIFORM for s in sites):
@@ -102,27 +116,28 @@ def judge(sites: Sequence[SiteGates]) -> list[str]:
 
 
 def timesteps_seen(model: Patched, count: int) -> list[int]:
-    """`count` timesteps of its schedule, evenly spaced with both ends."""
+    """Returns `count` timesteps of its schedule, evenly spaced with both ends."""
     return [int(t) for t in torch.linspace(0, model.backbone.spec.schedule.steps - 1, count).round()]
 
 
-def gates_seen(model: Patched, t: Tensor, settings: Settings, progress: Progress) -> list[Seen]:
-    """What each block's gate says at timesteps t [S], by block; empty for a method without gates."""
+def gates_seen(model: Patched, settings: Settings, progress: Progress) -> GatesSeen:
+    """Returns the gates of each block at --timesteps evenly spaced timesteps, averaged over `conditions_seen`."""
+    steps = timesteps_seen(model, settings.gates.timesteps)
     if model.patch is None:
-        return []
-    network, found = model.backbone.model, dict[int, Seen]()
+        return GatesSeen(steps, [])
+    network, t, found = model.backbone.model, torch.tensor(steps), dict[int, SeenGate]()
     each = [
         gates_of(model.patch, network.embed_time(t) if model.patch.time_only else network.embed(t, cond))
         for cond in conditions_seen(model, t, settings, progress)
     ]
     for views in zip(*each, strict=True):  # one patch under every condition
         patch, mean = views[0][0], torch.stack([gates for _, gates in views]).mean(0)
-        found |= {block: Seen(block, mean[i], patch.prompts_of(i)) for i, block in enumerate(patch.shape.blocks)}
-    return [found[block] for block in sorted(found)]
+        found |= {block: SeenGate(block, mean[i], patch.prompts_of(i)) for i, block in enumerate(patch.shape.blocks)}
+    return GatesSeen(steps, [found[block] for block in sorted(found)])
 
 
 def conditions_seen(model: Patched, t: Tensor, settings: Settings, progress: Progress) -> Iterator[Tensor | None]:
-    """Conditions for timesteps t [S] that gates are averaged over: every class (or --label), or some captions.
+    """Yields the conditions for timesteps t [S] that gates are averaged over: every class (or --label), or some captions.
 
     None where no gate sees any.
     """
@@ -138,9 +153,9 @@ def conditions_seen(model: Patched, t: Tensor, settings: Settings, progress: Pro
             yield from (prompts.captions.of(torch.full_like(t, number)) for number in range(len(prompts.captions)))
 
 
-def sites_table(sites: Sequence[SiteGates]) -> tuple[dict[str, str], ...]:
-    """The figures for people, one row for each site."""
-    return tuple(
+def sites_table(sites: Sequence[GateFigures]) -> list[dict[str, str]]:
+    """Returns the figures for people, one row for each site."""
+    return [
         {
             "site": str(s.site),
             "effective prompts": f"{s.effective:.2f}",
@@ -151,4 +166,4 @@ def sites_table(sites: Sequence[SiteGates]) -> tuple[dict[str, str], ...]:
             "prompt norm": f"{s.prompt_norm:.3f}",
         }
         for s in sites
-    )
+    ]

@@ -1,11 +1,9 @@
 """`dmpctl inspect-gates`: which prompts speak at which timestep, for every site. Needs no block and no image, unless asked to."""
 
-import csv
-import io
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,22 +11,13 @@ from torch import Tensor
 from dmpctl.diffusion.schedule import schedule_of
 from dmpctl.errors import MissingError, UsageError
 from dmpctl.files import make_folder, write_atomic, write_json
-from dmpctl.gates.figures import (
-    Seen,
-    SiteGates,
-    gates_seen,
-    judge,
-    site_gates,
-    sites_table,
-    timestep_similarity,
-    timesteps_seen,
-)
+from dmpctl.gates.figures import GatesSeen, gates_seen, judge, sites_table, timestep_similarity, timesteps_seen
 from dmpctl.gates.plots import heat_map, similarity_map
 from dmpctl.measuring.paired_loss import clean_images
 from dmpctl.models.patch_files import load_result, outputs_of
 from dmpctl.models.patched import Patched
 from dmpctl.models.sources import open_data
-from dmpctl.pages import page
+from dmpctl.pages.page import render
 from dmpctl.processes.stop import Stop
 from dmpctl.rng import seed_of
 from dmpctl.runs import checkpoint
@@ -42,8 +31,37 @@ IMAGES, LEVELS = 16, 5  # on which, and at so many timesteps, the size of an edi
 POLL = 1.0  # sec between looks at a run in progress
 
 
+@dataclass(frozen=True)
+class GatesPage:
+    """All that pages/gates.html.j2 shows: sentences, a table of the sites, and two pictures (PNG)."""
+
+    title: str
+    step: int
+    judgement: Sequence[str]
+    rows: Sequence[Mapping[str, str]]
+    weights: bytes
+    similarity: bytes
+
+
+@dataclass(frozen=True)
+class EditSize:
+    """|edit| / |tokens| at one site: its mean, and its value at each timestep."""
+
+    mean: float
+    by_timestep: list[float]
+
+
+@dataclass(frozen=True)
+class EditSizes:
+    """Sizes of the edits of each site (its number as JSON has it), measured on so many images."""
+
+    timesteps: list[int]
+    images: int
+    sites: dict[str, EditSize]
+
+
 def inspect(settings: Settings, run: Path, progress: Progress) -> Report:
-    """Table, JSON, pictures and a page of a run's gates, written into its gates/ (or --out).
+    """Write table, JSON, pictures and a page of a run's gates into its gates/ (or --out).
 
     Under --watch again for each new checkpoint, until the run has ended or a signal comes.
     """
@@ -75,100 +93,73 @@ def _inspected(settings: Settings, run: Path, progress: Progress, owner: Path | 
     """One look at a run or a checkpoint; `owner`: the run that it is a checkpoint of, None: itself."""
     model, options = load_result(run, settings.result.result_weights), settings.gates
     refuse_label(settings.images.image_label, model.backbone.spec.num_classes)
-    steps = timesteps_seen(model, options.timesteps)
-    seen = gates_seen(model, torch.tensor(steps), settings, progress)
-    if not seen:
+    seen = gates_seen(model, settings, progress)
+    if not seen.blocks:
         raise UsageError(f"{run} has no gates: it holds no patch of --method dmp", "name a run of dmpctl patch")
-    sites = [site_gates(one.block, one.gates, one.prompts) for one in seen]
-    lines, rows = judge(sites), [dict(row) for row in sites_table(sites)]
-    place = owner or outputs_of(run)
-    data: dict[str, Any] = {
+    sites, place = seen.figures, owner or outputs_of(run)
+    lines, rows = judge(sites), sites_table(sites)
+    data: dict[str, object] = {
         "schema_version": SCHEMA_VERSION,
         "run": str(place),
         "step": model.step,
-        "timesteps": steps,
-        "sites": [vars(s) for s in sites],
+        "timesteps": seen.timesteps,
+        "sites": [vars(site) for site in sites],
         "judgement": list(lines),
-        "gates": [one.gates.tolist() for one in seen],
-        "timestep_similarity": [timestep_similarity(one.gates).tolist() for one in seen],
+        "gates": [one.gates.tolist() for one in seen.blocks],
+        "timestep_similarity": [timestep_similarity(one.gates).tolist() for one in seen.blocks],
     }
     if options.with_backbone:
-        data["edit"] = edit_sizes(model, settings, progress)
+        edit = edit_sizes(model, settings, progress)
+        data["edit"] = asdict(edit)
         for row, site in zip(rows, sites, strict=True):
-            row["edit / tokens"] = f"{data['edit']['sites'][str(site.site)]['mean']:.2%}"
+            row["edit / tokens"] = f"{edit.sites[str(site.site)].mean:.2%}"
     if options.compare_with is not None:
-        data["compared"] = _compared(sites, seen, options.compare_with, settings, progress)
-        for row, difference in zip(rows, data["compared"]["sites"], strict=True):
-            row["other: effective"] = f"{difference['effective']:.2f}"
-            row["difference of weights"] = f"{difference['distance']:.3f}"
+        other = load_result(options.compare_with, settings.result.result_weights)
+        found = _beside(seen, gates_seen(other, settings, progress), options.compare_with)
+        data["compared"] = {"run": str(outputs_of(options.compare_with)), "step": other.step, "sites": found}
+        for row, theirs in zip(rows, found, strict=True):
+            row["other: effective"] = f"{theirs['effective']:.2f}"
+            row["difference of weights"] = f"{theirs['distance']:.3f}"
     if settings.console.dry_run:
         return Report(data, tuple(rows), (*lines, "dry run: nothing was written"))
-    folder = make_folder((settings.images.out or place / "gates").absolute())
-    target = folder / f"{model.step:07d}.json"
+    target = make_folder((settings.images.out or place / "gates").absolute()) / f"{model.step:07d}.json"
     write_json(target, data)
-    lines.append(f"figures: {target}")
+    written = [f"figures: {target}"]
     if options.csv:
-        write_atomic(target.with_suffix(".csv"), _csv(seen, steps))
-        lines.append(f"every weight: {target.with_suffix('.csv')}")
+        write_atomic(target.with_suffix(".csv"), _csv(seen))
+        written.append(f"every weight: {target.with_suffix('.csv')}")
     if options.plot:
-        pictures = {"": heat_map(seen, steps), "-timesteps": similarity_map(seen, steps)}
-        for name, picture in pictures.items():
-            write_atomic(folder / f"{model.step:07d}{name}.png", picture)
-        write_atomic(target.with_suffix(".html"), _page(data, rows, list(pictures.values())))
-        lines.append(f"look at: {target.with_suffix('.html')} and {target.with_suffix('.png').name}")
-    return Report(data, tuple(rows), tuple(lines))
+        page = GatesPage(f"Gates of {place.name}", model.step, lines, rows, heat_map(seen), similarity_map(seen))
+        write_atomic(target.with_suffix(".png"), page.weights)
+        write_atomic(target.with_name(f"{target.stem}-timesteps.png"), page.similarity)
+        write_atomic(target.with_suffix(".html"), render("gates", page))
+        written.append(f"look at: {target.with_suffix('.html')} and {target.with_suffix('.png').name}")
+    return Report(data, tuple(rows), (*lines, *written))
 
 
-def _csv(seen: Sequence[Seen], steps: Sequence[int]) -> bytes:
+def _csv(seen: GatesSeen) -> bytes:
     """site, timestep, prompt, weight: one line for each."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("site", "timestep", "prompt", "weight"))
-    for one in seen:
-        for t, weights in zip(steps, one.gates.tolist(), strict=True):
-            writer.writerows((one.block, t, prompt, f"{weight:.8g}") for prompt, weight in enumerate(weights))
-    return text.getvalue().encode()
+    lines = ["site,timestep,prompt,weight"]
+    for one in seen.blocks:
+        for t, weights in zip(seen.timesteps, one.gates.tolist(), strict=True):
+            lines += [f"{one.block},{t},{prompt},{weight:.8g}" for prompt, weight in enumerate(weights)]
+    return "\n".join([*lines, ""]).encode()
 
 
-def _page(data: dict[str, Any], rows: Sequence[dict[str, str]], pictures: Sequence[bytes]) -> bytes:
-    """The same as one HTML page that stands alone."""
-    count = len(data["sites"])
-    down = f"Heat maps of the gate weights of {count} blocks: prompts from top to bottom, timesteps from left to right"
-    alike = f"Correlation of the gates of every two timesteps, for each of {count} blocks"
-    parts = [
-        page.heading(f"Gates of {Path(data['run']).name} at step {data['step']}", 1),
-        *(page.paragraph(line, "verdict") for line in data["judgement"]),
-        page.table(rows),
-        page.heading("Which prompts speak at which timestep"),
-        page.figure(pictures[0], "png", down, "Weight of each prompt in units of 1 / N: 1 is uniform"),
-        page.heading("How alike the gates of two timesteps are"),
-        page.figure(
-            pictures[1], "png", alike, "Blocks of one colour along the diagonal are stages of denoising; 0 is a uniform gate"
-        ),
-    ]
-    return page.page(f"Gates of {Path(data['run']).name}", parts)
-
-
-def _compared(
-    sites: Sequence[SiteGates], seen: Sequence[Seen], other: Path, settings: Settings, progress: Progress
-) -> dict[str, Any]:
-    """The same figures of another run, and how far its weights are from these, mean over timesteps and prompts in 1 / N."""
-    model = load_result(other, settings.result.result_weights)
-    theirs = gates_seen(model, torch.tensor(timesteps_seen(model, settings.gates.timesteps)), settings, progress)
-    if [(one.block, one.gates.shape) for one in theirs] != [(one.block, one.gates.shape) for one in seen]:
+def _beside(seen: GatesSeen, theirs: GatesSeen, other: Path) -> list[dict[str, float]]:
+    """Figures of the gates of the run `other`, `distance`: from these weights, mean over timesteps and prompts in 1 / N."""
+    if [(one.block, one.gates.shape) for one in theirs.blocks] != [(one.block, one.gates.shape) for one in seen.blocks]:
         raise UsageError(
             f"the gates of {other} are of other sites or sizes", "compare runs on one backbone, with one shape of patch"
         )
-    found = []
-    for mine, one in zip(seen, theirs, strict=True):
-        figures = vars(site_gates(one.block, one.gates, one.prompts))
-        found.append({**figures, "distance": float((mine.gates - one.gates).abs().mean() * mine.gates.shape[-1])})
-    return {"run": str(outputs_of(other)), "step": model.step, "sites": found}
+    gaps = [one.gates - mine.gates for mine, one in zip(seen.blocks, theirs.blocks, strict=True)]
+    distances = [float(gap.abs().mean() * gap.shape[-1]) for gap in gaps]
+    return [{**vars(site), "distance": distance} for site, distance in zip(theirs.figures, distances, strict=True)]
 
 
 @torch.no_grad()
-def edit_sizes(model: Patched, settings: Settings, progress: Progress) -> dict[str, Any]:
-    """How large an edit is beside the tokens it enters: the ratio of their norms, per site and timestep, mean over images.
+def edit_sizes(model: Patched, settings: Settings, progress: Progress) -> EditSizes:
+    """Returns the ratio of the norms of an edit and of the tokens it enters, per site and timestep, mean over images.
 
     On images the patch was trained on, noised; runs the backbone. UsageError where nothing says which images.
     """
@@ -185,8 +176,8 @@ def edit_sizes(model: Patched, settings: Settings, progress: Progress) -> dict[s
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed_of(0, "edit", t)))
         for site, ratio in _ratios(model, schedule.add_noise(x0, at, noise), at, cond).items():
             ratios.setdefault(site, []).append(ratio)
-    sites = {str(site): {"mean": sum(values) / len(values), "by_timestep": values} for site, values in sorted(ratios.items())}
-    return {"timesteps": steps, "images": count, "sites": sites}
+    sites = {str(site): EditSize(sum(values) / len(values), values) for site, values in sorted(ratios.items())}
+    return EditSizes(steps, count, sites)
 
 
 def _ratios(model: Patched, x_t: Tensor, t: Tensor, cond: Tensor | None) -> dict[int, float]:

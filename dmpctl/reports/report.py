@@ -1,25 +1,24 @@
-"""`dmpctl report`: what a run was asked, did and measured, as one HTML page that can be sent to anybody."""
+"""`dmpctl report`: what a run was asked, did and measured, as one HTML page that can be sent to anybody.
 
-import json
-import os
+Each function below fills one section of pages/report.html.j2.
+"""
+
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from dmpctl.errors import DmpError, MissingError
+from dmpctl.errors import DmpError
 from dmpctl.files import make_folder, read_json, write_atomic
-from dmpctl.gates.figures import gates_seen, judge, site_gates, sites_table, timesteps_seen
+from dmpctl.gates.figures import gates_seen, judge, sites_table
 from dmpctl.gates.plots import heat_map
 from dmpctl.measuring.before_after import table as comparison_table
 from dmpctl.measuring.record import sampling_words
 from dmpctl.models.patch_files import added_words, load_result
-from dmpctl.pages import page
+from dmpctl.pages.page import drawing, render, to_svg
 from dmpctl.runs.rundir import RunDir
 from dmpctl.settings.model import Settings
-from dmpctl.store.cache import cache_dir
 from dmpctl.types import Progress, Report
 
 CURVES = {  # of metrics.jsonl: what it is called on the page, and whether it is drawn on a logarithmic scale
@@ -32,13 +31,70 @@ CURVES = {  # of metrics.jsonl: what it is called on the page, and whether it is
 SHEETS = 3  # contact sheets shown, the newest
 SMALL = 600  # pixels: a picture narrower than this is enlarged without blur
 
+Rows = Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture on the page; `alt` says in words what it shows. `pixels`: it is enlarged without blur."""
+
+    data: bytes
+    alt: str
+    caption: str
+    pixels: bool = False
+
+
+@dataclass(frozen=True)
+class GatesSection:
+    """The gates of a patch: sentences, a heat map (PNG), and figures of each block."""
+
+    judgement: Sequence[str]
+    weights: bytes
+    rows: Rows
+
+
+@dataclass(frozen=True)
+class RunPage:
+    """All that report.html.j2 shows; what the run does not have is empty. `gates` str: why they cannot be shown here.
+
+    `about` is patch.json or backbone.json, `sessions` are those of provenance.json, `settings` those of config.json.
+    """
+
+    name: str
+    command: str
+    about: Mapping[str, object]
+    added: str
+    comparison: Mapping[str, object]
+    sheets: Sequence[Picture]
+    measurements: Rows
+    curves: Sequence[Picture]
+    gates: GatesSection | str | None
+    again: str
+    sessions: Sequence[Mapping[str, Any]]
+    settings: Mapping[str, Mapping[str, object]]
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}: dmpctl {self.command}"
+
+    @property
+    def compared(self) -> Rows:
+        """Table of backbone, patch and their difference."""
+        return comparison_table(self.comparison)
+
+    @property
+    def found(self) -> dict[str, object]:
+        """Versions and facts of the last session."""
+        versions: Mapping[str, str] = self.sessions[-1]["versions"]
+        rest = {key: value for key, value in self.sessions[-1].items() if key not in ("argv", "versions")}
+        return {f"{name} version": version for name, version in versions.items()} | rest
+
 
 def report(settings: Settings, path: Path, progress: Progress) -> Report:
     """Write report.html into the run, or where --out says; what a run does not have is left out."""
     run = RunDir(path.expanduser())
-    config = run.config()
+    content = render("report", page_of(run, settings, progress))
     out = (settings.images.out or run.path / "report.html").expanduser().absolute()
-    content = page.page(f"{run.path.name}: dmpctl {config['command']}", _parts(run, config, settings, progress))
     data = {"run": str(run.path), "out": str(out), "bytes": len(content)}
     if settings.console.dry_run:
         return Report({"dry_run": True, **data}, (), ("dry run: nothing was written",))
@@ -47,80 +103,62 @@ def report(settings: Settings, path: Path, progress: Progress) -> Report:
     return Report(data, (), (f"report: {out}",))
 
 
-def _parts(run: RunDir, config: Mapping[str, Any], settings: Settings, progress: Progress) -> Iterator[str]:
-    os.environ.setdefault("MPLCONFIGDIR", str(cache_dir() / "matplotlib"))
-    about = _json(run.path / "patch.json") or _json(run.path / "backbone.json") or {}
-    provenance = _json(run.path / "provenance.json") or {"sessions": []}
-    yield page.heading(run.path.name, 1)
-    yield page.paragraph(_what(config, about), "soft")
-    comparison = _newest(run.path / "metrics", "comparison-*.json")
-    if comparison is not None:
-        if comparison["difference"]:
-            yield page.paragraph(f"Fréchet distance: {comparison['verdict']}", "verdict")
-        yield page.paragraph(f"Denoising loss: {comparison['paired_loss_verdict']}", "verdict")
-        yield page.heading("Patch against backbone, on the same seeds")
-        yield page.table(comparison_table(comparison))
-    yield from _pictures(run.path)
-    yield from _measurements(run.path)
-    yield from _curves(run)
-    yield from _gates(run, settings, progress)
-    yield from _origin(config, about, provenance)
+def page_of(run: RunDir, settings: Settings, progress: Progress) -> RunPage:
+    """Returns the page of a run. MissingError if it is none."""
+    config = run.config()
+    about = _json(run.path / "patch.json") or _json(run.path / "backbone.json")
+    comparisons = sorted(run.path.glob("metrics/comparison-*.json"))
+    sessions = _json(run.path / "provenance.json").get("sessions", [])
+    return RunPage(
+        name=run.path.name,
+        command=config["command"],
+        about=about,
+        added=added_words(about) if "method" in about else "",
+        comparison=_json(comparisons[-1]) if comparisons else {},
+        sheets=contact_sheets(run.path),
+        measurements=measurements(run.path),
+        curves=curves(run.metrics()),
+        gates=gates(run, settings, progress),
+        again=shlex.join([Path(sessions[0]["argv"][0]).name, *sessions[0]["argv"][1:]]) if sessions else "",
+        sessions=sessions,
+        settings=config["settings"],
+    )
 
 
-def _what(config: Mapping[str, Any], about: Mapping[str, Any]) -> str:
-    """One line on what this run is."""
-    if "method" in about:
-        backbone = about["backbone"]
-        return (
-            f"A patch ({about['method']['method']}) on {backbone['base']} ({backbone['parameters']:,} parameters), trained on "
-            f"{about['data']['name']} to step {about['step']}; it adds {added_words(about)}."
-        )
-    step = f", at step {about['step']}" if "step" in about else ", unfinished"
-    return f"A run of dmpctl {config['command']}{step}."
-
-
-def _pictures(path: Path) -> Iterator[str]:
-    shown = []
-    if (path / "before-after.png").is_file():
+def contact_sheets(run: Path) -> list[Picture]:
+    """Returns the sheet of before and after, and the newest sheets of samples."""
+    found = []
+    if (run / "before-after.png").is_file():
         alt = "Contact sheet: images of the backbone on the left, of the patched backbone on the right, from the same seeds"
-        shown.append(_picture(path / "before-after.png", alt, "Backbone and patch, same seeds"))
-    sheets = sorted(path.glob("samples/*/contact-sheet.png"), key=lambda sheet: sheet.stat().st_mtime_ns)[-SHEETS:]
-    shown += [
-        _picture(sheet, f"Contact sheet of samples {sheet.parent.name}", f"Samples {sheet.parent.name}") for sheet in sheets
-    ]
-    if shown:
-        yield page.heading("Images")
-        yield page.grid(shown)
+        found.append(_png(run / "before-after.png", alt, "Backbone and patch, same seeds"))
+    sheets = sorted(run.glob("samples/*/contact-sheet.png"), key=lambda sheet: sheet.stat().st_mtime_ns)[-SHEETS:]
+    names = [sheet.parent.name for sheet in sheets]
+    return found + [_png(s, f"Contact sheet of samples {n}", f"Samples {n}") for s, n in zip(sheets, names, strict=True)]
 
 
-def _picture(path: Path, alt: str, caption: str) -> str:
+def _png(path: Path, alt: str, caption: str) -> Picture:
     from PIL import Image
 
     with Image.open(path) as image:
-        small = image.width < SMALL
-    return page.figure(path.read_bytes(), "png", alt, caption, pixels=small)
+        return Picture(path.read_bytes(), alt, caption, pixels=image.width < SMALL)
 
 
-def _measurements(path: Path) -> Iterator[str]:
-    rows = []
-    for file in sorted(path.glob("metrics/*.json")):
-        record = _json(file)
-        if record is None or "reference" not in record or "metrics" not in record:
-            continue
-        for name, value in record["metrics"].items():
-            rows.append(
-                {
-                    "metric": name,
-                    "value": _value(value),
-                    "against": record["reference"]["name"],
-                    "protocol": record["protocol"]["name"],
-                    "sampling": sampling_words(record.get("sampling")),
-                    "measured": str(record.get("measured", ""))[:16].replace("T", " "),
-                }
-            )
-    if rows:
-        yield page.heading("Measurements")
-        yield page.table(rows)
+def measurements(run: Path) -> list[dict[str, str]]:
+    """Returns a row for each metric of each measurement of the run."""
+    records = map(_json, sorted(run.glob("metrics/*.json")))
+    return [
+        {
+            "metric": name,
+            "value": _value(value),
+            "against": record["reference"]["name"],
+            "protocol": record["protocol"]["name"],
+            "sampling": sampling_words(record.get("sampling")),
+            "measured": str(record.get("measured", ""))[:16].replace("T", " "),
+        }
+        for record in records
+        if "reference" in record and "metrics" in record
+        for name, value in record["metrics"].items()
+    ]
 
 
 def _value(value: Mapping[str, Any]) -> str:
@@ -131,69 +169,48 @@ def _value(value: Mapping[str, Any]) -> str:
     return f"{value['value']:.4f}" + ("" if error is None else f" ± {error:.2g}")
 
 
-def _curves(run: RunDir) -> Iterator[str]:
-    lines = run.metrics()
-    drawn = []
+def curves(lines: Sequence[Mapping[str, float]]) -> list[Picture]:
+    """Returns a curve over the steps for each of CURVES that the lines of metrics.jsonl have."""
+    found = []
     for key, (name, log) in CURVES.items():
-        found = [(line["step"], line[key]) for line in lines if key in line and not (log and line[key] <= 0)]
-        if found:
-            x, y = zip(*found, strict=True)
+        points = [(line["step"], line[key]) for line in lines if key in line and not (log and line[key] <= 0)]
+        if points:
+            x, y = zip(*points, strict=True)
             ends = f"{y[0]:.4g} at first, {y[-1]:.4g} at last, between {min(y):.4g} and {max(y):.4g}"
             alt = f"{name} from step {x[0]} to {x[-1]}: {ends}"
-            drawn.append(page.figure(page.curve(x, y, name, log), "svg+xml", alt, f"{name}: {y[-1]:.4g} at step {x[-1]}"))
-    if drawn:
-        yield page.heading("Training")
-        yield page.grid(drawn)
+            found.append(Picture(curve(x, y, name, log), alt, f"{name}: {y[-1]:.4g} at step {x[-1]}"))
+    return found
 
 
-def _gates(run: RunDir, settings: Settings, progress: Progress) -> Iterator[str]:
-    """Gates of a finished patch that has some. What cannot be looked at here (its backbone is elsewhere) is said."""
+def curve(x: Sequence[float], y: Sequence[float], name: str, log: bool = False) -> bytes:
+    """Returns a line as SVG: `name` against the step."""
+    figure = drawing(4.2, 2.5)
+    from matplotlib import rc_context  # after `drawing`, which says where matplotlib may write
+
+    with rc_context({"font.size": 9}):
+        axis = figure.subplots()
+        axis.plot(x, y, linewidth=1.3, color="#1f5fa8", marker="o" if len(x) < 3 else None, markersize=3)
+        axis.set_xlabel("step")
+        axis.set_ylabel(name)
+        if log:
+            axis.set_yscale("log")
+        axis.grid(alpha=0.25)
+        for side in ("top", "right"):
+            axis.spines[side].set_visible(False)
+        return to_svg(figure, name)
+
+
+def gates(run: RunDir, settings: Settings, progress: Progress) -> GatesSection | str | None:
+    """Returns the gates of a finished patch, None where it has none; or why they cannot be shown: its backbone is elsewhere."""
     if not (run.path / "patch.json").is_file():
-        return
-    try:
-        model = load_result(run.path)
-        steps = timesteps_seen(model, settings.gates.timesteps)
-        seen = gates_seen(model, torch.tensor(steps), settings, progress)
-    except DmpError as error:
-        yield page.heading("Gates")
-        yield page.paragraph(f"They cannot be shown here: {error}", "soft")
-        return
-    if not seen:
-        return
-    sites = [site_gates(one.block, one.gates, one.prompts) for one in seen]
-    yield page.heading("Gates")
-    for line in judge(sites):
-        yield page.paragraph(line)
-    alt = f"Heat maps of the gate weights of {len(seen)} blocks: prompts from top to bottom, timesteps from left to right"
-    yield page.figure(heat_map(seen, steps), "png", alt, "Weight of each prompt in units of 1 / N: 1 is uniform")
-    yield page.hidden("Figures of each block", page.table(sites_table(sites)))
-
-
-def _origin(config: Mapping[str, Any], about: Mapping[str, Any], provenance: Mapping[str, Any]) -> Iterator[str]:
-    sessions = provenance["sessions"]
-    yield page.heading("How to make it again")
-    if sessions:
-        yield page.command(shlex.join([Path(sessions[0]["argv"][0]).name, *sessions[0]["argv"][1:]]))
-        if len(sessions) > 1:
-            yield page.paragraph(f"It was begun {sessions[0]['at']} and gone on with {len(sessions) - 1} times.", "soft")
-        last = {key: value for key, value in sessions[-1].items() if key not in ("argv", "versions")}
-        yield page.pairs({**{f"{name} version": version for name, version in sessions[-1]["versions"].items()}, **last})
-    if about.get("sha256"):
-        yield page.pairs(
-            {"sha256 of the patch": about["sha256"], "sha256 of the backbone": about.get("backbone", {}).get("sha256", "")}
-        )
-    for section, values in config["settings"].items():
-        yield page.hidden(f"Settings: {section}", page.pairs({key: json.dumps(value) for key, value in values.items()}))
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    """A JSON file of the run; None where there is none."""
-    try:
-        return read_json(path)
-    except MissingError:
         return None
+    try:
+        seen = gates_seen(load_result(run.path), settings, progress)
+    except DmpError as error:
+        return str(error)
+    return GatesSection(judge(seen.figures), heat_map(seen), sites_table(seen.figures)) if seen.blocks else None
 
 
-def _newest(folder: Path, pattern: str) -> dict[str, Any] | None:
-    found = sorted(folder.glob(pattern))
-    return _json(found[-1]) if found else None
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON file of the run; empty where there is none."""
+    return read_json(path) if path.is_file() else {}

@@ -1,13 +1,11 @@
 """The plot of a study: one panel per stage and measure, a dot per training seed, the zero line is the backbone."""
 
-import io
 import math
-import os
 from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-from dmpctl.store.cache import cache_dir
+from dmpctl.pages.page import drawing, to_png
 from dmpctl.studies.table import BACKBONE, LOSS_UNIT, MEASURES, Results, Row
 
 # Okabe and Ito's palette, told apart by every kind of colour vision; the marker says the same.
@@ -18,15 +16,10 @@ WIDE = 10  # times the median of the means, beyond which the scale is linear abo
 
 def plot(results: Results, rows: Sequence[Row]) -> bytes:
     """PNG. Differences from the backbone, left is better; a bar is the mean ± sd, grey is the backbone's sampling noise."""
-    os.environ.setdefault("MPLCONFIGDIR", str(cache_dir() / "matplotlib"))  # its font list, else written elsewhere in the home
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     stages = list(results.stages)
     measures = list(dict.fromkeys(measure for stage in stages for measure in results.measures(stage)))
     heights = [0.9 + 0.32 * len(results.variants_at(stage)) for stage in stages]
-    figure = Figure(figsize=(1.6 + 4.2 * len(measures), 0.4 + sum(heights)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = drawing(1.6 + 4.2 * len(measures), 0.4 + sum(heights))
     axes = figure.subplots(len(stages), len(measures), squeeze=False, height_ratios=heights)
     for across, stage in zip(axes, stages, strict=True):
         for axis, measure in zip(across, measures, strict=True):
@@ -37,9 +30,7 @@ def plot(results: Results, rows: Sequence[Row]) -> bytes:
             axis.set_yticklabels([])
     legend = "difference from the backbone, left is better · ▼ improved  ▲ worse  ● no significant change or no test"
     figure.supxlabel(legend + "\ngrey: the backbone's distance over sampling seeds, ± sd" * ("frechet" in measures), fontsize=9)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
-    return buffer.getvalue()
+    return to_png(figure)
 
 
 def _panel(axis: Any, rows: Sequence[Row], measure: str, figures: Any) -> None:

@@ -19,8 +19,8 @@ from dmpctl.types import Silent
 from tests.helpers import BUNDLED, copied, files, patch_run, settings_for
 
 
-def figures(weights: torch.Tensor, site: int = 0) -> gate_figures.SiteGates:
-    return gate_figures.site_gates(site, weights, torch.ones(weights.shape[1], 4))
+def figures(weights: torch.Tensor, site: int = 0) -> gate_figures.GateFigures:
+    return gate_figures.GateFigures.of(gate_figures.SeenGate(site, weights, torch.ones(weights.shape[1], 4)))
 
 
 def moving(n: int = 4, steps: int = 8) -> torch.Tensor:
@@ -154,13 +154,14 @@ def test_a_backbone_has_no_gates(conditional):
 @pytest.mark.parametrize("sites", [1, 4, 5])
 def test_a_heat_map_of_any_number_of_sites(sites):
     draw = torch.Generator().manual_seed(0)
-    seen = [
-        gate_figures.Seen(site, torch.rand(6, 3 + site % 2, generator=draw).softmax(-1), torch.ones(3 + site % 2, 4))
+    blocks = [
+        gate_figures.SeenGate(site, torch.rand(6, 3 + site % 2, generator=draw).softmax(-1), torch.ones(3 + site % 2, 4))
         for site in range(sites)
     ]
-    data = gate_plots.heat_map(seen, [0, 200, 400, 600, 800, 999])
+    seen = gate_figures.GatesSeen([0, 200, 400, 600, 800, 999], blocks)
+    data = gate_plots.heat_map(seen)
     assert data.startswith(b"\x89PNG")
-    assert gate_plots.heat_map(seen, [0, 200, 400, 600, 800, 999]) == data
+    assert gate_plots.heat_map(seen) == data
 
 
 def test_similarity_of_prompts_and_of_timesteps():
@@ -200,7 +201,7 @@ def test_the_size_of_an_edit_is_what_it_adds(finished, tmp_path):
         for tensor in model.patch.prompt_parameters():
             tensor.mul_(2)
     twice = gates.edit_sizes(model, settings_for("inspect-gates"), Silent())
-    first = (found["sites"]["0"]["mean"], twice["sites"]["0"]["mean"])
+    first = (found["sites"]["0"]["mean"], twice.sites["0"].mean)
     assert first[1] == pytest.approx(2 * first[0], rel=1e-4)  # no block has run before the first
     assert 0 < first[0] < 1
 

@@ -118,25 +118,13 @@ def moments_to_fid(a: Gaussian, b: Gaussian) -> float:
 
 
 def features_to_fid(features: Tensor, reference: Gaussian, debias: bool = False) -> FidEstimate:
-    """FID of features [N, D] to a reference, with its standard error; `debias` adds the jackknife (ten more distances)."""
+    """FID of features [N, D] to a reference, with its standard error sd(g) / sqrt(N), g being its influence function.
+
+    `debias` adds the delete-group jackknife (ten more distances): it takes away the bias of order 1/N, but not the
+    reference's, and takes away too much where N is not well above D. Raises UsageError for fewer than two rows a group.
+    """
     parts = _group_moments(features, GROUPS if debias else 1)
     return _estimate(features, parts, Factor.of(reference))[0]
-
-
-def fid_standard_error(features: Tensor, reference: Gaussian) -> float | None:
-    """Standard error of the FID of features [N, D] by its influence function, sd(g) / sqrt(N); None where N <= D."""
-    return features_to_fid(features, reference).standard_error
-
-
-def jackknife_debiased(features: Tensor, reference: Gaussian) -> float:
-    """FID of features [N, D] without its bias of order 1/N, by the delete-group jackknife. The reference's bias stays.
-
-    Group g of ten holds rows g, g + 10, ... Where N is not well above D the bias is no longer of order 1/N, and this
-    takes away too much. Raises UsageError for fewer than two rows a group.
-    """
-    parts = _group_moments(features, GROUPS)
-    reference = Factor.of(reference)
-    return _debiased(parts, reference, moments_to_fid(reduce(FeatureMoments.merge, parts), reference))
 
 
 def paired_difference(features_a: Tensor, features_b: Tensor, reference: Gaussian) -> PairedDifference:
@@ -160,7 +148,7 @@ def paired_difference(features_a: Tensor, features_b: Tensor, reference: Gaussia
 
 
 def verdict(difference: float, standard_error: float, confidence: float = CONFIDENCE) -> Verdict:
-    """What a difference of two FIDs (new minus old) says at a two-sided `confidence`; negative is an improvement."""
+    """Whether a difference of two FIDs (new minus old) is significant at a two-sided `confidence`; negative is better."""
     z = _z(difference, standard_error)
     if abs(z) <= ndtri((1 + confidence) / 2):
         return "no significant change"
@@ -175,7 +163,7 @@ def noise_floor(features: Tensor, count: int, seed: int) -> float:
 
 
 def _distance(a: Factor, b: Factor, singular_values: Tensor) -> float:
-    """The distance from what its parts have become; rounding may not take it below 0. Raises NumericalError on overflow."""
+    """Sum of the terms of the distance; rounding may not take it below 0. Raises NumericalError on overflow."""
     shift = a.mean - b.mean
     distance = float(shift @ shift) + a.trace + b.trace - 2 * float(singular_values.sum())
     if not math.isfinite(distance):
@@ -226,7 +214,7 @@ def _z(difference: float, standard_error: float) -> float:
 
 
 def _group_moments(features: Tensor, groups: int) -> list[FeatureMoments]:
-    """Moments of `groups` interleaved groups of rows, so that sorted classes spread evenly."""
+    """Moments of `groups` groups of rows; group g holds rows g, g + groups, ..., so that sorted classes spread evenly."""
     if groups > 1 and len(features) < 2 * groups:
         raise UsageError(f"a jackknife of {groups} groups needs {2 * groups} feature vectors, found {len(features)}")
     return [features_to_moments([features[group::groups]]) for group in range(groups)]

@@ -1,7 +1,5 @@
 """Inception Score (Salimans et al. 2016): exp of the mean KL of each image's classes to those of its split."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

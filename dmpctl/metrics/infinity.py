@@ -1,7 +1,5 @@
 """FID without its bias of order 1/N, by a line through FIDs of fewer images (Chong and Forsyth 2020)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Kernel Inception Distance (Binkowski et al. 2018): unbiased MMD^2 with a cubic kernel, over random subsets."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor

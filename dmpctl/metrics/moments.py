@@ -1,9 +1,8 @@
 """Count, mean and scatter of features: all that a Frechet distance needs, in float64, mergeable over shards."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -26,8 +25,8 @@ class FeatureMoments:
     scatter: Tensor
 
     @classmethod
-    def empty(cls, width: int) -> FeatureMoments:
-        """Moments of no vector of `width` features: merging them changes nothing."""
+    def empty(cls, width: int) -> Self:
+        """Returns the moments of no vector of `width` features: merging them changes nothing."""
         return cls(0, torch.zeros(width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64))
 
     @property
@@ -61,15 +60,15 @@ class FeatureMoments:
         self.mean += shift * (new / total)
         self.count = total
 
-    def merge(self, other: FeatureMoments) -> FeatureMoments:
+    def merge(self, other: Self) -> Self:
         """Moments of both sets together; neither is changed. Raises UsageError if their widths differ."""
         same_width(self.width, other.width)
         total = self.count + other.count
         if not total:
-            return FeatureMoments.empty(self.width)
+            return self.empty(self.width)
         shift = other.mean - self.mean
         scatter = (self.scatter + other.scatter).addr_(shift, shift, alpha=self.count * other.count / total)
-        return FeatureMoments(total, self.mean + shift * (other.count / total), scatter)
+        return type(self)(total, self.mean + shift * (other.count / total), scatter)
 
     def covariance(self) -> Tensor:
         """Unbiased covariance [D, D], exactly symmetric. Raises UsageError for fewer than two vectors."""

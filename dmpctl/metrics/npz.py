@@ -1,7 +1,5 @@
 """Reading an npz of images or statistics without loading it whole, and without unpickling anything."""
 
-from __future__ import annotations
-
 import zipfile
 import zlib
 from collections.abc import Iterator

@@ -5,8 +5,6 @@ share of generated images in a ball of real ones, recall the share of real image
 the two arguments matters, and a generator that makes one good image over and over has precision 1 and recall near 0.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -57,51 +55,46 @@ def density_coverage(real: Tensor, generated: Tensor, neighbours: int = DC_NEIGH
     """
     _refuse(real, generated, neighbours)
     radii = squared_radii(real, neighbours)
-    inside, covered = 0, 0
-    for first in range(0, len(real), BLOCK):
-        held = torch.zeros(min(BLOCK, len(real) - first), dtype=torch.bool)
-        for _, distances in _squared_distances(real[first : first + BLOCK], generated):
-            within = distances < radii[first : first + BLOCK, None]
-            inside += int(within.sum())
-            held |= within.any(dim=1)
-        covered += int(held.sum())
-    return DensityCoverage(inside / (neighbours * len(generated)), covered / len(real), neighbours)
+    inside, covered = 0, torch.zeros(len(real), dtype=torch.bool)
+    for rows, _, distances in _squared_distances(real, generated):
+        within = distances < radii[rows, None]
+        inside += int(within.sum())
+        covered[rows] |= within.any(dim=1)
+    return DensityCoverage(inside / (neighbours * len(generated)), int(covered.sum()) / len(real), neighbours)
 
 
 def squared_radii(features: Tensor, neighbours: int) -> Tensor:
     """Squared distance [N] float64 of each of features [N, D] to its k-th nearest other one."""
-    found = []
-    for first in range(0, len(features), BLOCK):
-        best: Tensor | None = None
-        for _, distances in _squared_distances(features[first : first + BLOCK], features):
-            joined = distances if best is None else torch.cat([best, distances], dim=1)
-            best = joined.topk(min(neighbours + 1, joined.shape[1]), dim=1, largest=False).values  # the first is itself
-        if best is not None:
-            found.append(best[:, neighbours])
-    return torch.cat(found)
+    nearest = torch.full((len(features), neighbours + 1), torch.inf, dtype=torch.float64)  # the first is itself
+    for rows, _, distances in _squared_distances(features, features):
+        nearest[rows] = torch.cat([nearest[rows], distances], dim=1).topk(neighbours + 1, dim=1, largest=False).values
+    return nearest[:, neighbours]
 
 
 def _share_inside(points: Tensor, centres: Tensor, radii: Tensor) -> float:
     """Share of points [N, D] within a ball around a centre [M, D] of squared radius [M]."""
-    inside = 0
-    for first in range(0, len(points), BLOCK):
-        held = torch.zeros(min(BLOCK, len(points) - first), dtype=torch.bool)
-        for start, distances in _squared_distances(points[first : first + BLOCK], centres):
-            held |= (distances <= radii[start : start + BLOCK]).any(dim=1)
-        inside += int(held.sum())
-    return inside / len(points)
+    inside = torch.zeros(len(points), dtype=torch.bool)
+    for rows, columns, distances in _squared_distances(points, centres):
+        inside[rows] |= (distances <= radii[columns]).any(dim=1)
+    return int(inside.sum()) / len(points)
 
 
-def _squared_distances(block: Tensor, others: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(first row, squared distances [B, b] float64) of a block to every block of `others`.
+def _squared_distances(points: Tensor, others: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+    """(rows, columns, squared distances [B, b] float64) of every block of points [N, D] to every block of others [M, D].
 
     |a|^2 + |b|^2 - 2 a b loses digits where vectors are long and near; float64 leaves far more of them than features have.
     """
-    a = block.cpu().double()
-    lengths = a.square().sum(dim=1)[:, None]
-    for start in range(0, len(others), BLOCK):
-        b = others[start : start + BLOCK].cpu().double()
-        yield start, (lengths + b.square().sum(dim=1) - 2 * a @ b.T).clamp(min=0)
+    for rows in _blocks(points):
+        a = points[rows].cpu().double()
+        lengths = a.square().sum(dim=1)[:, None]
+        for columns in _blocks(others):
+            b = others[columns].cpu().double()
+            yield rows, columns, (lengths + b.square().sum(dim=1) - 2 * a @ b.T).clamp(min=0)
+
+
+def _blocks(features: Tensor) -> Iterator[slice]:
+    """Slices of rows, BLOCK at a time."""
+    return (slice(first, min(first + BLOCK, len(features))) for first in range(0, len(features), BLOCK))
 
 
 def _refuse(real: Tensor, generated: Tensor, neighbours: int) -> None:

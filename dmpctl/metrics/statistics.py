@@ -4,8 +4,6 @@ Ours is safetensors: count, mean and scatter of the features, of the spatial one
 how they were made. Of the others (ADM's npz, pytorch-fid's, clean-fid's, torch-fidelity's) only what a file says is known.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,7 +16,7 @@ from torch import Tensor
 
 from dmpctl.errors import IntegrityError, MissingError, NumericalError
 from dmpctl.files import read_tensors, tensor_names, write_tensors
-from dmpctl.metrics.features.weights import one_line
+from dmpctl.metrics.features.networks import one_line
 from dmpctl.metrics.frechet import Factor, Gaussian
 from dmpctl.metrics.moments import FeatureMoments
 from dmpctl.metrics.npz import IMAGES, names_of, npz_arrays, npz_images

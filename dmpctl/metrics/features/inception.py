@@ -1,7 +1,5 @@
 """Inception-v3 (TF 2015-12-05) by torch-fidelity, behind the preprocessing of the tool whose numbers are wanted."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,12 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dmpctl.errors import IntegrityError, MissingError, UsageError
+from dmpctl.errors import IntegrityError, MissingError
 from dmpctl.files import sha256_of
-from dmpctl.metrics.features.checks import require_uint8_images, tf32_off
+from dmpctl.metrics.features.networks import NetworkExtractor, one_line, read_state_dict
 from dmpctl.metrics.features.protocols import Preprocessing
 from dmpctl.metrics.features.resize import clean, half_pixel, tf1
-from dmpctl.metrics.features.weights import one_line, read_state_dict
 from dmpctl.types import Outputs
 
 PUBLISHED_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -34,7 +31,7 @@ PREPROCESSINGS: dict[Preprocessing, tuple[str, Callable[[Tensor], Tensor]]] = {
 }
 
 
-class Inception:
+class Inception(NetworkExtractor):
     """uint8 images [B, 1 or 3, H, W] of any size -> float32 pool_3 features [B, 2048], on `device`.
 
     `pinned` refuses any weights file but the published one; otherwise `known` says whether it is that one.
@@ -61,7 +58,7 @@ class Inception:
         self.known = self.sha256 == PUBLISHED_SHA256
         if pinned and not self.known:
             raise IntegrityError(f"{weights} has sha256 {self.sha256}, expected {PUBLISHED_SHA256}", FETCH)
-        self._device = torch.device(device)
+        super().__init__("Inception", device)
         self._words, self._prepare = PREPROCESSINGS[preprocessing]
         network = _build(read_state_dict(weights, FETCH), weights).to(self._device)
         self._layers = [network.get_submodule(name) for name in LAYERS]
@@ -74,27 +71,19 @@ class Inception:
         pin = "" if self.known else " unpinned"
         return f"inception-2015-12-05{pin} sha256:{self.sha256} {self._words}"
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """Features in full float32: no TF32, no autocast. Raises UsageError for anything but uint8 [B, 1 or 3, H, W]."""
-        return self.outputs(images).features
-
-    def outputs(self, images: Tensor) -> Outputs:
+    def _run(self, images: Tensor) -> Outputs:
         """Features; logits [B, 1008] without the bias, as the Inception Score takes them; spatial [B, 2023].
 
         Spatial: 7 channels of a 17x17 map after its ReLU, flattened rows first and channels last, as TensorFlow has them.
         """
-        require_uint8_images(images)
-        if images.shape[1] not in (1, 3):
-            raise UsageError(f"Inception takes grey or RGB images, found {images.shape[1]} channels")
         maps: list[Tensor] = []
         keep = self._maps.register_forward_hook(lambda _module, _inputs, output: maps.append(output[:, :SPATIAL_CHANNELS]))
         try:
-            with torch.inference_mode(), tf32_off(), torch.autocast(self._device.type, enabled=False):
-                x = self._prepare(images.to(self._device)).expand(-1, 3, -1, -1)
-                for layer in self._layers:
-                    x = layer(x)
-                features = x.flatten(1)
-                return Outputs(features, features @ self._classes.T, maps[0].permute(0, 2, 3, 1).flatten(1))
+            x = self._prepare(images).expand(-1, 3, -1, -1)
+            for layer in self._layers:
+                x = layer(x)
+            features = x.flatten(1)
+            return Outputs(features, features @ self._classes.T, maps[0].permute(0, 2, 3, 1).flatten(1))
         finally:
             keep.remove()
 

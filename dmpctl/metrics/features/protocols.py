@@ -1,7 +1,5 @@
 """Protocols: everything that has to be alike before two published numbers may stand side by side."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -3,8 +3,6 @@
 All: uint8 [B, C, H, W] -> float32 [B, C, side, side], in the range that the network was used with.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """Features of timm's networks: DINOv2 for FD-DINOv2 (Stein et al. 2023), and any other by its name."""
 
-from __future__ import annotations
-
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -11,9 +9,8 @@ from torch import Tensor, nn
 
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.files import sha256_of
-from dmpctl.metrics.features.checks import require_uint8_images, tf32_off
+from dmpctl.metrics.features.networks import NetworkExtractor, one_line, read_state_dict
 from dmpctl.metrics.features.resize import antialiased
-from dmpctl.metrics.features.weights import one_line, read_state_dict
 from dmpctl.types import Outputs
 
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
@@ -21,8 +18,8 @@ DINOV2_SIDE = 224  # in pixels; the network was trained at 518, its distance is 
 HINT = "add --extractor-weights FILE, a .safetensors file or a .pt of plain tensors in timm's layout"
 
 
-class TimmFeatures:
-    """uint8 images [B, 1 or 3, H, W] -> float32 [B, width]: what a timm network has before its classes, on `device`.
+class TimmFeatures(NetworkExtractor):
+    """uint8 images [B, 1 or 3, H, W] -> float32 [B, width]: the numbers before a timm network's classes, on `device`.
 
     Resized by antialiased bicubic to the network's own side, with its own mean and deviation. Of DINOv2 that is the class
     token, at 224 pixels.
@@ -46,7 +43,7 @@ class TimmFeatures:
             raise MissingError(f"the weights {weights} of {model} are not there", HINT)
         self.name = "dinov2" if model == DINOV2 else f"timm-{model}"
         self.sha256 = sha256_of(weights)
-        self._model, self._device = model, torch.device(device)
+        super().__init__(model, device)
         network = _build(model, weights)
         config = resolve_model_data_config(network)  # type: ignore[no-untyped-call]  # timm's own
         self._side = DINOV2_SIDE if model == DINOV2 else int(config["input_size"][-1])
@@ -58,21 +55,12 @@ class TimmFeatures:
     def fingerprint(self) -> str:
         """Network, weights and preprocessing."""
         seen = f"bicubic-antialias-{self._side} mean {self._mean} std {self._std}"
-        return f"{self.name} timm:{self._model} sha256:{self.sha256} {seen}"
+        return f"{self.name} timm:{self._title} sha256:{self.sha256} {seen}"
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """Features in full float32. Raises UsageError for anything but uint8 [B, 1 or 3, H, W]."""
-        require_uint8_images(images)
-        if images.shape[1] not in (1, 3):
-            raise UsageError(f"{self._model} takes grey or RGB images, found {images.shape[1]} channels")
-        with torch.inference_mode(), tf32_off(), torch.autocast(self._device.type, enabled=False):
-            rgb = images.to(self._device).expand(-1, 3, -1, -1)
-            features: Tensor = self._network(antialiased(rgb, self._side, self._mean, self._std))
-        return features
-
-    def outputs(self, images: Tensor) -> Outputs:
-        """The features; there are no classes, and no maps that a published distance is taken in."""
-        return Outputs(self(images))
+    def _run(self, images: Tensor) -> Outputs:
+        """Features alone: there are no classes, and no maps that a published distance is taken in."""
+        rgb = images.expand(-1, 3, -1, -1)
+        return Outputs(self._network(antialiased(rgb, self._side, self._mean, self._std)))
 
 
 def _build(model: str, weights: Path) -> Any:

@@ -18,8 +18,6 @@ from dmpctl.metrics.features.pixels import Pixels
 from dmpctl.metrics.frechet import (
     Factor,
     features_to_fid,
-    fid_standard_error,
-    jackknife_debiased,
     moments_to_fid,
     noise_floor,
     paired_difference,
@@ -193,7 +191,7 @@ def by_finite_differences(x: Tensor, reference: FeatureMoments, step: float = 1e
 def test_standard_error_is_that_of_the_derivative():
     x, y, reference = cloud(60, 5, 1), cloud(60, 5, 2), moments(cloud(500, 5, 3, mix=1))
     dx, dy = by_finite_differences(x, reference), by_finite_differences(y, reference)
-    assert fid_standard_error(x, reference) == pytest.approx(float(dx.std()) / 60**0.5, rel=1e-5)
+    assert features_to_fid(x, reference).standard_error == pytest.approx(float(dx.std()) / 60**0.5, rel=1e-5)
     paired = paired_difference(x, y, reference)
     assert paired.standard_error == pytest.approx(float((dx - dy).std()) / 60**0.5, rel=1e-5)
 
@@ -210,7 +208,7 @@ def repeated():
         better = normal(count, width, 100 + seed) @ mix + shift
         worse = better + 0.1 * normal(count, width, 10_000 + seed) + 0.02
         paired.append(paired_difference(better, worse, reference))
-        debiased.append(jackknife_debiased(better, reference))
+        debiased.append(features_to_fid(better, reference, debias=True).debiased)
     noise = 0.1**2 * torch.eye(width, dtype=torch.float64)
     true_better = moments_to_fid(gaussian(shift, mix.T @ mix), reference)
     true_worse = moments_to_fid(gaussian(shift + 0.02, mix.T @ mix + noise), reference)
@@ -269,7 +267,7 @@ def test_no_certainty_is_claimed_for_fewer_images_than_features():
     for count, known in ((32, False), (33, True)):
         x, y = cloud(count, 32, 1), cloud(count, 32, 2)
         estimate, paired = features_to_fid(x, reference, debias=True), paired_difference(x, y, reference)
-        found = (fid_standard_error(x, reference), estimate.debiased, paired.standard_error, paired.z, paired.p_value)
+        found = (features_to_fid(x, reference).standard_error, estimate.debiased, paired.standard_error, paired.z, paired.p_value)
         assert [value is not None for value in found] == [known] * 5
         assert estimate.value == pytest.approx(moments_to_fid(moments(x), reference), rel=1e-12)
 
@@ -280,7 +278,7 @@ def test_neither_dtype_nor_blocks_matter(monkeypatch):
     monkeypatch.setattr(frechet, "BLOCK", 64)
     blocks = features_to_fid(x.double(), reference, debias=True)
     assert blocks.standard_error == pytest.approx(whole.standard_error, rel=1e-12)
-    assert blocks.debiased == pytest.approx(jackknife_debiased(x, reference), rel=1e-9)
+    assert blocks.debiased == pytest.approx(features_to_fid(x, reference, debias=True).debiased, rel=1e-9)
     assert blocks.value == pytest.approx(moments_to_fid(moments(x), reference), rel=1e-12)
 
 
@@ -291,7 +289,7 @@ def test_jackknife_with_groups_of_unequal_size():
     for group in range(10):
         rest = torch.tensor([k for k in range(43) if k % 10 != group])
         expected += whole - len(rest) / 43 * moments_to_fid(moments(x[rest]), reference)
-    assert jackknife_debiased(x, reference) == pytest.approx(expected, rel=1e-9)
+    assert features_to_fid(x, reference, debias=True).debiased == pytest.approx(expected, rel=1e-9)
 
 
 def test_noise_floor_is_that_of_as_many_real_images():
@@ -349,7 +347,7 @@ def test_refusals():
     with pytest.raises(UsageError, match="row by row"):
         paired_difference(x, x[:49], reference)
     with pytest.raises(UsageError, match="needs 20"):
-        jackknife_debiased(x[:19], reference)
+        features_to_fid(x[:19], reference, debias=True)
     with pytest.raises(UsageError, match="at least 2"):
         noise_floor(x, 1, seed=0)
     x[7, 2] = float("nan")

@@ -103,11 +103,12 @@ def started(name: str, settings: "Settings", argument: Any) -> int | None:
         return None
     if settings.launch.num_processes == 1 and settings.launch.nnodes == "1":  # needs no torch
         return None
-    from dmpctl.processes.launcher import Job, processes_to_start, run_job
+    from dmpctl.processes.launcher import processes_to_start, run_in
+    from dmpctl.processes.notes import Assignment
 
     processes = processes_to_start(settings.launch)
     with requeueing(settings):
-        return run_job(Job(name, settings, argument, sys.argv), processes) if processes else None
+        return run_in(processes, Assignment(name, settings, argument, sys.argv)) if processes else None
 
 
 def perform(body: Body, call: Call) -> int:

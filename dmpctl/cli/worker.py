@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from dmpctl.cli.app import end, module_of
 from dmpctl.cli.console import progress_for
 from dmpctl.cli.options import Call, perform
 from dmpctl.errors import DmpError, Interrupted
-from dmpctl.files import make_folder, read_json, write_atomic, write_json
+from dmpctl.files import make_folder, write_atomic
+from dmpctl.processes.notes import Assignment, Outcome
 from dmpctl.processes.stop import hold_signals, let_signals_in
 
 LOSSES = ("closed by peer", "connection reset", "connection closed", "broken pipe", "timed out", "timeout", "aborted")
@@ -35,36 +35,33 @@ def end_with(launcher: int) -> None:
 
 
 def work(folder: Path) -> int:
-    """Do the job and say how it ended; returns this process's exit code: 0 after a stop, or it would be started again."""
+    """Do the work and say how it ended; returns this process's exit code: 0 after a stop, or it would be started again."""
     rank, attempt = int(os.environ["RANK"]), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     place = make_folder(folder / f"attempt-{attempt}") / f"rank-{rank}.json"
     write_atomic(place.with_suffix(".pid"), str(os.getpid()).encode())
-    outcome = {"rank": rank, "expected": True, "echo": False, "message": "", "hint": None, "exit_code": 0, "signal": 0}
-    code, debug = 0, False
+    outcome, code, debug = Outcome(rank=rank), 0, False
     try:
         let_signals_in()
-        from dmpctl.processes.launcher import Job
-
-        job = Job.from_dict(read_json(folder / "job.json"))
-        debug = job.settings.console.debug
-        sys.argv[:] = job.argv
-        body = getattr(import_module(module_of(job.command)), job.command)
+        asked = Assignment.read(folder)
+        debug = asked.settings.console.debug
+        sys.argv[:] = asked.argv
+        body = getattr(import_module(module_of(asked.command)), asked.command)
         with leaving():
-            outcome["exit_code"] = perform(body, Call(job.settings, job.argument, progress_for(job.settings.console)))
+            done = perform(body, Call(asked.settings, asked.argument, progress_for(asked.settings.console)))
+        outcome = Outcome(rank=rank, exit_code=done)
     except Interrupted as stop:
-        outcome |= _said(stop) | {"signal": stop.signal_number}
+        outcome = _said(rank, stop, stop.signal_number)
     except DmpError as error:
-        outcome |= _said(error)
-        code = error.exit_code
+        outcome, code = _said(rank, error), error.exit_code
         _trace(error, debug)
     except KeyboardInterrupt:
-        outcome |= {"message": "stopped by SIGINT at once", "signal": int(signal.SIGINT), "exit_code": 128 + signal.SIGINT}
+        number = int(signal.SIGINT)
+        outcome = Outcome(rank=rank, message="stopped by SIGINT at once", signal=number, exit_code=128 + number)
     except BaseException as error:
-        outcome |= _unexpected(error)
-        code = DmpError.exit_code
+        outcome, code = _unexpected(rank, error), DmpError.exit_code
         _trace(error, debug or rank > 0)  # ranks above 0 write to a log, which the launcher names
     hold_signals()  # what is to be said is said, and the end is near
-    write_json(place, {**outcome, "at": time.time()})
+    outcome.model_copy(update={"at": time.time()}).write(place)
     return code
 
 
@@ -81,18 +78,18 @@ def leaving() -> Iterator[None]:
     leave()
 
 
-def _said(error: DmpError) -> dict[str, Any]:
-    return {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}
+def _said(rank: int, error: DmpError, number: int = 0) -> Outcome:
+    return Outcome(rank=rank, message=error.message, hint=error.hint, exit_code=error.exit_code, signal=number)
 
 
-def _unexpected(error: BaseException) -> dict[str, Any]:
-    """What is no DmpError: our bug, or (`echo`) what the loss of another process looks like from here."""
+def _unexpected(rank: int, error: BaseException) -> Outcome:
+    """Anything but a DmpError: our bug, or (`echo`) the loss of another process as seen from here."""
     text = f"{type(error).__name__}: {error}".rstrip(": ")
     echo = isinstance(error, RuntimeError) and any(loss in text.lower() for loss in LOSSES)
     if echo:
         text = f"lost the other processes ({' '.join(text.split())[:300]})"
     hint = "see what the others say, or raise --rank-timeout" if echo else "run it again with --debug to see where"
-    return {"message": text, "hint": hint, "exit_code": DmpError.exit_code, "expected": False, "echo": echo}
+    return Outcome(rank=rank, expected=False, echo=echo, message=text, hint=hint, exit_code=DmpError.exit_code)
 
 
 def _trace(error: BaseException, wanted: bool) -> None:

@@ -1,7 +1,6 @@
-"""How a command runs: through accelerate, in as many processes as were started, and what makes two runs the same experiment."""
+"""The accelerator that training goes through, and the precision that it computes in."""
 
 import os
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -28,17 +27,6 @@ def accelerator_for(settings: Settings) -> Accelerator:
     if accelerator.num_processes != ranks.world:  # two worlds of one would both write
         raise UsageError(f"{ranks.world} processes were started, accelerate sees {accelerator.num_processes}", "add --cpu")
     return accelerator
-
-
-def science_of(settings: Settings) -> dict[str, Any]:
-    """Flat values that make a run this experiment: a change of one of them is refused on resume.
-
-    More iterations at a constant rate are the same experiment taken further, so --iters counts only under a decay.
-    """
-    found = settings.science()
-    if settings.train.lr_schedule == "constant":
-        found.pop("iters", None)
-    return found
 
 
 def allow_tf32(launch: Launch) -> None:

@@ -12,9 +12,8 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -22,41 +21,15 @@ from typing import Any
 import torch
 
 from dmpctl.errors import DmpError, Interrupted
-from dmpctl.files import read_json, write_json
+from dmpctl.processes.notes import Assignment, Outcome, outcomes
 from dmpctl.processes.ranks import launched
 from dmpctl.processes.stop import hold_signals, let_signals_in
 from dmpctl.settings.launch import Launch
-from dmpctl.settings.model import Settings
 
 GRACE = 8.0  # sec that the others have to end after one has failed, before they are killed
 POLL = 0.2  # sec between two looks at the processes
 SAVING = 3600  # sec that processes have to save after a signal; schedulers have limits of their own
 MEETING = "dmpctl"  # where machines meet, if no scheduler names the job
-
-
-@dataclass(frozen=True)
-class Job:
-    """A command with all its settings, resolved once: the processes look at no variable and no settings file.
-
-    `argument` is the positional one, None if there is none; `argv` is what was typed.
-    """
-
-    command: str
-    settings: Settings
-    argument: Any
-    argv: list[str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able; `from_dict` gives the same job back."""
-        path = isinstance(self.argument, Path)
-        argument = {"value": str(self.argument) if path else self.argument, "path": path}
-        return {"command": self.command, "settings": self.settings.to_dict(), "argument": argument, "argv": self.argv}
-
-    @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> "Job":
-        argument = value["argument"]["value"]
-        argument = Path(argument) if value["argument"]["path"] else argument
-        return cls(value["command"], Settings.from_dict(value["settings"]), argument, list(value["argv"]))
 
 
 def processes_to_start(launch: Launch) -> int:
@@ -70,17 +43,17 @@ def processes_to_start(launch: Launch) -> int:
     return wanted if wanted > 1 or launch.nodes[1] > 1 else 0
 
 
-def run_job(job: Job, processes: int) -> int:
-    """Run the job in so many processes on this machine; returns its exit code.
+def run_in(processes: int, work: Assignment) -> int:
+    """Do the work in so many processes on this machine; returns its exit code.
 
     Raises what the first process to fail raised, with its rank, and Interrupted after a signal. No process is left.
     """
     folder = Path(tempfile.mkdtemp(prefix="dmpctl-"))
     keep = False
     try:
-        write_json(folder / "job.json", job.to_dict())
+        work.write(folder)
         with ending_the_rest(folder) as hung:
-            caught = _started(job.settings.launch, processes, folder)
+            caught = _started(work.settings.launch, processes, folder)
         return _outcome(folder, caught, hung)
     except DmpError as error:
         keep = error.exit_code == DmpError.exit_code  # a failure that nobody expected: its logs are needed
@@ -137,19 +110,19 @@ def _outcome(folder: Path, caught: "dict[int, Any] | signal.Signals", hung: Coll
     `hung`: pids of processes that had to be killed after another's failure.
     """
     found = outcomes(folder)
-    if stopped := [outcome for outcome in found if outcome["signal"]]:
+    if stopped := [outcome for outcome in found if outcome.signal]:
         raise _again(stopped[0])
     if isinstance(caught, signal.Signals):
         raise Interrupted(f"stopped by {caught.name}", caught.value, "the same command goes on with what is there")
     if not caught:
-        return max((int(outcome["exit_code"]) for outcome in found), default=0)
+        return max((outcome.exit_code for outcome in found), default=0)
     where = f"logs: {folder / 'logs'}"
-    said = sorted((o for o in found if o["message"]), key=lambda o: (o["echo"], not o["expected"], o["at"]))
+    said = sorted((o for o in found if o.message), key=lambda o: (o.echo, not o.expected, o.at))
     by_launcher_last = sorted(caught.items(), key=lambda item: (item[1].exitcode == -signal.SIGTERM, item[0]))
-    died = {rank: failure for rank, failure in by_launcher_last if rank not in {outcome["rank"] for outcome in said}}
-    if said and not (said[0]["echo"] and died):
-        alike = len(said) > 1 and len({outcome["message"] for outcome in said}) == 1
-        raise _again(said[0], alike, None if said[0]["expected"] else where)
+    died = {rank: failure for rank, failure in by_launcher_last if rank not in {outcome.rank for outcome in said}}
+    if said and not (said[0].echo and died):
+        alike = len(said) > 1 and len({outcome.message for outcome in said}) == 1
+        raise _again(said[0], alike, None if said[0].expected else where)
     rank, failure = next(iter(died.items()), by_launcher_last[0])
     who = f"rank {rank} (pid {failure.pid})"
     if failure.pid in hung:
@@ -160,21 +133,12 @@ def _outcome(folder: Path, caught: "dict[int, Any] | signal.Signals", hung: Coll
     raise DmpError(f"{who} was ended by {failure.signal_name()}{memory}", where)
 
 
-def _again(outcome: Mapping[str, Any], all_alike: bool = False, hint: str | None = None) -> DmpError:
+def _again(outcome: Outcome, all_alike: bool = False, hint: str | None = None) -> DmpError:
     """The failure that a process wrote down; `all_alike`: all say this, so it is nobody's own. `hint` None: its own."""
-    message, hint, number = outcome["message"], hint or outcome["hint"], outcome["signal"]
-    who = "" if all_alike else f"rank {outcome['rank']}: "
-    error = Interrupted(message, number, hint) if number else DmpError(who + message, hint)
-    error.exit_code = int(outcome["exit_code"])
+    hint, who = hint or outcome.hint, "" if all_alike else f"rank {outcome.rank}: "
+    error = Interrupted(outcome.message, outcome.signal, hint) if outcome.signal else DmpError(who + outcome.message, hint)
+    error.exit_code = outcome.exit_code
     return error
-
-
-def outcomes(folder: Path) -> list[dict[str, Any]]:
-    """How the processes of the last attempt ended, as far as they could still say it."""
-    attempts = sorted(folder.glob("attempt-*"), key=lambda path: int(path.name.removeprefix("attempt-")))
-    if not attempts:
-        return []
-    return [read_json(path) for path in sorted(attempts[-1].glob("rank-*.json"))]
 
 
 @contextmanager
@@ -212,9 +176,10 @@ def _watch(folder: Path, heard: int, done: Event, killed: set[int]) -> None:
             if attempt not in since and _has_failed(attempt):
                 since[attempt] = time.monotonic()
             if interrupts > 1 or time.monotonic() - since.get(attempt, math.inf) > GRACE:
-                running = _running(attempt)
-                killed.update(running)
-                kill(running)
+                for pid in filter(alive, map(_pid_in, attempt.glob("rank-*.pid"))):
+                    killed.add(pid)
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
 
 
 def _has_failed(attempt: Path) -> bool:
@@ -224,13 +189,9 @@ def _has_failed(attempt: Path) -> bool:
         if not outcome.is_file():
             if not alive(_pid_in(path)) and not outcome.is_file():
                 return True
-        elif (said := read_json(outcome))["message"] and not said["signal"]:
+        elif (said := Outcome.read(outcome)).message and not said.signal:
             return True
     return False
-
-
-def _running(attempt: Path) -> list[int]:
-    return [pid for pid in map(_pid_in, attempt.glob("rank-*.pid")) if alive(pid)]
 
 
 def _pid_in(path: Path) -> int:
@@ -250,10 +211,3 @@ def alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
-
-
-def kill(pids: Iterable[int]) -> None:
-    """End processes at once."""
-    for pid in pids:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)

@@ -12,7 +12,6 @@ from dmpctl.codecs.text import TextEncoder
 from dmpctl.images.stored import left_out_of, left_out_words
 from dmpctl.models.conditions import training_conditions
 from dmpctl.models.encode import training_source
-from dmpctl.processes.accelerator import science_of
 from dmpctl.processes.command import again_command
 from dmpctl.processes.ranks import ranks_of
 from dmpctl.runs import checkpoint
@@ -54,8 +53,19 @@ class Session:
         return dict(self.digests) | codec | text
 
     def science(self, settings: Settings) -> dict[str, Any]:
-        """What makes a run this experiment and no other."""
+        """All that makes a run this experiment: settings and the identities of what they name."""
         return science_of(settings) | self.identities
+
+
+def science_of(settings: Settings) -> dict[str, Any]:
+    """Flat values that make a run this experiment: a change of one of them is refused on resume.
+
+    More iterations at a constant rate are the same experiment taken further, so --iters counts only under a decay.
+    """
+    found = settings.science()
+    if settings.train.lr_schedule == "constant":
+        found.pop("iters", None)
+    return found
 
 
 @dataclass(frozen=True)

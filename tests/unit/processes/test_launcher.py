@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from dmpctl.errors import DmpError, Interrupted
-from dmpctl.files import make_folder, write_json
-from dmpctl.processes.launcher import _outcome, alive, outcomes
+from dmpctl.files import make_folder
+from dmpctl.processes.launcher import _outcome, alive
+from dmpctl.processes.notes import Outcome, outcomes
 
 
 @dataclass
@@ -29,8 +30,7 @@ class Failure:
 
 def said(folder: Path, rank: int, attempt: int = 0, **outcome: Any) -> None:
     """How a process says that it ended."""
-    whole = {"rank": rank, "expected": True, "echo": False, "message": "", "hint": None, "exit_code": 0, "signal": 0, "at": rank}
-    write_json(make_folder(folder / f"attempt-{attempt}") / f"rank-{rank}.json", whole | outcome)
+    Outcome(**{"rank": rank, "at": rank, **outcome}).write(make_folder(folder / f"attempt-{attempt}") / f"rank-{rank}.json")
 
 
 LOST = {"message": "lost the other processes", "expected": False, "echo": True, "exit_code": 1, "at": 0}
@@ -83,7 +83,7 @@ def test_a_threshold_that_was_not_met_is_passed_on_and_only_the_last_attempt_cou
     said(tmp_path, 0, attempt=10, exit_code=6)
     said(tmp_path, 1, attempt=10)
     assert _outcome(tmp_path, {}, ()) == 6
-    assert [outcome["rank"] for outcome in outcomes(tmp_path)] == [0, 1]
+    assert [outcome.rank for outcome in outcomes(tmp_path)] == [0, 1]
     assert _outcome(tmp_path / "none", {}, ()) == 0
 
 

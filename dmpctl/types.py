@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 Prediction = Literal["epsilon", "velocity"]
 ScheduleKind = Literal["linear", "cosine", "scaled-linear", "flow"]
@@ -137,6 +137,14 @@ class Plan:
     backbone: Backbone | None = None
 
 
+class ParamGroup(TypedDict):
+    """Parameters that are trained at one learning rate, as torch's optimizers take them."""
+
+    name: str
+    params: list[nn.Parameter]
+    lr: float
+
+
 class Patch(Protocol):
     """The trainable part: a module whose forward is `plan`, so that it can be wrapped for many processes."""
 
@@ -162,7 +170,7 @@ class Patch(Protocol):
         """Shape of one sample's gate noise, None if the method draws none."""
         ...
 
-    def param_groups(self) -> list[dict[str, Any]]:
+    def param_groups(self) -> list[ParamGroup]:
         """AdamW parameter groups with their learning rates; together exactly the patch's parameters."""
         ...
 

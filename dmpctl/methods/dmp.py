@@ -4,9 +4,9 @@ The gate sees only the conditioning vector c and the block index l, so the gates
 first block runs. Gates are returned, never kept on the module.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, assert_never
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, assert_never
 
 import torch
 import torch.nn.functional as F
@@ -14,17 +14,18 @@ from torch import Tensor, nn
 
 from dmpctl.errors import UsageError
 from dmpctl.methods.gate import (
+    PerSiteGate,
     SharedGate,
-    SiteGates,
     expected_load,
     one_hot_of_best,
     per_sample_importance,
     softmax_of_best,
     squared_cv,
 )
-from dmpctl.methods.prompts import PromptModule, PromptShape, gated_edit, prompt_edit, prompt_shape
+from dmpctl.methods.prompt_tuning import PromptPatch
+from dmpctl.methods.prompts import PromptShape, gated_edit, prompt_edit, prompt_shape
 from dmpctl.settings.methods import Dmp
-from dmpctl.types import BackboneSpec, Edit, Plan, Routing, Routings
+from dmpctl.types import BackboneSpec, Edit, ParamGroup, Plan, Routing, Routings
 
 NOISE_FLOOR = 0.01  # smallest standard deviation of the gate noise (Shazeer et al. 2017, eq. 4)
 
@@ -47,7 +48,7 @@ class DmpShape(PromptShape):
 
     @property
     def choices(self) -> int:
-        """K, what the gate chooses among: N prompts, or E whole sets."""
+        """K, the number of things that the gate chooses among: N prompts, or E whole sets."""
         return self.sets or self.prompts
 
     def parameters(self) -> int:
@@ -73,24 +74,27 @@ def dmp_shape(spec: BackboneSpec, settings: Dmp, blocks: Sequence[int] | None = 
         raise UsageError(f"--topk {kept} is more than the {choices} {what}")
     gate: Literal["shared", "per-site", "none"] = "per-site" if settings.gate_per_site else "shared"
     gate = "none" if settings.gate == "uniform" else gate
-    sizes = asdict(shape) | {"sets": settings.prompt_sets, "rank": settings.prompt_rank}
+    sizes = vars(shape) | {"sets": settings.prompt_sets, "rank": settings.prompt_rank}
     seen = None if spec.cond_width in (None, shape.width) else spec.cond_width
     return DmpShape(**sizes, kept=kept, gate=gate, seen=seen)
 
 
-class DmpPatch(PromptModule):
+class DmpPatch(PromptPatch):
     """Prompts [L, N, D], one gate shared by all blocks, and the gate's noise; all zero at the start.
 
-    A zero patch is its backbone, bit for bit. Everything here is float32 whatever the backbone's dtype.
-    A uniform gate has no numbers; gate noise (`w_noise`) is there only for a gate that is trained.
+    A zero patch is its backbone, bit for bit. A uniform gate has no numbers; `w_noise` (gate noise) is there only for a gate
+    that is trained.
     """
 
+    shape: DmpShape
+    settings: Dmp
     w_noise: nn.Parameter
 
     def __init__(self, shape: DmpShape, settings: Dmp, seed: int = 0) -> None:
-        super().__init__(shape, settings.prompt_init, seed)
-        self.shape, self.settings = shape, settings
+        super().__init__(shape, settings, seed)
         self.scale = settings.gate_scale or 1.0
+        self._trained = settings.gate not in ("uniform", "random")  # whether the gate is
+        self._noisy = self._trained and settings.gate_noise
         self.gate = _gate(shape)
         if settings.gate == "random" and isinstance(self.gate, SharedGate):
             self.gate.freeze_at_random(seed)
@@ -98,35 +102,13 @@ class DmpPatch(PromptModule):
             self.w_noise = nn.Parameter(torch.zeros(shape.cond_width, shape.choices), requires_grad=self._noisy)
 
     @property
-    def _trained(self) -> bool:
-        """Whether the gate is."""
-        return self.settings.gate not in ("uniform", "random")
-
-    @property
-    def _noisy(self) -> bool:
-        return self._trained and self.settings.gate_noise
-
-    @property
     def time_only(self) -> bool:
         """Whether the gate sees t_emb alone, else t_emb + y_emb; unless --gate-input says: in `prepend`."""
-        seen = self.settings.gate_input or ("t" if self.settings.position == "prepend" else "t+y")
-        return seen == "t"
-
-    @property
-    def added(self) -> int:
-        """Prompts and gate, without W_noise."""
-        return self.shape.parameters()
-
-    def merged(self) -> None:
-        """None: no weight of the backbone changes."""
+        return (self.settings.gate_input or ("t" if self.settings.position == "prepend" else "t+y")) == "t"
 
     def noise_shape(self) -> tuple[int, ...] | None:
         """One sample's gate noise [L, K]; None with --no-gate-noise and for a gate that is not trained."""
         return (self.shape.sites, self.shape.choices) if self._noisy else None
-
-    def forward(self, c: Tensor, noise: Tensor | None = None) -> Plan:
-        """`plan`, so that the module can be wrapped for many processes."""
-        return self.plan(c, noise)
 
     def plan(self, c: Tensor, noise: Tensor | None = None) -> Plan:
         """Gates and edit of all blocks for conditioning c [B, D]; noise [B, L, K] in training only."""
@@ -152,41 +134,31 @@ class DmpPatch(PromptModule):
         return one_hot_of_best(logits) if self.settings.gate == "hard" else softmax_of_best(logits, self.shape.kept)
 
     def _edit(self, gates: Tensor) -> Edit:
-        """What these gates [L, B, K] do to the tokens of the patched blocks."""
+        """The edit by gates [L, B, K]: a block's prompts are mixed when it is reached."""
         shape, position = self.shape, self.settings.position
-        if position == "add" and self.gate is not None and shape.sets is None:
-            return gated_edit(shape, (gates * self.scale).unbind(), self.all_prompts().unbind())
-        return prompt_edit(shape, position, self._mixed(gates))
-
-    def _mixed(self, gates: Tensor) -> Callable[[int], Tensor]:
-        """Gated prompts [B, N, D] of the `number`-th patched block, made when it is reached; [N, D] for a uniform gate."""
-        shape, scale, device = self.shape, self.scale, gates.device.type
         prompts = self.all_prompts().unbind()  # the backward of one unbind, not of L selections of all prompts
-        weights = gates.unbind()
-
-        def weighted(number: int) -> Tensor:
-            return (weights[number] * scale).unsqueeze(-1) * prompts[number]
-
-        def summed(number: int) -> Tensor:
-            with torch.autocast(device, enabled=False):  # blocks run under autocast, a mixture does not
-                mixture = (weights[number] * scale) @ prompts[number].flatten(1)
-            return mixture.view(-1, shape.prompts, shape.width)
-
-        def alike(number: int) -> Tensor:
-            alone = prompts[number] if shape.sets is None else prompts[number].sum(0)
-            return alone * (scale / shape.choices)  # in Python's floats: exactly 1 where the scale is K
-
         if self.gate is None:
-            return alike
-        return weighted if shape.sets is None else summed
+            share = self.scale / shape.choices  # in Python's floats: exactly 1 where the scale is K
+            return prompt_edit(shape, position, lambda n: (prompts[n] if shape.sets is None else prompts[n].sum(0)) * share)
+        weights = (gates * self.scale).unbind()
+        if shape.sets is None and position == "add":
+            return gated_edit(shape, weights, prompts)
+        if shape.sets is None:
+            return prompt_edit(shape, position, lambda n: weights[n].unsqueeze(-1) * prompts[n])
 
-    def param_groups(self) -> list[dict[str, Any]]:
+        def mixed(number: int) -> Tensor:
+            with torch.autocast(gates.device.type, enabled=False):  # blocks run under autocast, a mixture does not
+                return (weights[number] @ prompts[number].flatten(1)).view(-1, shape.prompts, shape.width)
+
+        return prompt_edit(shape, position, mixed)
+
+    def param_groups(self) -> list[ParamGroup]:
         """Prompts at their rate, a trained gate and its noise at theirs (published: 1e-4 and 1e-3)."""
-        prompts = {"name": "prompts", "params": self.prompt_parameters(), "lr": self.settings.prompt_lr}
+        groups = super().param_groups()
         if self.gate is None or not self._trained:
-            return [prompts]
+            return groups
         gate = [p for p in (self.gate.weight, self.gate.bias, self.w_noise) if p.requires_grad]
-        return [prompts, {"name": "gate", "params": gate, "lr": self.settings.gate_lr}]
+        return [*groups, {"name": "gate", "params": gate, "lr": self.settings.gate_lr}]
 
     def penalty(self, routing: Routings) -> dict[str, Tensor]:
         """Weighted balance losses, each a scalar, mean over blocks; load only where k < K (it is 0 at k = K)."""
@@ -208,13 +180,13 @@ class DmpPatch(PromptModule):
         return losses
 
 
-def _gate(shape: DmpShape) -> SharedGate | SiteGates | None:
+def _gate(shape: DmpShape) -> SharedGate | PerSiteGate | None:
     """The gate that a shape asks for, zero; None where all weights are alike."""
     match shape.gate:
         case "shared":
             return SharedGate(shape.blocks, shape.cond_width, shape.choices)
         case "per-site":
-            return SiteGates(shape.sites, shape.cond_width, shape.choices)
+            return PerSiteGate(shape.sites, shape.cond_width, shape.choices)
         case "none":
             return None
         case _:

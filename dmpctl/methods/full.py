@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from dmpctl.methods.changed import ChangedBackbone
+from dmpctl.methods.base import ChangedBackbone
 from dmpctl.settings.methods import Full
 
 

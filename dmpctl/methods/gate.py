@@ -1,4 +1,4 @@
-"""What mixes the prompts: logits of all blocks at once, what is kept of them, and how evenly the prompts are used.
+"""Gates, which mix the prompts: logits of all blocks at once, the largest of them kept, and how evenly prompts are used.
 
 Shapes: B batch, L patched blocks, D width, K what is chosen among: the prompts, or whole sets of them.
 """
@@ -24,7 +24,7 @@ class SharedGate(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(choices, width + 1))
         self.bias = nn.Parameter(torch.zeros(choices))
-        # a buffer, as numbers copied to a GPU in every step would stall it; not saved, as the settings have them
+        # a buffer, as numbers copied to a GPU in every step would stall it; not saved: the settings give them
         self.register_buffer("blocks", torch.tensor(blocks, dtype=torch.float32)[:, None, None], persistent=False)
 
     def forward(self, c: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ class SharedGate(nn.Module):
         self.requires_grad_(False)
 
 
-class SiteGates(nn.Module):
+class PerSiteGate(nn.Module):
     """A linear layer on c for each block: weights [L, K, D], biases [L, K]; zero at the start."""
 
     def __init__(self, sites: int, width: int, choices: int) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dmpctl.errors import UsageError
-from dmpctl.methods.changed import ChangedBackbone
+from dmpctl.methods.base import ChangedBackbone
 from dmpctl.rng import seed_of
 from dmpctl.settings.methods import Lora
 from dmpctl.types import Backbone

@@ -1,4 +1,4 @@
-"""Prompts at the input of blocks: where they are, how they start, and how they reach the tokens.
+"""Prompts at the input of blocks: where they are, and how they reach the tokens.
 
 DMP and prompt tuning share all of this; they differ in what the prompts are multiplied with.
 """
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, assert_never
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dmpctl.errors import UsageError
@@ -17,7 +17,6 @@ from dmpctl.settings.methods import Prompts
 from dmpctl.types import BackboneSpec, Edit
 
 CACHED = 2**17  # numbers (512 KiB) that a processor has at hand
-RANDOM_STD = 0.02  # standard deviation of prompts with --prompt-init random
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class PromptShape:
 
     @property
     def stack(self) -> tuple[int, ...]:
-        """What the matrices of prompts are stacked over: (L,), with sets (L, E)."""
+        """Axes that the matrices of prompts are stacked: (L,), with sets (L, E)."""
         return (self.sites,) if self.sets is None else (self.sites, self.sets)
 
     def parameters(self) -> int:
@@ -54,13 +53,12 @@ class PromptShape:
 def prompt_shape(spec: BackboneSpec, settings: Prompts, blocks: Sequence[int] | None = None) -> PromptShape:
     """Sizes that `settings` ask for on a backbone, without sets and rank; UsageError where the two do not fit.
 
-    `blocks`: these of its blocks alone, which are of one size; None: those that the settings choose.
+    `blocks`: these of its blocks alone; None: those that the settings choose. ValueError where they are of several sizes.
     """
     blocks = patched_blocks(settings, len(spec.sites)) if blocks is None else tuple(blocks)
-    sizes = {spec.sites[block] for block in blocks}
-    if len(sizes) > 1:
+    if len({spec.sites[block] for block in blocks}) > 1:
         raise ValueError(f"blocks {blocks} are of several sizes")
-    (size,) = sizes
+    size = spec.sites[blocks[0]]
     count = size.tokens
     prompts = settings.prompts or count
     if settings.position == "add" and prompts != count:
@@ -96,49 +94,6 @@ def start_normal(seed: int, purpose: str, std: float, *shape: int) -> Tensor:
     return std * torch.randn(shape, generator=torch.Generator().manual_seed(seed_of(seed, "start", purpose)), device="cpu")
 
 
-class PromptModule(nn.Module):
-    """The prompts of all patched blocks, in float32 whatever the backbone's dtype.
-
-    `prompt_embeddings` [L, (E,) N, D]; with a rank r instead `prompt_rows` [L, (E,) N, r] and `prompt_columns`
-    [L, (E,) r, D], whose product they are. A zero start has zero columns, as rows of zeros too would never move;
-    `seed`: of any other start.
-    """
-
-    prompt_embeddings: nn.Parameter
-    prompt_rows: nn.Parameter
-    prompt_columns: nn.Parameter
-
-    def __init__(self, shape: PromptShape, init: Literal["zero", "random"], seed: int = 0) -> None:
-        super().__init__()
-        count, width, rank = shape.prompts, shape.width, shape.rank
-        self._stack, self._full, self._seed = shape.stack, rank is None, seed
-        if rank is None:
-            self.prompt_embeddings = self._started("prompts", RANDOM_STD if init == "random" else 0.0, count, width)
-        else:  # the product's variance is r times the product of the two variances
-            self.prompt_rows = self._started("prompt rows", rank**-0.5, count, rank)
-            self.prompt_columns = self._started("prompt columns", RANDOM_STD if init == "random" else 0.0, rank, width)
-
-    def _started(self, purpose: str, std: float, *matrix: int) -> nn.Parameter:
-        """A parameter [L, (E,) *matrix]; standard deviation 0: zeros."""
-        parameter = nn.Parameter(torch.zeros(*self._stack, *matrix))
-        if std:
-            with torch.no_grad():
-                parameter.copy_(start_normal(self._seed, purpose, std, *parameter.shape))
-        return parameter
-
-    def all_prompts(self) -> Tensor:
-        """Prompts [L, (E,) N, D] of all patched blocks; call it where autocast is off."""
-        return self.prompt_embeddings if self._full else self.prompt_rows @ self.prompt_columns
-
-    def prompts_of(self, number: int) -> Tensor:
-        """What gate weights multiply at the `number`-th patched block, one per row: [N, D], with sets [E, N * D]."""
-        return self.all_prompts()[number].flatten(1)
-
-    def prompt_parameters(self) -> list[nn.Parameter]:
-        """The parameters that hold the prompts."""
-        return [self.prompt_embeddings] if self._full else [self.prompt_rows, self.prompt_columns]
-
-
 class GatedAdd(torch.autograd.Function):
     """tokens + gates * prompts (eq. 2), in one pass over the tokens [B, N, D]; gates [B, N], prompts [N, D].
 
@@ -168,7 +123,7 @@ def bmm_gradients(grad: Tensor, gates: Tensor, prompts: Tensor) -> tuple[Tensor,
 
 
 def cached_gradients(grad: Tensor, gates: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:
-    """What `bmm_gradients` gives, by parts of the batch of at most CACHED numbers."""
+    """Gradients as `bmm_gradients` gives them, summed over parts of the batch of at most CACHED numbers."""
     many = max(1, CACHED // prompts.numel())
     for_gates = []
     for_prompts = torch.zeros_like(prompts)
@@ -181,46 +136,51 @@ def cached_gradients(grad: Tensor, gates: Tensor, prompts: Tensor) -> tuple[Tens
     return torch.cat(for_gates), for_prompts
 
 
-def gated_edit(shape: PromptShape, gates: Sequence[Tensor], prompts: Sequence[Tensor]) -> Edit:
-    """The edit that adds the gated prompts [N, D] of each patched block, with gates [B or 1, N], to its tokens."""
+def edit_at(shape: PromptShape, change: Callable[[int, Tensor], Tensor]) -> Edit:
+    """The edit that makes `change(number, tokens)` of the tokens of the `number`-th patched block.
+
+    At any other block it returns the very tokens that it was given.
+    """
     number_of = {block: number for number, block in enumerate(shape.blocks)}
 
     def edit(site: int, tokens: Tensor) -> Tensor:
         number = number_of.get(site)
-        if number is None:
-            return tokens
+        return tokens if number is None else change(number, tokens)
+
+    return edit
+
+
+def gated_edit(shape: PromptShape, gates: Sequence[Tensor], prompts: Sequence[Tensor]) -> Edit:
+    """The edit that adds the gated prompts [N, D] of each patched block, with gates [B or 1, N], to its tokens."""
+
+    def add(number: int, tokens: Tensor) -> Tensor:
         with torch.autocast(tokens.device.type, enabled=False):
-            if len(gates[number]) == 1:  # the same for all samples: mixed once
+            if len(gates[number]) == 1:  # one row for all samples: mixed once
                 return (tokens.float() + gates[number][0].unsqueeze(-1) * prompts[number]).to(tokens.dtype)
             added: Tensor = GatedAdd.apply(tokens, gates[number], prompts[number])
         return added
 
-    return edit
+    return edit_at(shape, add)
 
 
 def prompt_edit(shape: PromptShape, position: Literal["add", "prepend"], prompts_at: Callable[[int], Tensor]) -> Edit:
     """The edit that gives `prompts_at(number)` [B, N, D] or [N, D] to the tokens of the `number`-th patched block.
 
     `prepend`: before the tokens at the first patched block; at a later one they replace those of before, and between two
-    they travel on. At any other block an edit returns the very tokens it was given.
+    they travel on.
     """
-    number_of = {block: number for number, block in enumerate(shape.blocks)}
 
-    def add(site: int, tokens: Tensor) -> Tensor:
-        number = number_of.get(site)
-        return tokens if number is None else tokens + prompts_at(number).to(tokens.dtype)
+    def add(number: int, tokens: Tensor) -> Tensor:
+        return tokens + prompts_at(number).to(tokens.dtype)
 
-    def prepend(site: int, tokens: Tensor) -> Tensor:
-        number = number_of.get(site)
-        if number is None:
-            return tokens
+    def prepend(number: int, tokens: Tensor) -> Tensor:
         own = tokens if number == 0 else tokens[:, shape.prompts :]
         return torch.cat([prompts_at(number).to(tokens.dtype).expand(len(tokens), -1, -1), own], dim=1)
 
     match position:
         case "add":
-            return add
+            return edit_at(shape, add)
         case "prepend":
-            return prepend
+            return edit_at(shape, prepend)
         case _:
             assert_never(position)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dmpctl.codecs.identity import Identity
 from dmpctl.codecs.text import TextEncoder
 from dmpctl.errors import UsageError
-from dmpctl.methods.changed import ChangedBackbone
+from dmpctl.methods.base import ChangedBackbone
 from dmpctl.models.backbone import Loaded
 from dmpctl.models.build import PatchModule, build_codec
 from dmpctl.models.conditions import Prompts, encoded, open_encoder, prompts_for

@@ -3,11 +3,12 @@
 For backbones that do not fit into one device. A patch itself is small and whole on every process.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dmpctl.errors import UsageError
 from dmpctl.models.speed import blocks_of
 from dmpctl.processes.ranks import Ranks
+from dmpctl.types import ParamGroup
 
 if TYPE_CHECKING:
     from dmpctl.training.subject import Subject
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 ENTRIES = ("denoise", "embed", "embed_time")  # what is called of a backbone beside its forward
 
 
-def shard(subject: "Subject", ranks: Ranks) -> list[dict[str, Any]]:
+def shard(subject: "Subject", ranks: Ranks) -> list[ParamGroup]:
     """Share out the subject's network; returns its parameter groups, with what is sharded in them in place of what was.
 
     UsageError for one process, and for a method whose network cannot be shared out.

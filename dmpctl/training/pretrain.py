@@ -25,7 +25,7 @@ from dmpctl.settings.model import Settings
 from dmpctl.store.assets import require
 from dmpctl.training.session import Session, Trained, train_in
 from dmpctl.training.subject import Subject
-from dmpctl.types import Codec, Progress, Report, Routings, ScheduleSpec, Source, TextSpec
+from dmpctl.types import Codec, ParamGroup, Progress, Report, Routings, ScheduleSpec, Source, TextSpec
 
 
 def config_for(settings: Settings, codec: Codec, source: Source) -> DiTConfig:
@@ -111,7 +111,7 @@ def session_of(
     facts = {**facts_of(model), "data": source.name, "images": len(source)}
     facts |= {key: value for key, value in (("codec", codec_record), ("text", text_record)) if value is not None}
     model.recompute = settings.train.grad_checkpoint
-    groups = [{"name": "backbone", "params": list(model.parameters()), "lr": settings.pretrain.lr}]
+    groups: list[ParamGroup] = [{"name": "backbone", "params": list(model.parameters()), "lr": settings.pretrain.lr}]
     subject = Subject(
         "backbone", model.train(), model, groups, predict, no_routing, no_penalty, None, {"schema_version": 1, **facts}
     )

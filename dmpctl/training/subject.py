@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dmpctl.types import Routings
+from dmpctl.types import ParamGroup, Routings
 
 Predict = Callable[[nn.Module, Tensor, Tensor, "Tensor | None", "Tensor | None"], tuple[Tensor, "Routings"]]
 
@@ -26,7 +26,7 @@ class Subject:
     kind: str
     module: nn.Module
     network: nn.Module
-    groups: list[dict[str, Any]]
+    groups: list[ParamGroup]
     predict: Predict
     route: Route
     penalty: Callable[[Routings], dict[str, Tensor]]

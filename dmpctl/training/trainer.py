@@ -82,7 +82,9 @@ class Trainer:
         self.device = accelerator.device
         cast_frozen(subject.network, settings)
         groups = shard(subject, self.ranks) if train.fsdp else subject.groups
-        optimizer = torch.optim.AdamW(groups, betas=(train.beta1, train.beta2), weight_decay=train.weight_decay)
+        optimizer = torch.optim.AdamW(
+            [dict(group) for group in groups], betas=(train.beta1, train.beta2), weight_decay=train.weight_decay
+        )
         self.rates = [group["lr"] for group in optimizer.param_groups]
         if is_sharded(subject.module):  # nothing of it is left for accelerate to wrap
             self.module, self.optimizer = subject.module, accelerator.prepare_optimizer(optimizer)

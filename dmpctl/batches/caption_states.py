@@ -1,44 +1,22 @@
 """Captions that are encoded already: the text encoder runs once, and training reads its states as it reads latents."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from dmpctl.batches.shards import Rows, Shards, per_shard_of
+from dmpctl.batches.shards import Rows, Scalar, Shards, per_shard_of
 from dmpctl.images.captions import drawn
+from dmpctl.types import TextSpec
 
 KIND = "conditions"
 NULL = ""  # the caption that says nothing, for guidance; cached behind all others
 
 
-class TextEncoder(Protocol):
-    """Captions to states of T tokens, padded: float [B, T, D], and bool [B, T] where a token is no padding."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def revision(self) -> str: ...
-
-    @property
-    def max_length(self) -> int:
-        """T."""
-        ...
-
-    @property
-    def width(self) -> int:
-        """D."""
-        ...
-
-    def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]: ...
-
-
 class CaptionNumbers:
-    """Which caption each image has in each epoch, captions being numbered image by image, `counts[i]` of image i.
+    """Numbers of the captions that images have in each epoch, counted image by image, `counts[i]` of image i.
 
     A function of (seed, epoch, image), as `captions.caption_of` is; the null caption's number where there is none.
     """
@@ -66,17 +44,22 @@ def captions_fingerprint(captions: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def condition_shards(root: Path, encoder: TextEncoder, captions: Sequence[str], per_shard: int | None = None) -> Shards:
-    """Where the states of these captions lie, and of the null caption after them. `per_shard` None: what suits their size."""
-    key = {
-        "encoder": encoder.name,
-        "revision": encoder.revision,
-        "max_length": encoder.max_length,
-        "width": encoder.width,
+def condition_shards(
+    root: Path, encoder: str, revision: str, states: TextSpec, captions: Sequence[str], per_shard: int | None = None
+) -> Shards:
+    """Where the states of these captions lie, and of the null caption after them. `per_shard` None: what suits their size.
+
+    `encoder`: the name of what makes the states, `revision` the sha256 of its files.
+    """
+    key: dict[str, Scalar] = {
+        "encoder": encoder,
+        "revision": revision,
+        "max_length": states.tokens,
+        "width": states.width,
         "captions": captions_fingerprint(captions),
         "dtype": "float16",
     }
-    item_bytes = encoder.max_length * (2 * encoder.width + 1)
+    item_bytes = states.tokens * (2 * states.width + 1)
     return Shards(root, KIND, key, len(captions) + 1, per_shard or per_shard_of(item_bytes), {"item_bytes": item_bytes})
 
 
@@ -84,20 +67,11 @@ class ConditionCache:
     """States of captions, memory-mapped. Raises IntegrityError where a shard is missing."""
 
     def __init__(self, shards: Shards) -> None:
-        self._shards, self.fingerprint = shards, shards.digest
-        self._map()
+        self._shards, self.fingerprint, parts = shards, shards.digest, shards.tensors()
+        self._states, self._masks = (Rows([part[name] for part in parts], shards.per_shard) for name in ("states", "mask"))
 
-    def _map(self) -> None:
-        parts = self._shards.tensors()
-        self._states, self._masks = (Rows([part[name] for part in parts], self._shards.per_shard) for name in ("states", "mask"))
-
-    def __getstate__(self) -> Mapping[str, Any]:
-        """Without what is mapped: a process that it is sent to maps the files itself."""
-        return {"_shards": self._shards, "fingerprint": self.fingerprint}
-
-    def __setstate__(self, state: Mapping[str, Any]) -> None:
-        vars(self).update(state)
-        self._map()
+    def __reduce__(self) -> tuple[type["ConditionCache"], tuple[Shards]]:
+        return ConditionCache, (self._shards,)  # a process that it is sent to maps the files itself
 
     def __len__(self) -> int:
         return self._shards.count - 1

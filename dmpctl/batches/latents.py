@@ -4,19 +4,17 @@ Stored as float16 by default. Against float32 that changes a mean by at most 2^-
 deviation exp(v / 2) by at most |v| / 2 * 2^-11 of itself: below 2e-4 for every v < 0. x0 changes by less than 1e-3 of its norm.
 """
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dmpctl.batches.loader import Ordered, permutation
-from dmpctl.batches.shards import Rows, Shards, per_shard_of
+from dmpctl.batches.shards import Rows, Scalar, Shards, per_shard_of
 from dmpctl.errors import UsageError
 from dmpctl.types import Codec, Moments, Source
 
-CROP = "adm-center"  # how data.transforms makes images square
+CROP = "adm-center"  # how images.transforms makes images square
 KIND = "latents"
 
 
@@ -43,7 +41,7 @@ def latent_shards(
     channels, size, _ = source.item(0)[0].shape
     shape = codec.latent_shape(channels, size)
     item_bytes = (1 + flip) * 2 * shape[0] * shape[1] * shape[2] * dtype.itemsize
-    key = {
+    key: dict[str, Scalar] = {
         "codec": codec.fingerprint,
         "scale": codec.scale,
         "data": source.fingerprint,
@@ -53,7 +51,8 @@ def latent_shards(
         "flip": flip,
         "dtype": str(dtype).removeprefix("torch."),
     }
-    about = {"codec": codec.name, "data": source.name, "num_classes": source.num_classes, "item_bytes": item_bytes}
+    about: dict[str, Scalar] = {"codec": codec.name, "data": source.name, "num_classes": source.num_classes}
+    about["item_bytes"] = item_bytes
     return Shards(root, KIND, key, len(source), per_shard or per_shard_of(item_bytes), about)
 
 
@@ -61,29 +60,20 @@ class LatentCache:
     """The moments of a source's images, memory-mapped: items are [2C, h, w] (mean, then log variance) and a label.
 
     `source`: whose images they are, read in its order, so that training sees the same with and without the cache; None: in any.
-    Raises IntegrityError where a shard is missing; whole shards are trusted (see `data.shards`).
+    Raises IntegrityError where a shard is missing; whole shards are trusted (see `batches.shards`).
     """
 
     def __init__(self, shards: Shards, source: Source | None = None) -> None:
-        self._shards = shards
-        self._order: Callable[[torch.Generator], Tensor] | None = source.order if isinstance(source, Ordered) else None
+        self._shards, self._order_of = shards, source if isinstance(source, Ordered) else None
         self.name, self.num_classes = str(shards.about["data"]), int(shards.about["num_classes"])
         self.mirror, self.fingerprint = bool(shards.key["flip"]), shards.digest
         self._views = 1 + self.mirror
-        self._map()
-
-    def _map(self) -> None:
-        parts = self._shards.tensors()
-        self._rows = Rows([part["moments"].flatten(0, 1) for part in parts], self._shards.per_shard * self._views)
+        parts = shards.tensors()
+        self._rows = Rows([part["moments"].flatten(0, 1) for part in parts], shards.per_shard * self._views)
         self._labels = torch.cat([part["labels"] for part in parts])
 
-    def __getstate__(self) -> Mapping[str, Any]:
-        """Without what is mapped: a process that it is sent to maps the files itself."""
-        return {name: value for name, value in vars(self).items() if name not in ("_rows", "_labels")}
-
-    def __setstate__(self, state: Mapping[str, Any]) -> None:
-        vars(self).update(state)
-        self._map()
+    def __reduce__(self) -> tuple[type["LatentCache"], tuple[Shards, Ordered | None]]:
+        return LatentCache, (self._shards, self._order_of)  # a process that it is sent to maps the files itself
 
     def __len__(self) -> int:
         return self._shards.count
@@ -99,7 +89,7 @@ class LatentCache:
 
     def order(self, generator: torch.Generator) -> Tensor:
         """The order of one epoch, int64 [n]."""
-        return permutation(len(self), generator) if self._order is None else self._order(generator)
+        return permutation(len(self), generator) if self._order_of is None else self._order_of.order(generator)
 
     def gather(self, indices: Tensor, mirrored: Tensor) -> Tensor:
         """Moments [B, 2C, h, w] of images int64 [B], mirrored where bool [B] says so; UsageError if mirrors are not kept."""

@@ -1,4 +1,4 @@
-"""What training sees, as a pure function of (seed, step): nothing to save, nothing to skip, the same for any layout of ranks."""
+"""The images of each training step, a pure function of (seed, step): nothing to save or skip, equal for any layout of ranks."""
 
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from dmpctl.batches.caption_states import CaptionNumbers
 from dmpctl.errors import DmpError, UsageError
 from dmpctl.rng import seed_of
 from dmpctl.types import Source
 
+Batch = tuple[Tensor, Tensor]  # images, or moments; labels, or numbers of captions
 Place = tuple[int, int]  # (epoch, index): which image, in which pass over the data
 
 
@@ -39,14 +41,6 @@ class Encoded(Protocol):
 
     def labels(self) -> Tensor:
         """int64 [N]."""
-        ...
-
-
-class Numbers(Protocol):
-    """Which condition each image has in each epoch."""
-
-    def at(self, epochs: Tensor, indices: Tensor) -> Tensor:
-        """int64 [B] of images int64 [B] in epochs int64 [B]."""
         ...
 
 
@@ -115,7 +109,7 @@ class StepBatches(Sampler[list[Place]]):
         if size % world:
             hint = f"take a --batch-size that is a multiple of {world}, or another --num-processes"
             raise UsageError(f"a batch of {size} does not divide over {world} processes", hint)
-        self.n, self.size, self.start = n, size, start
+        self.n, self.size, self.seed, self.start, self.rank = n, size, seed, start, rank
         self._mine = torch.arange(rank, size, world)
         self._order = EachEpoch(draw, n, seed, "order")
 
@@ -131,31 +125,32 @@ class StepBatches(Sampler[list[Place]]):
             yield list(zip(epochs.tolist(), indices.tolist(), strict=True))
 
 
-class TrainingItems(Dataset[tuple[Tensor, int, int]]):
-    """Images as training takes them: items at (epoch, index) are (uint8 [C, S, S], label, index).
+class TrainingItems(Dataset[Batch | DmpError]):
+    """Images as training takes them, by (epoch, index).
 
     With `hflip` an image is mirrored in half of the epochs: a function of (seed, epoch, index). Of a source that is
-    `Encoded` the items are moments, floating [2C, h, w], in place of images. `numbers`: what is given in place of labels.
+    `Encoded` there are moments, floating [2C, h, w], in place of images. `numbers`: of captions, given in place of labels;
+    None: labels.
     """
 
-    def __init__(self, source: Source, hflip: bool, seed: int, numbers: Numbers | None = None) -> None:
+    def __init__(self, source: Source, hflip: bool, seed: int, numbers: CaptionNumbers | None = None) -> None:
         self.source, self.hflip, self._numbers = source, hflip, numbers
         self._mirrored = EachEpoch(coins, len(source), seed, "mirror")
 
-    def __len__(self) -> int:
-        return len(self.source)
+    def __getitems__(self, places: Sequence[Place]) -> Batch | DmpError:
+        """Returns `at`, or its expected failure as a value: raised in a loader process, it would arrive as traceback and text."""
+        try:
+            return self.at(places)
+        except DmpError as error:
+            return error
 
-    def __getitem__(self, place: Place) -> tuple[Tensor, int, int]:
-        images, labels, indices = self.__getitems__([place])
-        return images[0], int(labels[0]), int(indices[0])
-
-    def __getitems__(self, places: Sequence[Place]) -> tuple[Tensor, Tensor, Tensor]:
-        """Images uint8 [B, C, S, S], labels int64 [B] and indices int64 [B]; one gather if the source is held in memory."""
+    def at(self, places: Sequence[Place]) -> Batch:
+        """Images uint8 [B, C, S, S] and labels int64 [B]; one gather if the source is held in memory."""
         epochs, indices = torch.tensor(places).unbind(1)
         images, labels = self._items(epochs, indices)
-        return images, labels if self._numbers is None else self._numbers.at(epochs, indices), indices
+        return images, labels if self._numbers is None else self._numbers.at(epochs, indices)
 
-    def _items(self, epochs: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    def _items(self, epochs: Tensor, indices: Tensor) -> Batch:
         if isinstance(self.source, Encoded):
             mirrored = self._mirrored.at(epochs, indices) if self.hflip else torch.zeros(len(indices), dtype=torch.bool)
             return self.source.gather(indices, mirrored), self.source.labels()[indices]
@@ -164,25 +159,11 @@ class TrainingItems(Dataset[tuple[Tensor, int, int]]):
             images = torch.where(self._mirrored.at(epochs, indices).view(-1, 1, 1, 1), images.flip(-1), images)
         return images, labels
 
-    def _gather(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+    def _gather(self, indices: Tensor) -> Batch:
         if isinstance(self.source, Held) and (held := self.source.images()) is not None:
             return held[indices], self.source.labels()[indices]
         items = [self.source.item(index) for index in indices.tolist()]
         return torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
-
-
-class _Fetched(Dataset[tuple[Tensor, Tensor] | DmpError]):
-    """What a loader process sends: a batch, or the expected failure as a value (else torch sends its traceback as the text)."""
-
-    def __init__(self, items: TrainingItems) -> None:
-        self.items = items
-
-    def __getitems__(self, places: Sequence[Place]) -> tuple[Tensor, Tensor] | DmpError:
-        try:
-            images, labels, _ = self.items.__getitems__(places)
-        except DmpError as error:
-            return error
-        return images, labels
 
 
 def as_fetched(batch: Any) -> Any:
@@ -196,50 +177,35 @@ def leave_process_group(worker: int) -> None:
 
 
 def batches(
-    source: Source,
-    batch_size: int,
-    seed: int,
-    start: int = 0,
-    rank: int = 0,
-    world: int = 1,
-    hflip: bool = False,
-    num_workers: int = 0,
-    numbers: Numbers | None = None,
-) -> Generator[tuple[Tensor, Tensor], None, None]:
-    """Images uint8 [B, C, S, S] and labels int64 [B] of this rank (B = batch_size / world), from step `start` on, without end.
+    source: Source, order: StepBatches, hflip: bool = False, num_workers: int = 0, numbers: CaptionNumbers | None = None
+) -> Generator[Batch, None, None]:
+    """Images uint8 [B, C, S, S] and labels int64 [B] of this rank, in `order`, without end.
 
-    Of a source that is `Encoded`: moments [B, 2C, h, w] in place of images; `numbers`: what is given in place of labels.
-    `close()` ends the loader processes. Nothing is drawn from torch's global generator.
-    Raises UsageError at once if the batch does not divide over the ranks, and in its turn what an item raises.
+    Of a source that is `Encoded`: moments [B, 2C, h, w] in place of images; `numbers` as in `TrainingItems`. `close()` ends the
+    loader processes. Nothing is drawn from torch's global generator. Raises in its turn what an item raises.
     """
-    order = StepBatches(len(source), batch_size, seed, start, rank, world, order_of(source))
-    return _loaded(TrainingItems(source, hflip, seed, numbers), order, num_workers, seed_of(seed, "loader", rank))
+    items = TrainingItems(source, hflip, order.seed, numbers)
+    return _loaded(items, order, num_workers, seed_of(order.seed, "loader", order.rank))
 
 
-def in_order(
-    source: Source, items: Sequence[int], batch_size: int, num_workers: int = 0
-) -> Generator[tuple[Tensor, Tensor], None, None]:
+def in_order(source: Source, items: Sequence[int], batch_size: int, num_workers: int = 0) -> Generator[Batch, None, None]:
     """Images uint8 [B, C, S, S] and labels int64 [B] of these items as they are, each once. Otherwise like `batches`."""
     parts = [[(0, index) for index in items[first : first + batch_size]] for first in range(0, len(items), batch_size)]
     return _loaded(TrainingItems(source, hflip=False, seed=0), parts, num_workers, 0)
 
 
-def _loaded(
-    items: TrainingItems, order: Iterable[list[Place]], num_workers: int, seed: int
-) -> Generator[tuple[Tensor, Tensor], None, None]:
-    loader = DataLoader(
-        _Fetched(items),
-        batch_sampler=order,
-        collate_fn=as_fetched,
-        num_workers=num_workers,
-        worker_init_fn=leave_process_group,
-        persistent_workers=num_workers > 0,
-        generator=torch.Generator().manual_seed(seed),  # or it would draw from the global one
+def _loaded(items: TrainingItems, order: Iterable[list[Place]], num_workers: int, seed: int) -> Generator[Batch, None, None]:
+    fetched: Iterator[Batch | DmpError] = iter(
+        DataLoader(
+            items,
+            batch_sampler=order,
+            collate_fn=as_fetched,
+            num_workers=num_workers,
+            worker_init_fn=leave_process_group,
+            persistent_workers=num_workers > 0,
+            generator=torch.Generator().manual_seed(seed),  # or it would draw from the global one
+        )
     )
-    return _unwrapped(iter(loader))
-
-
-def _unwrapped(fetched: Iterator[tuple[Tensor, Tensor] | DmpError]) -> Generator[tuple[Tensor, Tensor], None, None]:
     try:
         for batch in fetched:
             if isinstance(batch, DmpError):

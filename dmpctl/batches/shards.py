@@ -10,9 +10,9 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -28,6 +28,19 @@ def per_shard_of(item_bytes: int) -> int:
     return max(1, min(MOST_ITEMS, MOST_BYTES // item_bytes))
 
 
+class ShardEntry(BaseModel, frozen=True):
+    """One shard's file as the manifest knows it."""
+
+    sha256: str
+    bytes: int
+    mtime_ns: int
+
+
+Entries = dict[int, ShardEntry]  # by the number of the shard
+ENTRIES = TypeAdapter(Entries)
+Scalar = str | int | float | bool
+
+
 class Shards:
     """`count` items of one key, `per_shard` in each file but the last. `about` is for people, and no part of the key.
 
@@ -35,9 +48,15 @@ class Shards:
     """
 
     def __init__(
-        self, root: Path, kind: str, key: Mapping[str, Any], count: int, per_shard: int, about: Mapping[str, Any]
+        self, root: Path, kind: str, key: Mapping[str, Scalar], count: int, per_shard: int, about: Mapping[str, Scalar]
     ) -> None:
-        self.key = {"schema_version": SCHEMA_VERSION, "kind": kind, **key, "count": count, "per_shard": per_shard}
+        self.key: dict[str, Scalar] = {
+            "schema_version": SCHEMA_VERSION,
+            "kind": kind,
+            **key,
+            "count": count,
+            "per_shard": per_shard,
+        }
         self.digest = sha256_of_json(self.key)
         self.folder = root / kind / self.digest
         self.count, self.per_shard, self.about = count, per_shard, dict(about)
@@ -61,26 +80,25 @@ class Shards:
 
         IntegrityError if the manifest is of another key.
         """
-        good: set[int] = set()
-        bad: dict[int, dict[str, Any]] = {}
-        moved: dict[int, dict[str, Any]] = {}
+        good, bad, moved = set[int](), Entries(), Entries()
         for shard, entry in self._entries().items():
             try:
                 status = self.path(shard).stat()
             except OSError:
                 continue
-            if status.st_size != entry["bytes"]:
+            if status.st_size != entry.bytes:
                 continue
-            if verify or status.st_mtime_ns != entry["mtime_ns"]:
-                if sha256_of(self.path(shard)) != entry["sha256"]:
-                    bad[shard] = entry
-                    continue
-                moved |= {} if status.st_mtime_ns == entry["mtime_ns"] else {shard: entry | {"mtime_ns": status.st_mtime_ns}}
+            touched = status.st_mtime_ns != entry.mtime_ns
+            if (verify or touched) and sha256_of(self.path(shard)) != entry.sha256:
+                bad[shard] = entry
+                continue
             good.add(shard)
+            if touched:
+                moved[shard] = entry.model_copy(update={"mtime_ns": status.st_mtime_ns})
         if bad or moved:
             with suppress(UsageError):  # a cache that can only be read is hashed again the next time
                 self._record(moved, bad)
-        return good - set(bad)
+        return good
 
     def write(self, shard: int, tensors: Mapping[str, Tensor]) -> None:
         """Put a shard in place and into the manifest; for the process that has claimed it. UsageError on a full disk."""
@@ -88,7 +106,7 @@ class Shards:
         self._sweep(path.name)
         digest = write_tensors(path, tensors, {"key": self.digest, "shard": str(shard)})
         status = path.stat()
-        self._record({shard: {"sha256": digest, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}}, {})
+        self._record({shard: ShardEntry(sha256=digest, bytes=status.st_size, mtime_ns=status.st_mtime_ns)}, {})
 
     def tensors(self) -> list[dict[str, Tensor]]:
         """The tensors of every shard, mapped, not read; IntegrityError where one is missing or of another key."""
@@ -107,24 +125,22 @@ class Shards:
         except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: torch cannot map it
             raise IntegrityError(f"{path} cannot be read ({error})", f"delete {self.folder}") from None
 
-    def _entries(self) -> dict[int, dict[str, Any]]:
-        """What the manifest says of each shard; a manifest that is not there, or is damaged, says nothing."""
+    def _entries(self) -> Entries:
+        """The shards that the manifest names; none if it is not there, or is damaged."""
         try:
             manifest = read_json(self.folder / "manifest.json")
-            entries = {int(name): dict(entry) for name, entry in manifest["shards"].items()}
-            if not all({"sha256", "bytes", "mtime_ns"} <= set(entry) for entry in entries.values()):
-                return {}
-        except (MissingError, IntegrityError, KeyError, ValueError, TypeError, AttributeError):
+            entries = ENTRIES.validate_python(manifest.get("shards"))
+        except (MissingError, IntegrityError, ValidationError):
             return {}
         if manifest.get("key") != self.key:
             raise IntegrityError(f"{self.folder} holds something else than its name says", "delete that folder")
         return entries
 
-    def _record(self, new: Mapping[int, Mapping[str, Any]], bad: Mapping[int, Mapping[str, Any]]) -> None:
+    def _record(self, new: Entries, bad: Entries) -> None:
         """Add entries to the manifest, and drop those of `bad` that are still what they were."""
         with locked(self.folder / ".manifest.lock"):  # one process at a time writes the manifest
             kept = {shard: entry for shard, entry in self._entries().items() if bad.get(shard) != entry}
-            entries = {str(shard): entry for shard, entry in sorted((kept | dict(new)).items())}
+            entries = {str(shard): entry.model_dump() for shard, entry in sorted((kept | new).items())}
             self._sweep("manifest.json")
             value = {"schema_version": SCHEMA_VERSION, "key": self.key, "about": self.about, "shards": entries}
             write_json(self.folder / "manifest.json", value)
@@ -136,10 +152,12 @@ class Shards:
 
 
 class Claims:
-    """Which process makes which shard: a lock on one byte each, which the system takes back when a process dies.
+    """The shards that this process makes: a lock on one byte each, which the system takes back when a process dies.
 
     One instance in a process at a time: such locks belong to the process, and closing the file gives them all up.
     """
+
+    # not files.locked: that needs a file for each shard, and a shared disk may have thousands
 
     def __init__(self, shards: Shards) -> None:
         self._path = shards.folder / ".shards.lock"

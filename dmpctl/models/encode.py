@@ -12,16 +12,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dmpctl.batches.caption_states import NULL, ConditionCache, TextEncoder, condition_shards
+from dmpctl.batches.caption_states import NULL, ConditionCache, condition_shards
 from dmpctl.batches.latents import LatentCache, latent_shards, pack
 from dmpctl.batches.loader import in_order
 from dmpctl.batches.shards import Claims, Shards
 from dmpctl.codecs.identity import Identity
+from dmpctl.codecs.text import TextEncoder
 from dmpctl.errors import NumericalError
 from dmpctl.processes.stop import Stop, interrupted
 from dmpctl.settings.model import Settings
 from dmpctl.store.cache import cache_dir, need_room
-from dmpctl.types import Codec, Progress, ProgressTask, Source
+from dmpctl.types import Codec, Progress, ProgressTask, Source, TextSpec
 
 POLL = 0.2  # sec between two looks at what other processes have finished
 Batch = dict[str, Tensor]  # named tensors [B, ...] of consecutive items
@@ -97,16 +98,17 @@ def build_conditions(
     verify: bool = False,
 ) -> ConditionCache:
     """The states of these captions and of the null caption under `cache_root`, after encoding what it lacks."""
-    shards, every = condition_shards(cache_root, encoder, captions, per_shard), [*captions, NULL]
+    states, every = TextSpec(encoder.max_length, encoder.width), [*captions, NULL]
+    shards = condition_shards(cache_root, encoder.name, encoder.revision, states, captions, per_shard)
 
     @torch.no_grad()
     def make(items: range) -> Generator[Batch, None, None]:
         for first in range(items.start, items.stop, batch):
-            states, mask = encoder(every[first : min(first + batch, items.stop)])
-            states = states.to(torch.float16).cpu()
-            if not states.isfinite().all():
+            found, mask = encoder(every[first : min(first + batch, items.stop)])
+            found = found.to(torch.float16).cpu()
+            if not found.isfinite().all():
                 raise NumericalError(f"{encoder.name} gives states of captions {first} and on that are not finite")
-            yield {"states": states, "mask": mask.cpu()}
+            yield {"states": found, "mask": mask.cpu()}
 
     fill(shards, make, progress, "encoding captions", again, verify)
     return ConditionCache(shards)

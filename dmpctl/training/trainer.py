@@ -164,8 +164,8 @@ class Trainer:
         data, train, ranks = self.settings.data, self.settings.train, self.ranks
         mirror = self.source.mirror if data.hflip is None else data.hflip
         seed, start = self.settings.run.seed, self.step
-        order = (train.batch_size, seed, start, ranks.rank, ranks.world)
-        with closing(batches(self.source, *order, mirror, data.num_workers, self.numbers)) as stream:
+        order = StepBatches(len(self.source), train.batch_size, seed, start, ranks.rank, ranks.world, order_of(self.source))
+        with closing(batches(self.source, order, mirror, data.num_workers, self.numbers)) as stream:
             for step, (images, labels) in enumerate(stream, start):
                 yield self._drawn(step, images, labels)
 

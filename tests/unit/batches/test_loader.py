@@ -29,8 +29,10 @@ class Unheld:
         return self.digits.item(index)
 
 
-def first(count: int, **options):
-    return list(islice(batches(**{"source": Digits(), "batch_size": 12, "seed": 3, **options}), count))
+def first(count: int, source=None, batch_size=12, start=0, rank=0, world=1, **options):
+    source = source or Digits()
+    order = StepBatches(len(source), batch_size, 3, start, rank, world, order_of(source))
+    return list(islice(batches(source, order, **options), count))
 
 
 def equal(one, two):
@@ -71,7 +73,7 @@ def test_every_layout_of_ranks_sees_the_same_global_batch(world):
 
 def test_a_batch_that_does_not_divide_is_refused_at_once():
     with pytest.raises(UsageError, match="12 does not divide over 5 processes") as caught:
-        batches(Digits(), 12, 0, world=5)
+        StepBatches(1797, 12, 0, world=5)
     assert caught.value.exit_code == 2
     assert "--batch-size" in str(caught.value.hint)
 
@@ -111,24 +113,24 @@ def test_resuming_gives_the_same_images_and_mirrors():
 def test_a_mirror_depends_on_seed_epoch_and_index_only():
     items = TrainingItems(Digits(), hflip=True, seed=1)
     places = [(epoch, index) for epoch in (0, 3, 1) for index in range(0, 200, 7)]
-    together, labels, indices = items.__getitems__(places)
+    together, labels = items.at(places)
     for row, place in enumerate(places):
-        image, label, index = items[place]
-        assert torch.equal(image, together[row])
-        assert (label, index) == (int(labels[row]), int(indices[row])) == (int(Digits().labels()[place[1]]), place[1])
+        image, label = items.at([place])
+        assert torch.equal(image[0], together[row])
+        assert int(label) == int(labels[row]) == int(Digits().labels()[place[1]])
 
 
 def test_half_of_the_images_are_mirrored_and_the_rest_left_alone():
     digits = Digits()
     places = [(epoch, index) for epoch in range(4) for index in range(1000)]
-    images, _, indices = TrainingItems(digits, hflip=True, seed=0).__getitems__(places)
-    plain = digits.images()[indices]
+    images, _ = TrainingItems(digits, hflip=True, seed=0).at(places)
+    plain = digits.images()[[index for _, index in places]]
     kept, turned = (images == plain).flatten(1).all(1), (images == plain.flip(-1)).flatten(1).all(1)
     assert (kept | turned).all()
     assert abs(float(turned.double().mean()) - 0.5) < 4 * 0.5 / 4000**0.5 + 0.01  # four standard errors, few symmetric digits
     by_epoch = turned.view(4, 1000)
     assert all(0.4 < float((by_epoch[0] != by_epoch[epoch]).double().mean()) < 0.6 for epoch in (1, 2, 3))
-    assert torch.equal(TrainingItems(digits, hflip=False, seed=0).__getitems__(places)[0], plain)
+    assert torch.equal(TrainingItems(digits, hflip=False, seed=0).at(places)[0], plain)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -140,7 +142,7 @@ def test_the_global_generator_is_not_touched(workers):
 
 def test_workers_leave_the_process_group_and_end_with_the_batches():
     others = set(multiprocessing.active_children())
-    running = batches(Digits(), 12, 0, num_workers=2)
+    running = batches(Digits(), StepBatches(1797, 12, 0), num_workers=2)
     next(running), next(running)  # one of each
     mine = [child for child in multiprocessing.active_children() if child not in others]
     assert len(mine) == 2

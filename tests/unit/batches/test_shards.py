@@ -147,7 +147,7 @@ def test_a_cache_that_can_only_be_read_can_be_read(full, monkeypatch):
 def test_a_shard_under_anothers_name_is_refused(full):
     shutil.copy(full.path(0), full.path(1))
     entry = full._entries()[0]
-    full._record({1: {**entry, "mtime_ns": full.path(1).stat().st_mtime_ns}}, {})
+    full._record({1: entry.model_copy(update={"mtime_ns": full.path(1).stat().st_mtime_ns})}, {})
     assert full.finished() == {0, 1, 2}
     with pytest.raises(IntegrityError, match="another shard than its name says"):
         full.tensors()
@@ -155,7 +155,7 @@ def test_a_shard_under_anothers_name_is_refused(full):
 
 def test_what_was_made_anew_meanwhile_is_not_forgotten(full):
     old = full._entries()[1]
-    full._record({1: {**old, "sha256": "new"}}, {})
+    full._record({1: old.model_copy(update={"sha256": "new"})}, {})
     full._record({}, {1: old})
     assert 1 in full._entries()
 

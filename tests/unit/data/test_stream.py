@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Value
 
-from dmpctl.batches.loader import batches
+from dmpctl.batches.loader import StepBatches, batches, order_of
 from dmpctl.data import stream
 from dmpctl.data.columns import UNNAMED, Columns
 from dmpctl.data.stream import StreamedImages, StreamReader
@@ -177,7 +177,9 @@ def test_training_sees_each_row_once_in_an_epoch_on_any_layout(files, monkeypatc
     known = {opened(files).item(row)[0].numpy().tobytes(): row for row in range(ROWS)}
 
     def steps(count: int, start: int = 0, workers: int = 0) -> list[int]:
-        ranks = [batches(opened(files), 8, 3, start, rank, world, num_workers=workers) for rank in range(world)]
+        sources = [opened(files) for _ in range(world)]
+        orders = [StepBatches(ROWS, 8, 3, start, rank, world, order_of(source)) for rank, source in enumerate(sources)]
+        ranks = [batches(source, order, num_workers=workers) for source, order in zip(sources, orders, strict=True)]
         taken = [[images for images, _ in islice(rank, count)] for rank in ranks]
         for rank in ranks:
             rank.close()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dmpctl.batches.loader import batches
+from dmpctl.batches.loader import StepBatches, batches
 from dmpctl.errors import IntegrityError
 from dmpctl.images import stored
 from dmpctl.images.stored import StoredImages
@@ -165,7 +165,7 @@ class TestBrokenBehindItsHeader(Lazy):
 
     def test_loader_processes_count_them_together(self, make):
         source = make(self.images(8, 3, 6), on_bad="skip")
-        running = batches(source, 4, seed=0, num_workers=2)
+        running = batches(source, StepBatches(len(source), 4, 0), num_workers=2)
         for _ in range(4):
             next(running)
         running.close()

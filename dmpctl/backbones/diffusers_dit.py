@@ -5,6 +5,7 @@ block holds its own copy of the embedders of time and label, of which the publis
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ class DiffusersDiT(AlikeBlocks):
 
     @property
     def spec(self) -> BackboneSpec:
-        """What the rest of the program may know of this backbone."""
+        """Latent shape, sites, schedule, classes and size."""
         classes = self.model.config.num_embeds_ada_norm
         return self._spec(num_classes=classes, null_class=classes)
 
@@ -32,9 +33,8 @@ class DiffusersDiT(AlikeBlocks):
         c: Tensor = self._embed_time(t) + self._embedder.class_embedder(needed(cond, "labels"))
         return c
 
-    def _cond(self, arguments: Mapping[str, Any]) -> Tensor | None:
-        labels: Tensor | None = arguments.get("class_labels")
-        return labels
+    def _cond(self, arguments: Mapping[str, Tensor]) -> Tensor | None:
+        return arguments.get("class_labels")
 
     def _predict(self, x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
         prediction: Tensor = self.model(x, timestep=t, class_labels=cond, return_dict=False)[0]
@@ -42,18 +42,18 @@ class DiffusersDiT(AlikeBlocks):
 
 
 def to_original(model: DiffusersDiT) -> tuple[DiTConfig, dict[str, Tensor]]:
-    """Config and state dict of the same weights in the original layout.
+    """Returns config and state dict of these weights in the original layout.
 
     The two compute the same where this model's `time_proj.downscale_freq_shift` is 0; as diffusers publishes it, it is 1,
-    so that the original function is what the weights were trained for. ValueError where the blocks' embedders differ,
-    which the original layout cannot say.
+    so that the original function is the one the weights were trained for. ValueError where the blocks' embedders differ,
+    which the original layout cannot hold.
     """
     source, config = model.model.state_dict(), model.model.config
     first = "transformer_blocks.0.norm1.emb."
+    embedders = [name.removeprefix(first) for name in source if name.startswith(first)]
     for number in range(1, config.num_layers):
-        own = f"transformer_blocks.{number}.norm1.emb."
         if any(
-            not torch.equal(source[name], source[own + name.removeprefix(first)]) for name in source if name.startswith(first)
+            not torch.equal(source[first + name], source[f"transformer_blocks.{number}.norm1.emb.{name}"]) for name in embedders
         ):
             raise ValueError(f"block {number} embeds time or labels in a way of its own")
     renamed = {
@@ -78,15 +78,6 @@ def to_original(model: DiffusersDiT) -> tuple[DiTConfig, dict[str, Tensor]]:
             tensors[f"blocks.{number}.attn.qkv.{kind}"] = torch.cat(parts)
     tensors["y_embedder.embedding_table.weight"] = source[f"{first}class_embedder.embedding_table.weight"]
     tensors["pos_embed"] = model.model.pos_embed.pos_embed.detach().clone()
-    spec = model.spec
-    shape = DiTConfig(
-        config.sample_size,
-        config.in_channels,
-        config.patch_size,
-        model.model.inner_dim,
-        config.num_layers,
-        config.num_attention_heads,
-        spec.num_classes,
-        learned_sigma=spec.learned_sigma,
-    )
-    return shape, tensors
+    sizes = (config.sample_size, config.in_channels, config.patch_size, model.model.inner_dim)
+    shape = DiTConfig(*sizes, config.num_layers, config.num_attention_heads, model.spec.num_classes)
+    return replace(shape, learned_sigma=model.spec.learned_sigma), tensors

@@ -1,7 +1,6 @@
 """A backbone from a folder in the layout of diffusers: a pipeline (model_index.json) or one model (config.json)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import nn
 from dmpctl.backbones.diffusers_dit import DiffusersDiT
 from dmpctl.backbones.pixart import PixArt
 from dmpctl.backbones.sd_unet import SdUnet
-from dmpctl.errors import DmpError, IntegrityError, MissingError, UsageError
+from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.files import read_json
 from dmpctl.types import ScheduleKind, ScheduleSpec
 
@@ -20,21 +19,13 @@ KINDS: dict[str, type[DiffusersDiT] | type[PixArt] | type[SdUnet]] = {
     "PixArtTransformer2DModel": PixArt,
     "UNet2DConditionModel": SdUnet,
 }
-PARTS = ("transformer", "unet")  # of a pipeline, what denoises
-BETAS: dict[tuple[Any, Any, Any], ScheduleKind] = {  # beta_schedule, beta_start, beta_end of diffusers -> our name
+PARTS = ("transformer", "unet")  # the folder of a pipeline that holds the network
+BETAS: dict[tuple[object, object, object], ScheduleKind] = {  # beta_schedule, beta_start, beta_end of diffusers -> our name
     ("linear", 1e-4, 0.02): "linear",
     ("scaled_linear", 0.00085, 0.012): "scaled-linear",
     ("squaredcos_cap_v2", None, None): "cosine",
 }
 Foreign = DiffusersDiT | PixArt | SdUnet
-
-
-@dataclass(frozen=True)
-class Opened:
-    """The model, and the pipeline it lies in (None: it is alone)."""
-
-    model: Foreign
-    pipeline: Path | None
 
 
 def holds_diffusers(folder: Path) -> bool:
@@ -44,8 +35,8 @@ def holds_diffusers(folder: Path) -> bool:
     return (folder / "config.json").is_file() and "_class_name" in read_json(folder / "config.json")
 
 
-def open_folder(folder: Path) -> Opened:
-    """The backbone in a folder, on the CPU in float32.
+def open_folder(folder: Path) -> tuple[Foreign, Path | None]:
+    """Returns the backbone in a folder, on the CPU in float32, and the pipeline that it lies in (None: it is alone).
 
     UsageError for a model of another kind or a schedule we do not have; IntegrityError for weights that do not fit their
     config; MissingError where there are none.
@@ -54,16 +45,15 @@ def open_folder(folder: Path) -> Opened:
     inside = part or folder
     if not (inside / "config.json").is_file():
         raise MissingError(f"{folder} holds no model ({' or '.join(PARTS)})", "name a folder as diffusers saves it")
-    config = read_json(inside / "config.json")
-    name = str(config.get("_class_name"))
+    name = str(read_json(inside / "config.json").get("_class_name"))
     if name not in KINDS:
         raise UsageError(f"{inside} holds a {name}, which cannot be patched", f"name one of {', '.join(KINDS)}")
     schedule = schedule_in(inside.parent / "scheduler" / "scheduler_config.json")
-    return Opened(wrapped(loaded(inside, name), schedule), folder if part is not None else None)
+    return wrapped(loaded(inside, name), schedule), folder if part is not None else None
 
 
 def wrapped(model: nn.Module, schedule: ScheduleSpec | None = None, text_tokens: int | None = None) -> Foreign:
-    """A model of diffusers in memory as a backbone; UsageError for one that cannot be."""
+    """Returns a model of diffusers in memory as a backbone; UsageError for one that cannot be."""
     name = type(model).__name__
     if name not in KINDS:
         raise UsageError(f"a {name} cannot be patched", f"known are {', '.join(KINDS)}")
@@ -74,7 +64,7 @@ def wrapped(model: nn.Module, schedule: ScheduleSpec | None = None, text_tokens:
 
 
 def made(config: Mapping[str, Any], schedule: ScheduleSpec | None, text_tokens: int | None) -> Foreign:
-    """A model from its config alone, with whatever start diffusers gives it. IntegrityError for a config that makes none."""
+    """Returns a model made from its config, with the start that diffusers gives it. IntegrityError for a config that makes none."""
     import diffusers
 
     name = str(config.get("_class_name"))
@@ -86,39 +76,34 @@ def made(config: Mapping[str, Any], schedule: ScheduleSpec | None, text_tokens: 
 
 
 def loaded(folder: Path, name: str) -> nn.Module:
-    """The model itself; every key must fit."""
+    """Returns the model itself in float32; IntegrityError unless every key fits."""
     import diffusers
 
     load: Any = getattr(diffusers, name).from_pretrained
     try:
         with torch.inference_mode(False):  # or its tensors could not be trained through, nor moved
             model, found = load(folder, local_files_only=True, output_loading_info=True)
+        wrong = [f"{kind.removesuffix('_keys')} {key}" for kind, keys in found.items() for key in keys]
+        if not wrong:
+            whole: nn.Module = model.float()
+            return whole
+        why = f"{wrong[0]} ({len(wrong)} such keys)"
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
-        raise _refused(folder, name, str(error).splitlines()[0].split(". ")[0]) from None
-    wrong = [f"{kind.removesuffix('_keys')} {key}" for kind, keys in found.items() for key in keys]
-    if wrong:
-        raise _refused(folder, name, f"{wrong[0]} ({len(wrong)} such keys)")
-    model.float()
-    result: nn.Module = model
-    return result
-
-
-def _refused(folder: Path, name: str, why: str) -> DmpError:
-    return IntegrityError(f"{folder} is no {name} that can be read: {why}", "fetch it again, or name another one")
+        why = str(error).splitlines()[0].split(". ")[0]
+    raise IntegrityError(f"{folder} is no {name} that can be read: {why}", "fetch it again, or name another one")
 
 
 def schedule_in(path: Path) -> ScheduleSpec | None:
-    """The schedule of a pipeline; None where it has none. UsageError for one that we do not have."""
+    """Returns the schedule of a pipeline; None where it has none. UsageError for one that we do not have."""
     if not path.is_file():
         return None
     config = read_json(path)
     prediction = config.get("prediction_type", "epsilon")
     if prediction != "epsilon":
-        raise UsageError(
-            f"{path} says that the model predicts {prediction}, which is not supported", "name one that predicts epsilon"
-        )
+        hint = "name one that predicts epsilon"
+        raise UsageError(f"{path} says that the model predicts {prediction}, which is not supported", hint)
     kind, start, end = (config.get(key) for key in ("beta_schedule", "beta_start", "beta_end"))
-    key = (kind, None, None) if kind == "squaredcos_cap_v2" else (kind, start, end)
-    if key not in BETAS:
+    known = BETAS.get((kind, None, None) if kind == "squaredcos_cap_v2" else (kind, start, end))
+    if known is None:
         raise UsageError(f"{path} has a noise schedule {kind} from {start} to {end}, which is not known", "name another model")
-    return ScheduleSpec(BETAS[key], int(config.get("num_train_timesteps", 1000)))
+    return ScheduleSpec(known, int(config.get("num_train_timesteps", 1000)))

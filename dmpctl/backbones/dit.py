@@ -5,7 +5,7 @@ The only addition: `denoise` takes `edit(site, tokens) -> tokens`, called on the
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -60,14 +60,6 @@ class DiTConfig:
     def label_rows(self) -> int:
         """Rows of the label table: the classes and the null class; one row when unconditional."""
         return self.num_classes + self.null_class if self.num_classes else 1
-
-    def parameters(self) -> int:
-        """How many numbers the published model holds, its fixed position table left out."""
-        d, p = self.hidden_size, self.patch_size
-        embedders = (self.channels * p * p + 1) * d + (FREQUENCIES + 1) * d + (d + 1) * d + self.label_rows * d
-        block = (d + 1) * 3 * d + (d + 1) * d + (d + 1) * 4 * d + (4 * d + 1) * d + (d + 1) * 6 * d
-        final = (d + 1) * 2 * d + (d + 1) * p * p * self.out_channels
-        return embedders + self.depth * block + final
 
 
 def shape_config(name: str, input_size: int = 32, num_classes: int = 0) -> DiTConfig | None:
@@ -215,7 +207,7 @@ class DiT(nn.Module):
 
     @property
     def spec(self) -> BackboneSpec:
-        """What the rest of the program may know of this backbone."""
+        """Latent shape, sites, schedule, conditions and size."""
         c = self.config
         return BackboneSpec(
             latent_shape=(c.channels, c.input_size, c.input_size),
@@ -225,12 +217,12 @@ class DiT(nn.Module):
             schedule=self.schedule,
             num_classes=c.num_classes,
             null_class=c.num_classes if c.num_classes and c.null_class else None,
-            parameters=c.parameters(),
+            parameters=sum(tensor.numel() for tensor in self.parameters()),
         )
 
     @property
     def linears(self) -> Mapping[str, tuple[str, ...]]:
-        """Ends of the names of the linear layers inside the blocks, by what they are for."""
+        """Ends of the names of the linear layers inside the blocks, by their purpose."""
         return {"qkv": ("attn.qkv",), "proj": ("attn.proj",), "mlp": ("mlp.fc1", "mlp.fc2")}
 
     @property
@@ -267,7 +259,7 @@ class DiT(nn.Module):
         return c
 
     def _time(self, t: Tensor) -> Tensor:
-        """What the network calls t: a SiT counts from noise (0) to images (1)."""
+        """t as the network counts it: a SiT from noise (0) to images (1)."""
         return 1 - t / self.schedule.steps if self.schedule.kind == "flow" else t
 
     def _denoise(self, x: Tensor, t: Tensor, cond: Tensor | None, edit: Edit | None) -> Tensor:
@@ -287,32 +279,37 @@ class DiT(nn.Module):
         grid = squares.reshape(-1, side, side, p, p, self.config.out_channels)
         return grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.config.out_channels, side * p, side * p)
 
-    @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
-        """The published initialisation (adaLN-Zero): linear layers Xavier, modulations and output zero."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight, generator=generator)
+        """Draws the published initialisation (adaLN-Zero): linear layers Xavier, modulations and output zero."""
+        drawn = [self.y_embedder.embedding_table.weight]
+        drawn += [layer.weight for layer in self.t_embedder.mlp if isinstance(layer, nn.Linear)]
+        zero = [self.final_layer.linear, *(part.adaLN_modulation[-1] for part in (*self.blocks, self.final_layer))]
+        start_afresh(self, self.x_embedder.proj, [(weight, 0.02) for weight in drawn], zero, generator)
+
+
+@torch.no_grad()
+def start_afresh(
+    model: nn.Module,
+    patches: nn.Conv2d,
+    normal: Iterable[tuple[Tensor, float]],
+    zero: Iterable[nn.Module],
+    generator: torch.Generator,
+) -> None:
+    """Draws the weights of a transformer over patches in place: linear layers Xavier, biases zero.
+
+    `patches`: the layer that makes tokens, Xavier as if it were linear. `normal`: (weights, standard deviation) that are drawn
+    from a normal distribution. `zero`: layers that start at zero.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight, generator=generator)
+            if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        kernel = self.x_embedder.proj.weight
-        nn.init.xavier_uniform_(kernel.view(kernel.shape[0], -1), generator=generator)
-        for weight in self._normal_weights():
-            nn.init.normal_(weight, std=0.02, generator=generator)
-        for layer in self._zero_layers():
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        kernel_bias = self.x_embedder.proj.bias
-        if kernel_bias is not None:
-            nn.init.zeros_(kernel_bias)
-
-    def _normal_weights(self) -> Iterator[Tensor]:
-        yield self.y_embedder.embedding_table.weight
-        yield from (layer.weight for layer in self.t_embedder.mlp if isinstance(layer, nn.Linear))
-
-    def _zero_layers(self) -> Iterator[nn.Linear]:
-        yield self.final_layer.linear
-        for module in self.modules():
-            if isinstance(module, Block | FinalLayer):
-                layer = module.adaLN_modulation[-1]
-                if isinstance(layer, nn.Linear):
-                    yield layer
+    nn.init.xavier_uniform_(patches.weight.view(patches.weight.shape[0], -1), generator=generator)
+    if patches.bias is not None:
+        nn.init.zeros_(patches.bias)
+    for weight, deviation in normal:
+        nn.init.normal_(weight, std=deviation, generator=generator)
+    for layer in zero:
+        for parameter in layer.parameters():
+            nn.init.zeros_(parameter)

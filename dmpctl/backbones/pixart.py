@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmpctl.backbones.dit import DiTConfig
+from dmpctl.backbones.dit import DiTConfig, start_afresh
 from dmpctl.backbones.sites import AlikeBlocks, needed
 from dmpctl.types import BackboneSpec, TextSpec, text_parts
 
@@ -25,7 +25,7 @@ class PixArt(AlikeBlocks):
 
     @property
     def spec(self) -> BackboneSpec:
-        """What the rest of the program may know of this backbone."""
+        """Latent shape, sites, schedule, captions and size."""
         return self._spec(text=TextSpec(self.text_tokens or TOKENS, self.model.config.caption_channels))
 
     @property
@@ -39,7 +39,7 @@ class PixArt(AlikeBlocks):
         mean: Tensor = (projected * weights).sum(1) / weights.sum(1).clamp(min=1)
         return self._embed_time(t) + mean
 
-    def _cond(self, arguments: Mapping[str, Any]) -> Tensor | None:
+    def _cond(self, arguments: Mapping[str, Tensor]) -> Tensor:
         states, mask = arguments["encoder_hidden_states"], arguments.get("encoder_attention_mask")
         if mask is None:
             mask = states.new_ones(states.shape[:2])
@@ -60,34 +60,25 @@ class PixArt(AlikeBlocks):
         return prediction
 
     def _sizes(self, x: Tensor) -> dict[str, Tensor | None]:
-        """What a model for 1024x1024 images is told besides: their size, and that they are square."""
+        """Further conditions of a model for 1024x1024 images: their size, and that they are square."""
         if not self.model.use_additional_conditions:
             return {"resolution": None, "aspect_ratio": None}
         side = float(PIXELS * self.model.config.sample_size)
         return {"resolution": x.new_full((len(x), 2), side), "aspect_ratio": x.new_ones(len(x), 1)}
 
-    @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
-        """A fresh model: linear layers Xavier; attention to text and output zero, so that blocks start alike without them."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight, generator=generator)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        kernel = self.model.pos_embed.proj.weight
-        nn.init.xavier_uniform_(kernel.view(kernel.shape[0], -1), generator=generator)
-        nn.init.zeros_(self.model.pos_embed.proj.bias)
-        width = self.model.inner_dim
-        for name, tensor in self.named_parameters():
-            if name.endswith("scale_shift_table"):
-                nn.init.normal_(tensor, std=width**-0.5, generator=generator)
-        single, caption = self.model.adaln_single, self.model.caption_projection
-        timestep = single.emb.timestep_embedder
-        for layer in (timestep.linear_1, timestep.linear_2, single.linear, caption.linear_1, caption.linear_2):
-            nn.init.normal_(layer.weight, std=0.02, generator=generator)
-        for layer in (self.model.proj_out, *(block.attn2.to_out[0] for block in self.model.transformer_blocks)):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        """Draws a fresh model: linear layers Xavier; attention to text and output zero, so that blocks start without them."""
+        model = self.model
+        tables = [tensor for name, tensor in self.named_parameters() if name.endswith("scale_shift_table")]
+        single, caption, timestep = model.adaln_single, model.caption_projection, model.adaln_single.emb.timestep_embedder
+        layers = (timestep.linear_1, timestep.linear_2, single.linear, caption.linear_1, caption.linear_2)
+        start_afresh(
+            self,
+            model.pos_embed.proj,
+            [*((table, model.inner_dim**-0.5) for table in tables), *((layer.weight, 0.02) for layer in layers)],
+            [model.proj_out, *(block.attn2.to_out[0] for block in model.transformer_blocks)],
+            generator,
+        )
 
 
 def fresh(config: DiTConfig, text: TextSpec) -> nn.Module:

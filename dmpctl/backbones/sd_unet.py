@@ -31,7 +31,7 @@ class SdUnet(Hooked):
 
     @property
     def spec(self) -> BackboneSpec:
-        """What the rest of the program may know of this backbone."""
+        """Latent shape, sites, schedule, captions and size."""
         model, config = self.model, self.model.config
         blocks: list[Any] = [self.get_submodule(name) for name in self.block_names]
         sides = [config.sample_size // scale for scale in self._scales]
@@ -54,7 +54,7 @@ class SdUnet(Hooked):
     def _time_embedder(self) -> tuple[Any, Any]:
         return self.model.time_proj, self.model.time_embedding
 
-    def _cond(self, arguments: Mapping[str, Any]) -> None:
+    def _cond(self, arguments: Mapping[str, Tensor]) -> None:
         """None: the gate sees no caption."""
 
     def _predict(self, x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:

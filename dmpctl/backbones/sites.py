@@ -1,6 +1,6 @@
 """Edits in models that others wrote: a hook on each transformer block. The only hooks there are.
 
-A subclass says which blocks, and what a model of its kind calls time and conditions.
+A subclass names the blocks, and the arguments that hold time and conditions in a model of its kind.
 """
 
 from abc import ABC, abstractmethod
@@ -12,20 +12,22 @@ from torch import Tensor, nn
 
 from dmpctl.types import BackboneSpec, Edit, ScheduleSpec, Site, TextSpec
 
+Keywords = dict[str, object]  # of a call
+
 
 class EditInForce:
-    """What the hooks of one model look up. A copy of the model has one of its own."""
+    """The edit that the hooks of one model look up. A copy of the model has one of its own."""
 
     edit: Edit | None = None
 
 
 class SiteHook:
-    """Before a block: its tokens, the first argument [B, T, D], as the edit in force makes them."""
+    """Before a block: puts the edit in force on its tokens, the first argument [B, T, D]."""
 
     def __init__(self, held: EditInForce, site: int) -> None:
         self._held, self._site = held, site
 
-    def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: Keywords) -> tuple[tuple[Any, ...], Keywords]:
         if self._held.edit is None:
             return args, kwargs
         tokens, *rest = args
@@ -33,7 +35,7 @@ class SiteHook:
 
 
 class LastTokens:
-    """Before what follows the blocks: the tokens of the image alone, so that prepended prompts fall away."""
+    """Before the layer behind the blocks: keeps the tokens of the image alone, so that prepended prompts fall away."""
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -85,11 +87,11 @@ class Hooked(nn.Module, ABC):
     @property
     @abstractmethod
     def spec(self) -> BackboneSpec:
-        """What the rest of the program may know of this backbone."""
+        """Latent shape, sites, schedule, conditions and size."""
 
     @property
     def linears(self) -> Mapping[str, tuple[str, ...]]:
-        """Ends of the names of the linear layers inside the blocks, by what they are for; attention to text included."""
+        """Ends of the names of the linear layers inside the blocks, by their purpose; attention to text included."""
         attentions = ("attn1", "attn2")
         return {
             "qkv": tuple(f"{attention}.to_{part}" for attention in attentions for part in "qkv"),
@@ -97,13 +99,14 @@ class Hooked(nn.Module, ABC):
             "mlp": ("ff.net.0.proj", "ff.net.2"),
         }
 
-    def told(self, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """Timesteps [B] and conditions that a call of `model` by these arguments means, for `embed`."""
-        x, t = next(iter(arguments.values())), torch.as_tensor(arguments["timestep"])
-        return t.to(x.device).reshape(-1).expand(len(x)) if t.numel() == 1 else t.to(x.device), self._cond(arguments)
+    def told(self, arguments: Mapping[str, object]) -> tuple[Tensor, Tensor | None]:
+        """Returns timesteps [B] and conditions, for `embed`, of a call of `model` with these arguments."""
+        tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+        x, t = next(iter(tensors.values())), torch.as_tensor(arguments["timestep"])
+        return t.to(x.device).reshape(-1).expand(len(x)) if t.numel() == 1 else t.to(x.device), self._cond(tensors)
 
     def put_in_force(self, edit: Edit | None) -> None:
-        """Let calls of `model` itself, by others, be edited; None: no more."""
+        """Edits calls of `model` itself, by others, from now on; None: no more."""
         self._held.edit = edit
 
     # Each of the next four is entered from outside; none calls another, as each may be wrapped (training.fsdp).
@@ -140,15 +143,15 @@ class Hooked(nn.Module, ABC):
     @property
     @abstractmethod
     def _time_embedder(self) -> tuple[Any, Any]:
-        """What makes features of timesteps, and what makes a vector of these."""
+        """The modules that make features of timesteps, and a vector [B, D] of these."""
 
     @abstractmethod
     def _embed(self, t: Tensor, cond: Tensor | None) -> Tensor:
         """c of timesteps and conditions."""
 
     @abstractmethod
-    def _cond(self, arguments: Mapping[str, Any]) -> Tensor | None:
-        """The conditions among the arguments of a call of `model`, as `embed` takes them."""
+    def _cond(self, arguments: Mapping[str, Tensor]) -> Tensor | None:
+        """The conditions among the tensors that `model` was called with, as `embed` takes them."""
 
     @abstractmethod
     def _predict(self, x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:

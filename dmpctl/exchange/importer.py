@@ -103,7 +103,7 @@ def opened(path: Path, options: Importing, data: str | None) -> Opened:
 
 def _original(folder: Path, data: str | None) -> Loaded:
     """A DiT in diffusers' layout as the original one: the same weights, and the function they were trained for."""
-    model = open_folder(folder).model
+    model, _ = open_folder(folder)
     if not isinstance(model, DiffusersDiT):
         raise UsageError(f"{folder} holds no DiT, whose layouts alone are converted", f"use it as it is: --base {folder}")
     try:

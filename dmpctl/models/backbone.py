@@ -108,8 +108,8 @@ def model_from(weights: Weights, num_heads: int | None = None, schedule: Schedul
 
 def pipeline_backbone(folder: Path) -> Loaded:
     """The backbone in a folder of diffusers, with the codec and the encoder of captions that lie beside it."""
-    opened = open_folder(folder)
-    model, pipeline = freeze(opened.model), opened.pipeline
+    model, pipeline = open_folder(folder)
+    freeze(model)
     codec = text = None
     if pipeline is not None and (pipeline / "vae" / "config.json").is_file():
         vae = Vae(pipeline, str(pipeline.absolute()))

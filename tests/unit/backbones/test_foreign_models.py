@@ -138,12 +138,11 @@ def test_a_pipeline_is_opened_with_its_schedule(tmp_path, model, schedule, kind)
     saved = model()
     folder = pipeline(tmp_path / "pipe", saved, schedule)
     assert holds_diffusers(folder)
-    opened = open_folder(folder)
-    assert opened.pipeline == folder
-    assert opened.model.spec.schedule == ScheduleSpec(kind)
-    assert all(torch.equal(value, saved.state_dict()[name]) for name, value in opened.model.state_dict().items())
-    alone = open_folder(folder / ("unet" if model is tiny_unet else "transformer"))
-    assert alone.pipeline is None
+    opened, around = open_folder(folder)
+    assert around == folder
+    assert opened.spec.schedule == ScheduleSpec(kind)
+    assert all(torch.equal(value, saved.state_dict()[name]) for name, value in opened.state_dict().items())
+    assert open_folder(folder / ("unet" if model is tiny_unet else "transformer"))[1] is None
 
 
 def test_a_config_alone_makes_the_same_network():

@@ -52,9 +52,8 @@ def to_original(model: DiffusersDiT) -> tuple[DiTConfig, dict[str, Tensor]]:
     first = "transformer_blocks.0.norm1.emb."
     embedders = [name.removeprefix(first) for name in source if name.startswith(first)]
     for number in range(1, config.num_layers):
-        if any(
-            not torch.equal(source[first + name], source[f"transformer_blocks.{number}.norm1.emb.{name}"]) for name in embedders
-        ):
+        own = f"transformer_blocks.{number}.norm1.emb."
+        if not all(torch.equal(source[first + name], source[own + name]) for name in embedders):
             raise ValueError(f"block {number} embeds time or labels in a way of its own")
     renamed = {
         "pos_embed.proj": "x_embedder.proj",

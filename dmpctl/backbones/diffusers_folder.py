@@ -64,7 +64,7 @@ def wrapped(model: nn.Module, schedule: ScheduleSpec | None = None, text_tokens:
 
 
 def made(config: Mapping[str, Any], schedule: ScheduleSpec | None, text_tokens: int | None) -> Foreign:
-    """Returns a model made from its config, with the start that diffusers gives it. IntegrityError for a config that makes none."""
+    """Returns a model of this config, with the start that diffusers gives it. IntegrityError for a config that makes none."""
     import diffusers
 
     name = str(config.get("_class_name"))

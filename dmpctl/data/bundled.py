@@ -20,6 +20,7 @@ class Digits:
     name = "digits"
     num_classes = 10
     mirror = False
+    classes = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
     def __init__(self, size: int | None = None, channels: int | None = None) -> None:
         if size not in (None, SIDE):

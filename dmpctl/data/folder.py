@@ -44,23 +44,23 @@ class FolderReader(Reader):
         return open(os.path.join(self._top, self._files[index].name), "rb")
 
     def labels(self, kept: Sequence[int]) -> tuple[Tensor, int]:
-        number = {name: label for label, name in enumerate(self._classes(kept))}
+        number = {name: label for label, name in enumerate(self.classes(kept))}
         return torch.tensor([number.get(self._files[index].name.split("/")[0], 0) for index in kept]), len(number)
 
     def identity(self, kept: Sequence[int], digests: Sequence[bytes] | None) -> Iterator[bytes]:
         """The classes, and each file's name, size and content; its time of change where it was not read."""
-        for name in self._classes(kept):
+        for name in self.classes(kept):
             yield b"\0" + os.fsencode(name)
         for row, index in enumerate(kept):
             file = self._files[index]
             version = str(file.mtime_ns).encode() if digests is None else digests[row]
             yield b"\0" + os.fsencode(file.name) + b"\0" + str(file.bytes).encode() + b"\0" + version
 
-    def _classes(self, kept: Sequence[int]) -> list[str]:
-        """The first-level sub-folders, sorted; [] where an image in use lies outside of them.
+    def classes(self, kept: Sequence[int]) -> tuple[str, ...]:
+        """The first-level sub-folders, sorted; () where an image in use lies outside of them.
 
         One with nothing but bad files counts too: leaving files out must not renumber the labels.
         """
         if not all("/" in self._files[index].name for index in kept):
-            return []
-        return sorted({file.name.split("/")[0] for file in self._files if "/" in file.name}, key=os.fsencode)
+            return ()
+        return tuple(sorted({file.name.split("/")[0] for file in self._files if "/" in file.name}, key=os.fsencode))

@@ -51,6 +51,10 @@ class Reader(ABC):
         """
         return torch.zeros(len(kept), dtype=torch.int64), 0
 
+    def classes(self, kept: Sequence[int]) -> tuple[str, ...]:
+        """Names of the classes in the order of their labels, where they can stand in for captions; () where they cannot."""
+        return ()
+
     def label(self, index: int) -> int:
         """Label of one image; asked for only where `labels` gives none."""
         return 0

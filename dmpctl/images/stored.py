@@ -60,6 +60,7 @@ class StoredImages:
             raise refused(self.bad, len(reader), reader.shown)
         self._kept: Sequence[int] = good
         self._labels, self.num_classes = reader.labels(good)
+        self.classes = reader.classes(good)
         flags: Any = torch.zeros(len(good), dtype=torch.bool)
         # In memory that loader processes share: between them, each broken image is reported once.
         self._broken: Tensor | None = flags.share_memory_() if self._held is None and on_bad == "skip" else None

@@ -188,7 +188,7 @@ def test_a_folder_that_may_not_be_listed(tmp_path, monkeypatch, which):
     else:
         source = folder_images(tmp_path, 8, on_bad="skip")
         assert source.bad == [("shut/", "Permission denied")]
-        assert source.num_classes == 2
+        assert source.classes == ("good", "shut")
 
 
 def test_links_inside_the_folder_are_images_and_links_to_folders_are_not_followed(tmp_path):
@@ -264,6 +264,7 @@ def test_names_that_are_no_text_work_and_are_escaped_in_messages(tmp_path, name)
 
 def test_folders_are_classes_if_every_image_lies_in_one(tmp_path):
     source = folder_images(fill(tmp_path, "dog/1.png", "cat/1.png", "cat/deep/2.png"))
+    assert source.classes == ("cat", "dog")
     assert source.num_classes == 2
     assert [source.item(index)[1] for index in range(3)] == source.labels().tolist() == [0, 0, 1]
     fill(tmp_path, "stray.png")
@@ -277,7 +278,7 @@ def test_a_class_of_bad_files_keeps_its_number_and_a_bad_stray_is_no_image(tmp_p
     text(tmp_path / "cow" / "1.png")
     truncated(tmp_path / "stray.png")
     source = folder_images(tmp_path, on_bad="skip")
-    assert source.num_classes == 3
+    assert source.classes == ("cat", "cow", "dog")
     assert source.labels().tolist() == [0, 2]
 
 

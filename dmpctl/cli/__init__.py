@@ -1,1 +1,1 @@
-"""The command line: one file per command, thin; the work is in `engine`."""
+"""The command line: one table of commands; what they do is in the rooms below."""

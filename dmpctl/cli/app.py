@@ -5,8 +5,6 @@ import re
 import sys
 import traceback
 from collections.abc import Sequence
-from importlib import import_module
-from keyword import iskeyword
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -14,47 +12,29 @@ from typer.core import TyperCommand
 from typer.main import get_command
 
 from dmpctl import __version__
-from dmpctl.cli.help import WIDTH, Group
+from dmpctl.cli.commands import COMMANDS, ROWS
+from dmpctl.cli.help import WIDTH, RootPage
 from dmpctl.errors import DmpError, UsageError
 from dmpctl.words import did_you_mean
 
 SIGINT, SIGPIPE = 130, 141  # exit codes: 128 + the signal
 
-# Each is in the module that `module_of` names; its first line of help says the same.
-COMMANDS = {
-    "download": "Fetch assets into the cache, each checked against its sha256.",
-    "pretrain": "Train a backbone from scratch.",
-    "patch": "Train a patch on a frozen backbone.",
-    "sample": "Sample images with a patch, or with its backbone alone.",
-    "fid": "Measure the Frechet distance to real images.",
-    "compare": "Compare variants over seeds, with tests and a plot.",
-    "inspect-gates": "Show how the gates mix the prompts, per block and timestep.",
-    "report": "Write a run as one HTML page that stands alone.",
-    "push": "Publish a patch on the Hub, with a card.",
-    "import": "Take other people's checkpoints apart into a run.",
-    "export": "Write a run's result in a form for others.",
-    "doctor": "Show versions, devices, caches and the offline state.",
-}
 
-
-def module_of(name: str) -> str:
-    """The module of a command: dmpctl.cli.inspect_gates, and import_ for a name that Python keeps for itself."""
-    return f"dmpctl.cli.{name.replace('-', '_')}{'_' if iskeyword(name) else ''}"
-
-
-class Lazy(Group):
-    """Lists the commands without importing them; the one that is used, or completed, is imported."""
+class Lazy(RootPage):
+    """Lists the commands without building them; the one that is used, or completed, is built."""
 
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**attributes)
-        for name, line in COMMANDS.items():
-            self.add_command(TyperCommand(name, short_help=line))
+        for command in ROWS:
+            self.add_command(TyperCommand(command.name, short_help=command.line))
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, found, rest = super().resolve_command(ctx, args)
         if name is None or found is None:
             return name, found, rest
-        return name, get_command(import_module(module_of(name)).app), rest
+        from dmpctl.cli.parameters import parsed_by_typer  # costs pydantic, which the root's help page does without
+
+        return name, parsed_by_typer(COMMANDS[name]), rest
 
 
 app = typer.Typer(cls=Lazy, rich_markup_mode=None, invoke_without_command=True, context_settings={"max_content_width": WIDTH})
@@ -92,14 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = SIGPIPE
     except KeyboardInterrupt:
         code = SIGINT
-    except DmpError as error:
-        code = _fail(error, error.message, error.hint, error.exit_code, state)
-    except typer.TyperException as error:
-        code = _fail(error, *_usage(error), error.exit_code, state)
     except Exception as error:
-        message = f"internal: {type(error).__name__}: {error}".rstrip(": ")
-        hint = "this is a bug; run it again with --debug to see where"
-        code = _fail(error, message, None if state["debug"] else hint, DmpError.exit_code, state)
+        code = _said(error, state["debug"])
     if code == SIGPIPE:  # nobody reads any more: Python must not complain about that at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
@@ -135,27 +109,33 @@ def _run(args: list[str], state: dict[str, bool]) -> int:
     return code if isinstance(code, int) else 0
 
 
-def _usage(error: typer.TyperException) -> tuple[str, str | None]:
-    """Sentence and hint for a line that Typer could not parse."""
-    ctx = getattr(error, "ctx", None)
-    hint = f"{ctx.command_path} --help lists what there is" if ctx is not None else None
-    option = getattr(error, "option_name", None)
-    if not hasattr(error, "possibilities"):
-        return error.format_message().replace("\n", " ").rstrip("."), hint
-    near = getattr(error, "possibilities", None)
-    if not near and ctx is not None and ctx.parent is None:
-        hint = f"options follow the command: dmpctl COMMAND {option}"
-    return f"no such option {option}{did_you_mean(str(option), near or ())}", hint
-
-
-def _fail(error: BaseException, message: str, hint: str | None, code: int, state: dict[str, bool]) -> int:
-    """Say what went wrong on stderr, with --debug after the traceback (never with local variables)."""
-    if state["debug"]:
+def _said(error: Exception, debug: bool) -> int:
+    """Say what went wrong on stderr, with --debug after the traceback (never with local variables); returns the exit code."""
+    match error:
+        case DmpError():
+            message, hint, code = error.message, error.hint, error.exit_code
+        case typer.TyperException():
+            (message, hint), code = _usage(error), error.exit_code
+        case _:
+            message, code = f"internal: {type(error).__name__}: {error}".rstrip(": "), DmpError.exit_code
+            hint = None if debug else "this is a bug; run it again with --debug to see where"
+    if debug:
         typer.echo(redacted("".join(traceback.format_exception(error))), err=True)
     typer.echo(typer.style("error: ", fg="red", bold=True) + redacted(" ".join(message.split())), err=True)
     if hint:
         typer.echo(f"hint: {redacted(hint)}", err=True)
     return code
+
+
+def _usage(error: typer.TyperException) -> tuple[str, str | None]:
+    """Sentence and hint for a line that Typer could not parse."""
+    ctx, option = getattr(error, "ctx", None), getattr(error, "option_name", None)
+    hint = f"{ctx.command_path} --help lists what there is" if ctx is not None else None
+    if not hasattr(error, "possibilities"):
+        return error.format_message().replace("\n", " ").rstrip("."), hint
+    if not error.possibilities and ctx is not None and ctx.parent is None:
+        hint = f"options follow the command: dmpctl COMMAND {option}"
+    return f"no such option {option}{did_you_mean(str(option), error.possibilities or ())}", hint
 
 
 def redacted(text: str) -> str:

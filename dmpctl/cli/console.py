@@ -19,8 +19,8 @@ from rich.text import Text
 
 from dmpctl.files import amount
 from dmpctl.settings import sections
-from dmpctl.settings.commands import field_of, options_of
 from dmpctl.settings.layers import Resolved
+from dmpctl.settings.options import field_of, options_of
 from dmpctl.types import Progress, ProgressTask, Report, Silent, Unit
 
 SECONDS_PER_LINE = 2.0
@@ -167,30 +167,25 @@ class BarsTask:
             self._bars.display.stop()
 
 
-class Output:
-    """The result of a command on stdout, as a table and sentences or (`as_json`) as one JSON object. Rank 0 only."""
-
-    def __init__(self, as_json: bool) -> None:
-        self._as_json = as_json
-
-    def result(self, report: Report) -> None:
-        if not is_main():
-            return
-        if self._as_json:
-            sys.stdout.write(json.dumps(jsonable(report.data), indent=1, allow_nan=False) + "\n")
-            return
-        terminal = is_terminal(sys.stdout)
-        console = Console(
-            file=sys.stdout,
-            highlight=False,
-            force_terminal=terminal,
-            color_system="auto" if terminal else None,
-            width=None if terminal else UNBOUNDED,
-        )
-        if report.table:
-            console.print(table_of(report))
-        for line in report.lines:
-            console.print(line, markup=False, soft_wrap=True)
+def show(report: Report, as_json: bool) -> None:
+    """Write the result of a command to stdout, as a table and sentences or as one JSON object. Rank 0 only."""
+    if not is_main():
+        return
+    if as_json:
+        sys.stdout.write(json.dumps(jsonable(report.data), indent=1, allow_nan=False) + "\n")
+        return
+    terminal = is_terminal(sys.stdout)
+    console = Console(
+        file=sys.stdout,
+        highlight=False,
+        force_terminal=terminal,
+        color_system="auto" if terminal else None,
+        width=None if terminal else UNBOUNDED,
+    )
+    if report.table:
+        console.print(table_of(report))
+    for line in report.lines:
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def table_of(report: Report) -> Table:

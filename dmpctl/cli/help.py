@@ -27,7 +27,7 @@ def write_options(command: TyperCommand | TyperGroup, ctx: Any, formatter: Any) 
             formatter.write_dl(records, col_max=min(30, formatter.width // 3))
 
 
-class Command(TyperCommand):
+class HelpPage(TyperCommand):
     """A command; its epilog is a list of examples, one per line."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
@@ -39,7 +39,7 @@ class Command(TyperCommand):
                 formatter.write_text("\b\n" + self.epilog)
 
 
-class Group(TyperGroup):
+class RootPage(TyperGroup):
     """The root: its options, then the commands."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:

@@ -12,12 +12,11 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 
-from dmpctl.cli.app import end, module_of
-from dmpctl.cli.console import progress_for
-from dmpctl.cli.options import Call, perform
+from dmpctl.cli.app import end
+from dmpctl.cli.calls import perform
+from dmpctl.cli.commands import COMMANDS
 from dmpctl.errors import DmpError, Interrupted
 from dmpctl.files import make_folder, write_atomic
 from dmpctl.processes.notes import Assignment, Outcome
@@ -45,9 +44,8 @@ def work(folder: Path) -> int:
         asked = Assignment.read(folder)
         debug = asked.settings.console.debug
         sys.argv[:] = asked.argv
-        body = getattr(import_module(module_of(asked.command)), asked.command)
         with leaving():
-            done = perform(body, Call(asked.settings, asked.argument, progress_for(asked.settings.console)))
+            done = perform(COMMANDS[asked.command], asked.settings, asked.argument)
         outcome = Outcome(rank=rank, exit_code=done)
     except Interrupted as stop:
         outcome = _said(rank, stop, stop.signal_number)

@@ -14,7 +14,7 @@ from typing import Any
 
 from dmpctl.errors import IntegrityError, InUse, MissingError, UsageError
 from dmpctl.files import read_json, write_atomic, write_json, writing
-from dmpctl.settings.commands import defaults_of
+from dmpctl.settings.options import defaults_of
 
 SCHEMA_VERSION = 1
 Kind = str  # "patch" or "backbone": what the run trains, and the name of the files that hold it

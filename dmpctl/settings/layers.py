@@ -17,9 +17,9 @@ from pydantic_settings import EnvSettingsSource
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.files import read_json
 from dmpctl.settings.assets import Assets, rows_of
-from dmpctl.settings.commands import COMMANDS, VARIABLE_PREFIX, Option, every_option, field_of, options_of
 from dmpctl.settings.methods import METHODS
 from dmpctl.settings.model import Settings
+from dmpctl.settings.options import COMMANDS, VARIABLE_PREFIX, Option, every_option, field_of, options_of
 from dmpctl.settings.presets import PRESETS, chosen_preset, preset_values
 from dmpctl.words import did_you_mean
 

@@ -13,10 +13,10 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dmpctl.errors import MissingError, UsageError
-from dmpctl.settings.commands import options_of
 from dmpctl.settings.launch import Launch
 from dmpctl.settings.layers import Found, from_preset, read_toml, validated
 from dmpctl.settings.model import Settings
+from dmpctl.settings.options import options_of
 from dmpctl.settings.sections import Console, Sampling
 from dmpctl.words import did_you_mean, first_error
 

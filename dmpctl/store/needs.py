@@ -8,9 +8,9 @@ from typing import Any
 from dmpctl.errors import IntegrityError, MissingError
 from dmpctl.runs.rundir import RunDir
 from dmpctl.settings.assets import AssetRow, Assets
-from dmpctl.settings.commands import COMMANDS
 from dmpctl.settings.layers import read_toml, resolve
 from dmpctl.settings.measuring import SMALL_SIDE
+from dmpctl.settings.options import COMMANDS
 from dmpctl.store.assets import ad_hoc, address_in
 from dmpctl.store.registry import Registry
 from dmpctl.store.shapes import is_shape

@@ -26,9 +26,9 @@ from dmpctl.models.patched import Patched
 from dmpctl.models.sources import open_data
 from dmpctl.rng import seed_of
 from dmpctl.sampling.generate import in_batches
-from dmpctl.settings.commands import defaults_of
 from dmpctl.settings.measuring import Fid
 from dmpctl.settings.model import Settings
+from dmpctl.settings.options import defaults_of
 from dmpctl.settings.sections import Sampling
 from dmpctl.settings.study import Study, settings_of
 from dmpctl.training.patch import refuse_sampling

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from dmpctl.cli.console import Bars, Lines, Output, Silent, progress_for
+from dmpctl.cli.console import Bars, Lines, Silent, progress_for, show
 from dmpctl.settings import sections
 from dmpctl.types import Report
 
@@ -164,7 +164,7 @@ def test_quiet_says_nothing(capsys):
 
 def test_json_is_all_there_is_on_stdout_and_always_parses(capsys):
     data = {"fid": float("nan"), "path": Path("a/b"), "list": (1, float("inf")), "flag": True, "none": None, "text": "ü\n"}
-    Output(as_json=True).result(Report(data, ({"a": "b"},), ("a sentence",)))
+    show(Report(data, ({"a": "b"},), ("a sentence",)), as_json=True)
     out, err = capsys.readouterr()
     assert err == ""
     assert json.loads(out) == {"fid": None, "path": "a/b", "list": [1, None], "flag": True, "none": None, "text": "ü\n"}
@@ -174,7 +174,7 @@ def test_a_pipe_gets_whole_paths_and_no_colours(capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "40")
     path = "/a/" + "very-long-folder/" * 20 + "patch.safetensors"
-    Output(as_json=False).result(Report({}, ({"run": path, "fid [pixels]": "1.5"},), (f"patch: {path}", "[brackets] stay")))
+    show(Report({}, ({"run": path, "fid [pixels]": "1.5"},), (f"patch: {path}", "[brackets] stay")), as_json=False)
     out, err = capsys.readouterr()
     assert err == ""
     assert "\x1b" not in out
@@ -186,7 +186,7 @@ def test_a_pipe_gets_whole_paths_and_no_colours(capsys, monkeypatch):
 
 
 def test_rows_need_not_have_every_column(capsys):
-    Output(as_json=False).result(Report({}, ({"a": "1"}, {"b": "2", "a": "3"})))
+    show(Report({}, ({"a": "1"}, {"b": "2", "a": "3"})), as_json=False)
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert rows[0] == ["a", "b"]
     assert rows[2:] == [["1"], ["3", "2"]]
@@ -194,5 +194,5 @@ def test_rows_need_not_have_every_column(capsys):
 
 def test_only_the_first_rank_gives_results(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    Output(as_json=True).result(Report({"a": 1}))
+    show(Report({"a": 1}), as_json=True)
     assert capsys.readouterr().out == ""

@@ -12,7 +12,7 @@ from dmpctl.backbones.dit_weights import HEADS, digest_of
 from dmpctl.errors import MissingError
 from dmpctl.models import backbone
 from dmpctl.models.backbone import load_backbone
-from dmpctl.settings.commands import options_of
+from dmpctl.settings.options import options_of
 from dmpctl.settings.sections import Base
 from tests.helpers import BUNDLED, digit_folder, flip
 from tests.standin import COMMIT, Repository, running

@@ -2,9 +2,9 @@
 
 import pytest
 
-from dmpctl.settings.commands import options_of
 from dmpctl.settings.layers import resolve
 from dmpctl.settings.methods import METHODS
+from dmpctl.settings.options import options_of
 from dmpctl.settings.presets import PRESETS, chosen_preset, preset_values
 
 

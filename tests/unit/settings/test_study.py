@@ -3,7 +3,7 @@
 import pytest
 
 from dmpctl.errors import MissingError, UsageError
-from dmpctl.settings.commands import options_of
+from dmpctl.settings.options import options_of
 from dmpctl.settings.study import OURS, read_study, settings_of
 
 FILE = """

@@ -5,10 +5,10 @@ from typing import Annotated, ClassVar, Literal
 import pytest
 from pydantic import Field
 
-from dmpctl.cli.app import COMMANDS as SHOWN
-from dmpctl.settings.commands import COMMANDS, Part, field_of, options_in, options_of, sections_of
+from dmpctl.cli.commands import COMMANDS as SHOWN
 from dmpctl.settings.methods import Dmp
 from dmpctl.settings.model import Settings
+from dmpctl.settings.options import COMMANDS, Part, field_of, options_in, options_of, sections_of
 from dmpctl.settings.sections import Section
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dmpctl.settings.commands import options_of
+from dmpctl.settings.options import options_of
 from dmpctl.types import Report
 
 

@@ -1,0 +1,83 @@
+"""One use of a command, from what was typed to its exit code: the settings, then the work, here or in several processes."""
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dmpctl.cli.commands import Row
+from dmpctl.cli.console import config_report, progress_for, show
+from dmpctl.errors import Interrupted, UsageError
+from dmpctl.settings.layers import resolve
+from dmpctl.settings.model import Settings
+from dmpctl.settings.options import options_of
+
+
+def call(command: Row, given: Mapping[str, Any], argument: Any, config: Path | None, state: dict[str, bool]) -> int:
+    """Do what one line asks for and print it; returns the exit code.
+
+    `given`: field name -> value of the options that were typed; `argument` None: there is none; `config` None: no file was
+    named. `state["debug"]` becomes whether a failure shows its traceback.
+    """
+    state["debug"] = given.get("debug") is True  # a failure to read the settings has one, too
+    run = Path(argument).expanduser() if isinstance(argument, str | Path) else None
+    resolved = resolve(command.name, given, config, run)
+    settings = resolved.settings
+    state["debug"] = settings.console.debug
+    tell_libraries(settings)
+    if settings.console.print_config:
+        show(config_report(command.name, resolved), settings.console.json_output)
+        return 0
+    code = started(command.name, settings, argument)
+    return perform(command, settings, argument) if code is None else code
+
+
+def tell_libraries(settings: Settings) -> None:
+    """Set the environment variables that the Hub's libraries read when they are imported, here and in started processes."""
+    if settings.console.offline:
+        os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+    if settings.cache.cache_dir is not None:
+        cache = settings.cache.cache_dir.expanduser().absolute()
+        places = {"HF_HUB_CACHE": str(cache / "hub"), "HF_DATASETS_CACHE": str(cache / "datasets")}
+        os.environ.update(DMPCTL_CACHE_DIR=str(cache), **places)
+
+
+def started(name: str, settings: Settings, argument: Any) -> int | None:
+    """Exit code of the command in processes of its own; None where this process is to do it.
+
+    UsageError for one of several processes of a command that is made for one.
+    """
+    if "num_processes" not in options_of(name):
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UsageError(f"dmpctl {name} works in one process, {os.environ['WORLD_SIZE']} were started", "start it by itself")
+        return None
+    alone = settings.launch.num_processes == 1 and settings.launch.nnodes == "1"
+    if settings.console.dry_run or alone:  # needs no torch
+        return None
+    from dmpctl.processes.launcher import processes_to_start, run_in
+    from dmpctl.processes.notes import Assignment
+
+    processes = processes_to_start(settings.launch)
+    with requeueing(settings):
+        return run_in(processes, Assignment(name, settings, argument, sys.argv)) if processes else None
+
+
+def perform(command: Row, settings: Settings, argument: Any) -> int:
+    """Do the work in this process and print what it found; returns its exit code."""
+    from dmpctl.processes.stop import ending_by_signals
+
+    with requeueing(settings), ending_by_signals():
+        report = command.run(settings, argument, progress_for(settings.console))
+    show(report, settings.console.json_output)
+    return report.exit_code
+
+
+@contextmanager
+def requeueing(settings: Settings) -> Iterator[None]:
+    """Under --requeue, a stop that asks a scheduler to put the job into its queue again."""
+    try:
+        yield
+    except Interrupted as stop:
+        raise stop.requeued() if settings.launch.requeue else stop from None

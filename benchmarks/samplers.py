@@ -14,6 +14,7 @@ from typing import Any, get_args
 
 import torch
 
+from dmpctl.data.source import open_source
 from dmpctl.diffusion.samplers import Sampler
 from dmpctl.measuring.extraction import extract
 from dmpctl.measuring.image_sets import images_of
@@ -22,7 +23,6 @@ from dmpctl.metrics.frechet import Factor, features_to_fid
 from dmpctl.metrics.moments import features_to_moments
 from dmpctl.models.backbone import load_backbone
 from dmpctl.models.patched import Patched
-from dmpctl.models.sources import open_images
 from dmpctl.sampling.generate import in_batches
 from dmpctl.settings.sections import Base, Data, Sampling
 from dmpctl.types import Silent
@@ -48,7 +48,7 @@ def main() -> None:
     loaded = load_backbone(Base(base=args.base))
     model, (channels, size, _) = Patched(loaded, None, {}), loaded.spec.latent_shape
     pixels = Pixels(channels, size)
-    source = open_images(Data(data=args.reference), size, channels)
+    source = open_source(Data(data=args.reference), size, channels)
     reference = Factor.of(features_to_moments([extract(pixels, images_of(source))]))
     found: dict[str, dict[int, dict[str, Any]]] = {}
     lines = ["| sampler | " + " | ".join(f"{steps} steps" for steps in STEPS) + " |", "|---|" + "---|" * len(STEPS)]

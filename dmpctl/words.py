@@ -64,3 +64,8 @@ def first_error(error: ValidationError) -> WrongValue:
         own=str(first["ctx"]["error"]) if first["type"] == "value_error" else None,
         found="" if first["type"] == "missing" else f", found {first['input']!r}",
     )
+
+
+def printable(name: str) -> str:
+    """A file name fit for a terminal: control characters and bytes that are not UTF-8 are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)

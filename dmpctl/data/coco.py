@@ -14,7 +14,8 @@ from typing import IO
 from dmpctl.data.tar import Slice
 from dmpctl.errors import IntegrityError, MissingError
 from dmpctl.images.reader import Reader
-from dmpctl.images.scan import printable, scan
+from dmpctl.images.scan import scan
+from dmpctl.words import printable
 
 SPLITS = ("train2014", "val2014")
 LOCAL_HEADER, LOCAL_MAGIC = struct.Struct("<4s22xHH"), b"PK\x03\x04"  # APPNOTE.TXT 4.3.7

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dmpctl.errors import IntegrityError, UsageError
-from dmpctl.images.scan import printable
+from dmpctl.words import printable
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from dmpctl.errors import MissingError, UsageError
 from dmpctl.images.reader import Reader
-from dmpctl.images.scan import EXTENSIONS, printable, scan
+from dmpctl.images.scan import EXTENSIONS, scan
+from dmpctl.words import printable
 
 
 class FolderReader(Reader):

@@ -16,7 +16,7 @@ from dmpctl.data.columns import NO_LABEL, UNNAMED, Chosen, Columns, captions_in,
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.files import FULL
 from dmpctl.images.reader import Reader
-from dmpctl.images.scan import printable
+from dmpctl.words import printable
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -1,75 +1,63 @@
 """From the word after --data to a source."""
 
-import difflib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import assert_never
 
 from dmpctl.data.bundled import Digits
 from dmpctl.data.coco import CocoReader, captions_file
 from dmpctl.data.columns import Columns
 from dmpctl.data.folder import FolderReader
-from dmpctl.data.hub_rows import KNOWN, SCHEME, HubSet, hub_rows, parse, stream_hub
+from dmpctl.data.hub_rows import hub_rows, stream_hub
 from dmpctl.data.parquet import parquet_rows
 from dmpctl.data.stream import StreamedImages, StreamReader, stream_files
 from dmpctl.data.tar import TarReader
-from dmpctl.errors import MissingError, UsageError
+from dmpctl.errors import UsageError
 from dmpctl.images.reader import Reader
-from dmpctl.images.scan import EXTENSIONS, printable
+from dmpctl.images.scan import EXTENSIONS
 from dmpctl.images.stored import StoredImages
+from dmpctl.settings.model import Settings
 from dmpctl.settings.sections import Data
+from dmpctl.store.locate import NAME_DATA, CocoFiles, HubRows, locate_data
 from dmpctl.types import Source
+from dmpctl.words import printable
 
-BUNDLED = ("digits",)
-COCO = {"coco": "train2014", "coco-val": "val2014"}
-NAMES = (*BUNDLED, *COCO, *KNOWN)
-HINT = "say --data digits, give a folder of PNG/JPEG images, or a data set of the Hub: --data hf://owner/name"
 KINDS = {".parquet": "parquet", ".tar": "tar", **dict.fromkeys(EXTENSIONS, "images")}
 LOOKED_INTO = 100  # sub-folders that are looked into to tell what a folder holds
 
-Find = Callable[[str], Path]  # where what was downloaded under a name lies; raises MissingError
 
-
-def open_source(section: Data, size: int | None, channels: int | None, find: Find | None = None) -> Source:
+def open_source(section: Data, size: int | None, channels: int | None, settings: Settings | None = None) -> Source:
     """The source that `section.data` names: bundled, published (ffhq, coco, hf://...), or local images, parquet or tar.
 
-    `size` and `channels` are what the backbone wants; None: the section's own, and failing that the data's. `find`: the cache
-    of downloads; None: published data sets of the Hub are looked for in the Hub's own cache, and fetched.
+    `size` and `channels` are what the backbone wants; None: the section's own, and failing that the data's. `settings`: with
+    the user's own rows of the registry, None: the shipped ones.
     Raises UsageError for no name or an unknown one, MissingError for what is not there, and what the source raises.
     """
-    name = section.data
-    if name is None:
-        raise UsageError("no data is named", HINT)
+    if section.data is None:
+        raise UsageError("no data is named", NAME_DATA)
     size, channels = size or section.size, channels or section.channels
     if channels not in (None, 1, 3):
         raise UsageError(f"images have 1 or 3 channels, not {channels}", "this backbone does not work on pixels: name its codec")
-    if name in BUNDLED:
+    found = locate_data(section.data, settings, section.streaming)
+    if found == "digits":
         return Digits(size, channels)
-    reader = _reader(name, section, find)
+    reader = _reader(found, section)
     if isinstance(reader, StreamReader):
         return StreamedImages(reader, size, channels, section.on_bad)
     return StoredImages(reader, size, channels, section.on_bad)
 
 
-def _reader(name: str, section: Data, find: Find | None) -> Reader:
-    if name in COCO:
-        return _coco(name, find)
-    if name in KNOWN or name.startswith(SCHEME):
-        return _from_hub(KNOWN.get(name) or parse(name), section, find)
-    path = os.path.expanduser(name)
-    if os.path.exists(path):
-        return _local(Path(path), section)
-    raise unknown(name)
-
-
-def unknown(name: str) -> UsageError | MissingError:
-    """The failure for a word that is no name and no path, with the nearest name."""
-    shown = printable(name)
-    if any(separator in name for separator in (os.sep, os.altsep, "/") if separator):
-        return MissingError(f"there is no folder {shown}", "check --data")
-    near = difflib.get_close_matches(name, NAMES, n=1)
-    known = f"; the nearest is {near[0]!r}" if near else f"; there is {', '.join(NAMES)}"
-    return UsageError(f"no data is called {shown!r}{known}", HINT)
+def _reader(found: CocoFiles | HubRows | Path, section: Data) -> Reader:
+    match found:
+        case CocoFiles(images, captions, split):
+            return CocoReader(images, captions, split)
+        case HubRows():
+            return (stream_hub if section.streaming else hub_rows)(found, columns_of(section))
+        case Path():
+            return _local(found, section)
+        case _:
+            assert_never(found)
 
 
 def kind_of(folder: Path) -> str:
@@ -112,18 +100,3 @@ def _local(path: Path, section: Data) -> Reader:
     if section.streaming:
         raise UsageError(f"{printable(str(path))} is read where it lies already", "leave --streaming out")
     return TarReader(path, columns_of(section)) if kind == "tar" else FolderReader(path)
-
-
-def _from_hub(wanted: HubSet, section: Data, find: Find | None) -> Reader:
-    if section.streaming:
-        return stream_hub(wanted, columns_of(section))
-    folder = find(wanted.word) if find is not None and wanted.word in KNOWN else None
-    return hub_rows(wanted, columns_of(section), folder)
-
-
-def _coco(name: str, find: Find | None) -> Reader:
-    split = COCO[name]
-    if find is None:
-        hint = f"run dmpctl download coco, or name a folder with {split}/ and annotations/captions_{split}.json"
-        raise MissingError(f"{name} (MS-COCO 2014, {split}) is not at hand", hint)
-    return CocoReader(find(f"coco-{split}"), find("coco-annotations"), split)

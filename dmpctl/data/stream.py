@@ -21,8 +21,9 @@ from torch import Tensor
 from dmpctl.data.columns import NO_LABEL, Columns, choose
 from dmpctl.data.parquet import RowsReader, built, first_line
 from dmpctl.errors import IntegrityError, MissingError, UsageError
-from dmpctl.images.scan import THREADS, printable
+from dmpctl.images.scan import THREADS
 from dmpctl.images.stored import OnBad, StoredImages
+from dmpctl.words import printable
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -14,7 +14,8 @@ from torch import Tensor
 from dmpctl.data.columns import CAPTIONS, LABELS, NO_LABEL, UNNAMED, Columns, captions_in, stamps
 from dmpctl.errors import MissingError, UsageError
 from dmpctl.images.reader import Reader
-from dmpctl.images.scan import EXTENSIONS, printable, reason_of
+from dmpctl.images.scan import EXTENSIONS, reason_of
+from dmpctl.words import printable
 
 BLOCK = 512
 REGULAR, LONG_NAME, PAX, PAX_GLOBAL = (b"0", b"\0", b"7"), b"L", b"x", b"g"

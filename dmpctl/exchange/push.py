@@ -8,15 +8,15 @@ from typing import Any
 from dmpctl.errors import MissingError, UsageError
 from dmpctl.files import json_to_bytes, read_json, tensors_to_bytes
 from dmpctl.measuring.record import sampling_words
-from dmpctl.models.backbone import BUNDLED, metadata_of
+from dmpctl.models.backbone import metadata_of
 from dmpctl.models.patch_files import added_words, load_patch
 from dmpctl.models.patched import Patched
-from dmpctl.settings.assets import AssetRow
 from dmpctl.settings.model import Settings
-from dmpctl.store.assets import address_in
+from dmpctl.store.addresses import HubAddress, address_in, of_files
 from dmpctl.store.https import Again
-from dmpctl.store.hub import page_of, parse, said
-from dmpctl.store.registry import SHIPPED
+from dmpctl.store.hub import failure
+from dmpctl.store.locate import BUNDLED
+from dmpctl.store.registry import shipped
 from dmpctl.types import Progress, Report
 
 TAGS = ("diffusion", "diffusion-model-patching", "dmp", "dmpctl")
@@ -41,8 +41,8 @@ def push(settings: Settings, run: str, to: str, progress: Progress) -> Report:
     UsageError where others could not have the backbone; MissingError where the Hub refuses.
     """
     path, options = Path(run).expanduser().absolute(), settings.push
-    row = parse(to)
-    if row.dataset or row.file is not None or row.revision is not None:
+    at = of_files(to)
+    if at.dataset or at.file is not None or at.revision is not None:
         raise UsageError(f"{to} is no place for a patch on the Hub", "write hf://OWNER/NAME")
     model = load_patch(path)
     files = files_of(path, model, to, options.push_backbone)
@@ -53,7 +53,7 @@ def push(settings: Settings, run: str, to: str, progress: Progress) -> Report:
         return Report({"dry_run": True, **data}, (row_shown,), ("dry run: nothing was sent",))
     if settings.console.offline:
         raise UsageError("--offline forbids sending anything", "leave --offline out")
-    commit = _sent(row, files, model.step, options.private)
+    commit = _sent(at, files, model.step, options.private)
     return Report({**data, "commit": commit}, (row_shown,), (f"use it by its address: dmpctl sample {to}@{commit}",))
 
 
@@ -83,7 +83,7 @@ def files_of(path: Path, model: Patched, to: str, with_backbone: bool) -> dict[s
 
 def is_public(base: str) -> bool:
     """Whether others have a backbone of that name: bundled, of the registry, or an address."""
-    return base in BUNDLED or base in SHIPPED or address_in(base) is not None
+    return base in BUNDLED or base in shipped() or address_in(base) is not None
 
 
 def _public_name(name: str) -> str:
@@ -96,7 +96,7 @@ def card(path: Path, about: Mapping[str, Any], to: str) -> str:
     from huggingface_hub import ModelCardData
 
     backbone, method = about["backbone"], about["method"]["method"]
-    row, data_row = SHIPPED.get(str(backbone["base"])), SHIPPED.get(str(about["data"]["name"]))
+    row, data_row = shipped().get(str(backbone["base"])), shipped().get(str(about["data"]["name"]))
     licence = row.licence if row is not None else None
     head = ModelCardData(
         library_name="dmpctl",
@@ -146,18 +146,18 @@ def _licences(row: Any, data_row: Any) -> list[str]:
     return ["\n".join(lines) or "The licences of backbone and data are not known to dmpctl: ask whoever published them."]
 
 
-def _sent(row: AssetRow, files: Mapping[str, bytes], step: int, private: bool) -> str:
+def _sent(at: HubAddress, files: Mapping[str, bytes], step: int, private: bool) -> str:
     """Make the repository if it is not there, and one commit; its hash."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    api, repo = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, library_name="dmpctl"), str(row.repo)
+    api, repo = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, library_name="dmpctl"), at.repo
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         operations = [CommitOperationAdd(name, content) for name, content in files.items()]
         found = api.create_commit(repo, operations, commit_message=f"Patch at step {step}, by dmpctl")
     except Exception as error:
-        failure = said(row, error)
-        if isinstance(failure, Again):
-            failure = MissingError(f"{page_of(row)} cannot be reached ({failure})", "try again later")
-        raise failure from None
+        cause = failure(at, error)
+        if isinstance(cause, Again):
+            cause = MissingError(f"{at.page} cannot be reached ({cause})", "try again later")
+        raise cause from None
     return str(found.oid)

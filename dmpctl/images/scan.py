@@ -13,6 +13,7 @@ from PIL import Image, UnidentifiedImageError
 
 from dmpctl.errors import UsageError
 from dmpctl.images.transforms import is_grey
+from dmpctl.words import printable
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # no other of Pillow's decoders may see a file (one of them starts Ghostscript)
@@ -41,11 +42,6 @@ class Header:
     width: int
     height: int
     grey: bool
-
-
-def printable(name: str) -> str:
-    """A file name fit for a terminal: control characters and bytes that are not UTF-8 are escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)
 
 
 def reason_of(error: BaseException) -> str:

@@ -21,7 +21,7 @@ from dmpctl.sampling.generate import in_batches
 from dmpctl.sampling.pictures import contact_sheet
 from dmpctl.settings.measuring import Fid
 from dmpctl.settings.model import Settings
-from dmpctl.store.assets import cached
+from dmpctl.store.fetch import cached
 from dmpctl.types import Extractor, Progress, Source
 
 CAUTION = "; another training seed may differ"

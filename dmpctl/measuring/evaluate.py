@@ -11,7 +11,7 @@ from dmpctl.errors import ThresholdError, UsageError
 from dmpctl.measuring.extraction import build_extractor, features_in, protocol_for
 from dmpctl.measuring.feature_store import FeatureStore
 from dmpctl.measuring.image_sets import ImageSet, open_images_of
-from dmpctl.measuring.measured import clip_folder, clip_score_of, measured, named, noise_floor_of
+from dmpctl.measuring.measured import clip_score_of, measured, named, noise_floor_of
 from dmpctl.measuring.record import (
     distance_verdict,
     failures_of,
@@ -38,8 +38,9 @@ from dmpctl.models.patch_files import load_result, outputs_of
 from dmpctl.models.patched import Patched
 from dmpctl.processes.ranks import Ranks, join
 from dmpctl.settings.model import Settings
-from dmpctl.store.assets import address_in
+from dmpctl.store.addresses import address_in
 from dmpctl.store.cache import cache_dir
+from dmpctl.store.locate import locate
 from dmpctl.types import Extractor, Progress, Report
 
 BACKBONE = "backbone"  # as --versus: a run's own backbone without its patch
@@ -63,7 +64,7 @@ def fid(settings: Settings, what: str, progress: Progress) -> Report:
     protocol, extractor = protocol_for(options, images.shape), build_extractor(options, images.shape, device)
     _refuse_small(images.count, extractor, settings)
     _refuse_others_metrics(images, extractor, settings)
-    clip = clip_folder(settings) if "clip-score" in options.wanted else None
+    clip = locate(options.clip, "clip", settings) if "clip-score" in options.wanted else None
     other = _versus(images, path, settings, device, progress)
     unsure = None if other is None else refuse_unpaired(images, other)
     if settings.console.dry_run:

@@ -16,7 +16,7 @@ from dmpctl.metrics.features.timm import DINOV2, TimmFeatures
 from dmpctl.processes.ranks import Ranks
 from dmpctl.processes.stop import Stop, interrupted
 from dmpctl.settings.measuring import SMALL_SIDE, Fid
-from dmpctl.store.assets import cached, require
+from dmpctl.store.fetch import cached, require
 from dmpctl.types import Extractor, Progress
 
 

@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from dmpctl.errors import MissingError, UsageError
+from dmpctl.errors import UsageError
 from dmpctl.measuring.feature_store import FeatureStore
 from dmpctl.measuring.image_sets import ImageSet
 from dmpctl.measuring.record import metric_name, plus_minus
@@ -21,7 +20,6 @@ from dmpctl.metrics.kid import features_to_kid
 from dmpctl.metrics.moments import BLOCK, features_to_moments
 from dmpctl.metrics.prdc import density_coverage, precision_recall
 from dmpctl.settings.model import Settings
-from dmpctl.store.assets import require
 from dmpctl.types import Extractor, Progress
 
 
@@ -59,16 +57,6 @@ def measured(
                 found[metric], shown = asdict(line), f"{line.value:.4f} ± {line.standard_error:.4g} (R² {line.r_squared:.3f})"
         rows.append({"metric": metric_name(extractor, store.count, metric), "value": shown})
     return found, rows
-
-
-def clip_folder(settings: Settings) -> Path:
-    """Where the CLIP of --clip lies; MissingError where it is not."""
-    folder = Path(settings.fid.clip).expanduser()
-    if settings.fid.clip == "clip-l" and not folder.exists():
-        return require("clip-l", settings)
-    if not folder.is_dir():
-        raise MissingError(f"there is no CLIP {folder}", "name a folder, or clip-l")
-    return folder
 
 
 def clip_score_of(images: ImageSet, scorer: ClipScorer, progress: Progress) -> ClipScore:

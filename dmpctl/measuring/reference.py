@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, split
 
+from dmpctl.data.source import open_source
 from dmpctl.errors import UsageError
 from dmpctl.files import make_folder, sha256_of, sha256_of_json, write_atomic
 from dmpctl.measuring.extraction import features_in
@@ -17,7 +18,6 @@ from dmpctl.metrics.frechet import Factor
 from dmpctl.metrics.moments import BLOCK, features_to_moments
 from dmpctl.metrics.npz import names_of
 from dmpctl.metrics.statistics import SUFFIXES, Statistics, disagreements, read_statistics, write_statistics
-from dmpctl.models.sources import open_images
 from dmpctl.settings.model import Settings
 from dmpctl.settings.sections import Data
 from dmpctl.store.cache import cache_dir, working_on
@@ -57,7 +57,7 @@ def find_reference(name: str, shape: tuple[int, int, int], settings: Settings) -
         return path
     if path.suffix == ".npz" and path.is_file():
         return npz_set(path, limit=2**62)
-    return source_images(name, open_images(Data(data=name), shape[1], shape[0], settings))
+    return source_images(name, open_source(Data(data=name), shape[1], shape[0], settings))
 
 
 def open_reference(

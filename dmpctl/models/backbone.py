@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from importlib import resources
 from pathlib import Path
 from shlex import quote
 from typing import Any, TypeVar
@@ -25,16 +24,12 @@ from dmpctl.backbones.pixart import PixArt, fresh, plain_config
 from dmpctl.codecs.vae import Vae
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.files import read_json
-from dmpctl.settings.assets import AssetRow
-from dmpctl.settings.model import Settings
 from dmpctl.settings.sections import Base
-from dmpctl.store.assets import address_in, folder_at_hand, require, weights_at_hand
-from dmpctl.store.registry import SHIPPED
-from dmpctl.store.shapes import FLOWS, PATCH_SIZES, SHAPES, TEXT, is_flow
+from dmpctl.store.locate import PUBLISHED_SHAPES, locate
+from dmpctl.store.registry import shipped
+from dmpctl.store.shapes import TEXT, is_flow
 from dmpctl.types import BackboneSpec, ScheduleSpec, TextSpec
 
-BUNDLED = {"digits": "digits-dit.safetensors"}
-PUBLISHED_SHAPES = {"DiT-XL/2": "dit-xl2-256"}  # shapes with public weights, and the row of the registry that has them
 BackboneModule = DiT | Foreign
 
 
@@ -121,8 +116,9 @@ def pipeline_backbone(folder: Path) -> Loaded:
 
 def needed_encoder(name: str) -> dict[str, Any] | None:
     """The encoder of captions that a backbone of the registry needs, by its row; None where it needs none."""
-    needs = SHIPPED[name].needs if name in SHIPPED else ()
-    return next(({"name": need} for need in needs if SHIPPED[need].kind == "text"), None)
+    rows = shipped()
+    needs = rows[name].needs if name in rows else ()
+    return next(({"name": need} for need in needs if rows[need].kind == "text"), None)
 
 
 def described_beside(path: Path, weights: Weights) -> Weights:
@@ -142,41 +138,20 @@ def described_beside(path: Path, weights: Weights) -> Weights:
 
 def backbone_file(base: Base, data: str | None = None) -> tuple[Path, int | None]:
     """Where the weights of --base lie (a folder: of diffusers), and the heads that a shape name fixes (None: the file says)."""
-    address = address_in(base.base)
-    if address is not None:
-        return folder_at_hand(address), None
-    if base.base in BUNDLED:
-        return Path(str(resources.files("dmpctl") / "assets" / BUNDLED[base.base])), None
     shape = shape_named(base.base)
     if shape is not None:
         if base.weights is None:
             raise without_weights(base.base, shape, data or "DIR")
-        address = address_in(base.weights)
-        return base.weights if address is None else weights_at_hand(address), shape.num_heads
-    path = Path(base.base).expanduser()
-    if base.base in SHIPPED and not path.exists():
-        return published_file(SHIPPED[base.base]), None
-    if path.is_dir() and holds_diffusers(path):
+        return locate(base.weights, "weights"), shape.num_heads
+    path = locate(base.base, "backbone")
+    fetched = path != Path(base.base).expanduser()  # and so whatever its row or address says
+    if fetched or path.is_file() or holds_diffusers(path):
         return path, None
-    if path.is_dir():
-        if not (path / "backbone.safetensors").is_file():
-            raise MissingError(
-                f"{path} holds no finished backbone (backbone.safetensors)", "name a run of dmpctl pretrain that has ended"
-            )
-        return path / "backbone.safetensors", None
-    if path.is_file():
-        return path, None
-    raise unknown_base(base.base)
-
-
-def published_file(row: AssetRow, settings: Settings | None = None) -> Path:
-    """The file, or the folder of diffusers, of a backbone of the registry, checked.
-
-    MissingError with the command that fetches it; UsageError for a row that is no backbone.
-    """
-    if row.kind != "backbone":
-        raise UsageError(f"--base {row.name} is no backbone but {row.what}", f"name one, such as {PUBLISHED_SHAPES['DiT-XL/2']}")
-    return require(row.name, settings)
+    if not (path / "backbone.safetensors").is_file():
+        raise MissingError(
+            f"{path} holds no finished backbone (backbone.safetensors)", "name a run of dmpctl pretrain that has ended"
+        )
+    return path / "backbone.safetensors", None
 
 
 def without_weights(name: str, shape: DiTConfig, data: str) -> MissingError:
@@ -198,16 +173,6 @@ def without_weights(name: str, shape: DiTConfig, data: str) -> MissingError:
     return MissingError(f"no weights for {name}: {why}", hint)
 
 
-def unknown_base(name: str) -> UsageError:
-    """The failure for a --base that is nothing we know, with the nearest name."""
-    from difflib import get_close_matches
-
-    shapes = [f"{shape}/{patch}" for shape in SHAPES | FLOWS for patch in PATCH_SIZES]
-    near = get_close_matches(name, [*BUNDLED, *shapes, *PUBLISHED_SHAPES.values(), *SHIPPED], 1, 0.5)
-    hint = f"did you mean {near[0]}?" if near else f"name one of {', '.join(BUNDLED)}, a shape such as DiT-L/2, a file or a run"
-    return UsageError(f"--base {name} is no known backbone, no file and no run", hint)
-
-
 CLIP = TextSpec(77, 768)  # CLIP ViT-L/14's
 
 
@@ -225,7 +190,7 @@ def planned_model(base: Base) -> BackboneModule:
     """The network of a shape, whatever its weights: `DiT-B/2-text` is PixArt's of that size, with captions of CLIP ViT-L/14."""
     shape = shape_named(base.base)
     if shape is None:
-        raise unknown_base(base.base)
+        raise UsageError(f"--base {base.base} is no shape", "name one such as DiT-L/2")
     if not base.base.endswith(TEXT):
         return DiT(shape, ScheduleSpec("flow") if is_flow(base.base) else None)
     return PixArt(fresh(shape, CLIP), text_tokens=CLIP.tokens)

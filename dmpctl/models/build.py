@@ -1,7 +1,6 @@
 """From settings to things: backbone, patch, codec, source. What can fail fails here, before anything is written."""
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, TypeVar, assert_never
 
 from dmpctl.backbones.sd_unet import SdUnet, sites_in
@@ -16,7 +15,6 @@ from dmpctl.models.backbone import BackboneModule, Loaded
 from dmpctl.models.codec import open_codec
 from dmpctl.settings.methods import Dmp, Full, Lora, Method, PromptTuning
 from dmpctl.settings.model import Settings
-from dmpctl.store.assets import require
 from dmpctl.types import Codec
 
 PatchModule = DmpPatch | PromptPatch | PatchBySize | LoraPatch | FullPatch
@@ -63,4 +61,4 @@ def build_codec(loaded: Loaded, settings: Settings, recorded: Mapping[str, Any] 
     `recorded`: of the codec its patch was trained with, None: the backbone's own record.
     """
     channels = loaded.spec.latent_shape[0]
-    return open_codec(settings.codec, partial(require, settings=settings), channels, recorded or loaded.codec)
+    return open_codec(settings, channels, recorded or loaded.codec)

@@ -1,19 +1,17 @@
 """From the word after --codec to a codec, and what a backbone's file says of the one it was trained with."""
 
-from collections.abc import Callable, Mapping
-from difflib import get_close_matches
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from dmpctl.codecs.identity import Identity
 from dmpctl.codecs.vae import Vae
-from dmpctl.errors import IntegrityError, MissingError, UsageError
-from dmpctl.settings.sections import Codec as CodecSection
+from dmpctl.errors import IntegrityError, UsageError
+from dmpctl.settings.model import Settings
+from dmpctl.store.locate import locate, named
 from dmpctl.types import Codec
 
 PIXELS = (1, 3)  # channels of a backbone that works on images as they are
 PUBLISHED = {4: "vae-ema"}  # by latent channels: what the published DiTs were trained with
-ASSETS = ("vae-ema", "vae-mse")
 
 
 def codec_record(codec: Codec) -> dict[str, Any]:
@@ -26,17 +24,16 @@ def latent_record(codec: Codec) -> dict[str, Any] | None:
     return None if isinstance(codec, Identity) else codec_record(codec)
 
 
-def open_codec(
-    section: CodecSection, locate: Callable[[str], Path], channels: int | None = None, recorded: Mapping[str, Any] | None = None
-) -> Codec:
-    """The codec that `section.codec` names; no weights are loaded before the first image.
+def open_codec(settings: Settings, channels: int | None = None, recorded: Mapping[str, Any] | None = None) -> Codec:
+    """The codec that --codec names; no weights are loaded before the first image.
 
-    `locate` gives the folder of vae-ema or vae-mse, and raises MissingError. `channels`: of the backbone's latents, None: it is
-    still to be trained. `recorded`: `codec_record` of the codec it was trained with, None: its file does not say.
-    UsageError where nothing says which codec, or it has another scale; IntegrityError where auto finds another than recorded.
+    `channels`: of the backbone's latents, None: it is still to be trained. `recorded`: `codec_record` of the codec it was
+    trained with, None: its file does not say. UsageError where nothing says which codec, or it has another scale; MissingError
+    where it was not fetched; IntegrityError where auto finds another than recorded.
     """
-    automatic = section.codec == "auto"
-    codec = _named(_automatic(channels, recorded) if automatic else section.codec, section.codec_batch, locate)
+    given = settings.codec.codec
+    automatic = given == "auto"
+    codec = _opened(_automatic(channels, recorded) if automatic else given, settings)
     if recorded is not None and automatic and codec.fingerprint != recorded["fingerprint"]:
         raise IntegrityError(
             f"the codec {codec.name} has sha256 {codec.fingerprint}, the backbone was trained with {recorded['fingerprint']}",
@@ -59,16 +56,8 @@ def _automatic(channels: int | None, recorded: Mapping[str, Any] | None) -> str:
     raise UsageError(f"nothing says which codec has latents of {channels} channels", "add --codec FOLDER")
 
 
-def _named(name: str, batch: int, locate: Callable[[str], Path]) -> Codec:
+def _opened(name: str, settings: Settings) -> Codec:
     if name == Identity.name:
         return Identity()
-    if name in ASSETS:
-        return Vae(locate(name), name, batch)
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return Vae(folder, str(folder.absolute()), batch)
-    if folder.name != name:
-        raise MissingError(f"there is no folder {name} with a codec", "name it with --codec FOLDER")
-    near = get_close_matches(name, (Identity.name, *ASSETS), 1)
-    known = f"one of auto, {Identity.name}, {', '.join(ASSETS)}, or a folder"
-    raise UsageError(f"--codec {name} is no known codec and no folder", f"did you mean {near[0]}?" if near else f"name {known}")
+    folder = locate(name, "codec", settings)
+    return Vae(folder, name if name in named("codec") else str(folder.absolute()), settings.codec.codec_batch)

@@ -13,19 +13,17 @@ from torch import Tensor
 
 from dmpctl.batches.caption_states import CaptionNumbers, ConditionCache, captions_fingerprint
 from dmpctl.codecs.text import TextEncoder
+from dmpctl.data.source import open_source
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.images.captions import Captioned
 from dmpctl.models.encode import build_conditions
-from dmpctl.models.sources import open_images
 from dmpctl.processes.device import resolve_device
 from dmpctl.rng import seed_of
 from dmpctl.settings.model import Settings
 from dmpctl.settings.sections import Data
-from dmpctl.store.assets import require
 from dmpctl.store.cache import cache_dir
+from dmpctl.store.locate import locate
 from dmpctl.types import BackboneSpec, Progress, Source
-
-ENCODERS = ("clip-l", "pixart-t5")  # rows of the registry
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ def open_encoder(settings: Settings, spec: BackboneSpec | None, recorded: Mappin
     if name is None:
         raise UsageError("nothing says which encoder reads its captions", "add --text-encoder clip-l, pixart-t5 or a folder")
     tokens = settings.text.text_tokens or (recorded or {}).get("tokens") or None
-    encoder = TextEncoder(_folder_of(name, settings), name, tokens, resolve_device(settings.launch))
+    encoder = TextEncoder(locate(name, "text", settings).absolute(), name, tokens, resolve_device(settings.launch))
     if spec is not None and spec.text is not None and encoder.width != spec.text.width:
         raise UsageError(
             f"the text encoder {name} gives states of width {encoder.width}, the backbone takes {spec.text.width}",
@@ -101,15 +99,6 @@ def open_encoder(settings: Settings, spec: BackboneSpec | None, recorded: Mappin
             "name the right one: --text-encoder FOLDER",
         )
     return encoder
-
-
-def _folder_of(name: str, settings: Settings) -> Path:
-    folder = Path(name).expanduser()
-    if name in ENCODERS and not folder.exists():
-        return require(name, settings)
-    if not folder.is_dir():
-        raise MissingError(f"there is no text encoder {name}", f"name a folder, or one of {', '.join(ENCODERS)}")
-    return folder.absolute()
 
 
 def encoded(
@@ -175,7 +164,7 @@ def prompts_for(settings: Settings, data: Source | Data | None, count: int) -> t
         data = Data(data=given.prompts_from)
     if data is None:
         raise UsageError("nothing says what the images shall show", "add --prompt TEXT or --prompts FILE")
-    source = open_images(data, None, None, settings) if isinstance(data, Data) else data
+    source = open_source(data, None, None, settings) if isinstance(data, Data) else data
     order = torch.randperm(
         len(source), generator=torch.Generator().manual_seed(seed_of(settings.sampling.sample_seed, "prompts"))
     )

@@ -1,23 +1,20 @@
 """`dmpctl download DATA --latents CODEC`: the latent cache that patch and pretrain read, built before they ask for it."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from dmpctl.batches.latents import latent_shards
 from dmpctl.codecs.identity import Identity
 from dmpctl.codecs.vae import CHANNELS
+from dmpctl.data.source import open_source
 from dmpctl.errors import UsageError
 from dmpctl.files import amount
 from dmpctl.images.stored import left_out_words
 from dmpctl.models.codec import open_codec
 from dmpctl.models.encode import build_latents
-from dmpctl.models.sources import open_images
 from dmpctl.processes.command import again_command
 from dmpctl.processes.device import resolve_device
 from dmpctl.settings.model import Settings
-from dmpctl.settings.sections import Codec as CodecSection
-from dmpctl.store.assets import require
 from dmpctl.store.cache import cache_dir
 from dmpctl.store.download import accept_licences, fetched, requested
 from dmpctl.store.registry import registry_of
@@ -42,8 +39,7 @@ def encode_ahead(settings: Settings, names: Sequence[str], progress: Progress) -
     report = fetched(request, progress)
     if report.data["would_fetch"]:  # a dry run can look no further
         return Report(report.data, report.table, ("dry run: nothing was written",))
-    section = CodecSection(codec=word, codec_batch=settings.codec.codec_batch)
-    codec = open_codec(section, partial(require, settings=settings))
+    codec = open_codec(settings.model_copy(update={"codec": settings.codec.model_copy(update={"codec": word})}))
     sources = [_opened(name, settings) for name in names]  # all of them, before the first is encoded
     made = [_encoded(source, codec, settings, progress) for source in sources]
     table = tuple({key: str(row[key]) for key in ("data", "codec", "images", "size", "folder")} for row in made)
@@ -53,7 +49,7 @@ def encode_ahead(settings: Settings, names: Sequence[str], progress: Progress) -
 
 def _opened(name: str, settings: Settings) -> Source:
     """The images as training would open them: in colour, for that is what a VAE takes."""
-    return open_images(settings.data.model_copy(update={"data": name}), settings.data.size, CHANNELS, settings)
+    return open_source(settings.data.model_copy(update={"data": name}), settings.data.size, CHANNELS, settings)
 
 
 def _encoded(source: Source, codec: Codec, settings: Settings, progress: Progress) -> dict[str, Any]:

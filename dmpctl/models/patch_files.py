@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from dmpctl.backbones.dit import shape_config
 from dmpctl.backbones.dit_weights import PATCH, described_weights, digest_of, is_patched
-from dmpctl.data.source import BUNDLED as BUNDLED_DATA
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.files import read_json, read_tensors, sha256_of, sha256_of_bytes, tensors_to_bytes
-from dmpctl.models.backbone import BUNDLED, BackboneModule, Loaded, freeze, load_backbone, model_from
+from dmpctl.models.backbone import BackboneModule, Loaded, freeze, load_backbone, model_from
 from dmpctl.models.build import PatchModule, build_patch
 from dmpctl.models.patched import Patched
 from dmpctl.processes.sharded import whole
@@ -24,7 +23,8 @@ from dmpctl.runs.checkpoint import refuse_other_keys
 from dmpctl.runs.rundir import version_of
 from dmpctl.settings.methods import Method
 from dmpctl.settings.sections import Base
-from dmpctl.store.assets import address_in, folder_at_hand
+from dmpctl.store.addresses import address_in
+from dmpctl.store.locate import BUNDLED, BUNDLED_DATA, locate
 
 SCHEMA_VERSION = 1
 PATCH_PREFIX = "patch."  # of a patch's tensors in one file with its backbone
@@ -217,9 +217,7 @@ def load_result(folder: Path, which: Which | None = None) -> Patched:
     A file: the patched model that `dmpctl export --to merged` wrote, or a backbone alone. hf://OWNER/NAME@REVISION: what
     `dmpctl push` has published, after `dmpctl download` of it.
     """
-    address = address_in(folder)
-    folder = folder if address is None else folder_at_hand(address)
-    folder = folder.expanduser().absolute()
+    folder = locate(folder, "run").absolute()
     if is_patched(folder):
         return load_merged(folder, which)
     if folder.is_file():

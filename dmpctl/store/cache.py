@@ -7,12 +7,12 @@ prepares in <cache>/datasets.
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dmpctl.errors import IntegrityError, UsageError
 from dmpctl.files import amount, locked, make_folder, read_json, write_json
@@ -49,33 +49,50 @@ def hub_dir() -> Path:
     return Path(HF_HUB_CACHE)
 
 
-@dataclass(frozen=True)
-class Fact:
+class Fact(BaseModel):
     """What is known of one file; `size` in bytes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     sha256: str
     size: int
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One row as it was fetched. `revision`: the commit, None for what has none. `files` by their path in `folder`."""
+class Fetched(BaseModel):
+    """One row as it was fetched. `revision`: the commit, None for what has none. `files` by their path in the folder.
+
+    `hub`: the folder of the repository in the Hub's cache, None for a file of ours. `wanted`: the row's patterns then.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: str
     licence: str
     fetched: str
     wanted: tuple[str, ...] = ()
     revision: str | None = None
-    hub: str | None = None  # folder of the repository in the Hub's cache, None for a file of ours
-    files: dict[str, Fact] = field(default_factory=dict)
+    hub: str | None = None
+    files: dict[str, Fact] = {}
+
+    @property
+    def folder(self) -> Path:
+        """The folder that the files are named in."""
+        return files_dir() if self.hub is None else hub_dir() / self.hub / "snapshots" / str(self.revision)
 
 
-@dataclass
-class Index:
-    """index.json. `licences`: row -> licence and date of its acceptance."""
+class Accepted(BaseModel):
+    """A licence, and when it was accepted."""
 
-    entries: dict[str, Entry]
-    licences: dict[str, dict[str, str]]
+    licence: str
+    accepted: str
+
+
+class Index(BaseModel):
+    """index.json: rows as they were fetched, and licences that were accepted, by the row's name."""
+
+    schema_version: int = SCHEMA_VERSION
+    entries: dict[str, Fetched]
+    licences: dict[str, Accepted]
 
 
 def now() -> str:
@@ -87,17 +104,12 @@ def read_index() -> Index:
     """The index, empty where there is none; IntegrityError where it cannot be understood."""
     path = cache_dir() / "index.json"
     if not path.is_file():
-        return Index({}, {})
+        return Index(entries={}, licences={})
     found = read_json(path, SCHEMA_VERSION)
     try:
-        return Index({name: _entry(value) for name, value in found["entries"].items()}, dict(found["licences"]))
-    except (KeyError, TypeError, AttributeError):
+        return Index.model_validate(found)
+    except ValidationError:
         raise IntegrityError(f"{path} is damaged", "delete it, then run dmpctl download --verify") from None
-
-
-def _entry(value: Mapping[str, Any]) -> Entry:
-    files = {name: Fact(**fact) for name, fact in value["files"].items()}
-    return Entry(**{**value, "files": files, "wanted": tuple(value["wanted"])})
 
 
 @contextmanager
@@ -106,9 +118,8 @@ def changing_index() -> Iterator[Index]:
     with working_on(".index"):  # no row can be called so
         index = read_index()
         yield index
-        entries = {name: asdict(entry) for name, entry in sorted(index.entries.items())}
-        value = {"schema_version": SCHEMA_VERSION, "entries": entries, "licences": index.licences}
-        write_json(cache_dir() / "index.json", value)
+        index.entries = dict(sorted(index.entries.items()))
+        write_json(cache_dir() / "index.json", index.model_dump(mode="json"))
 
 
 @contextmanager

@@ -9,9 +9,10 @@ from dmpctl.files import amount
 from dmpctl.settings.assets import AssetRow, Assets
 from dmpctl.settings.model import Settings
 from dmpctl.store import needs, prune
-from dmpctl.store.assets import ad_hoc, address_in, cached, command_for, fetch, present, provenance, verify
-from dmpctl.store.cache import cache_dir, changing_index, files_dir, hub_dir, need_room, now, read_index
-from dmpctl.store.registry import SHIPPED, Registry, expanded, registry_of, replaced
+from dmpctl.store.addresses import address_in
+from dmpctl.store.cache import Accepted, cache_dir, changing_index, files_dir, hub_dir, need_room, now, read_index
+from dmpctl.store.fetch import cached, command_for, fetch, present, provenance, verify
+from dmpctl.store.registry import Registry, expanded, registry_of, row_at, row_named, shipped
 from dmpctl.types import Progress, Report
 
 
@@ -36,8 +37,9 @@ def download(settings: Settings, names: Sequence[str], progress: Progress) -> Re
     """
     options = settings.download
     request = requested(settings, names)
-    for name in replaced(request.settings):
-        progress.say(f"{name}: the row of your settings takes the place of the shipped one")
+    for row in request.settings.assets.rows:
+        if row.name in shipped():
+            progress.say(f"{row.name}: the row of your settings takes the place of the shipped one")
     if options.prune:
         if names:
             raise UsageError(
@@ -56,18 +58,17 @@ def download(settings: Settings, names: Sequence[str], progress: Progress) -> Re
 
 def requested(settings: Settings, names: Sequence[str]) -> Request:
     """The rows that names, addresses and --for stand for."""
-    found = needs.settings_in(settings.download.needed_for) if settings.download.needed_for else []
-    if own := needs.rows_in(found):
-        known = {row.name for row in settings.assets.rows}
-        rows = (*settings.assets.rows, *(row for row in own if row.name not in known))
-        settings = settings.model_copy(update={"assets": Assets(rows=rows)})
-    registry = registry_of(settings)
-    addresses = {name: ad_hoc(name) for name in names if address_in(name)}
-    needed = needs.needed(found, registry)
-    by_name = dict(registry) | {row.name: row for row in (*addresses.values(), *needed)}
-    every = (*(addresses[name].name if name in addresses else name for name in names), *(row.name for row in needed))
-    typed = " ".join([*names, *(["--for", str(settings.download.needed_for)] if settings.download.needed_for else [])])
-    return Request(settings, by_name, expanded(every, by_name), tuple(dict.fromkeys(every)), typed)
+    experiment = settings.download.needed_for
+    found = needs.settings_in(experiment) if experiment else []
+    own = {row.name: row for row in settings.assets.rows}
+    own |= {row.name: row for recorded in found for row in recorded.assets.rows if row.name not in own}
+    settings = settings.model_copy(update={"assets": Assets(rows=tuple(own.values()))})
+    rows = dict(registry_of(settings))
+    wanted = [row_at(name) if address_in(name) else row_named(name, rows) for name in names] + needs.needed(found, rows)
+    rows |= {row.name: row for row in wanted}
+    every = tuple(dict.fromkeys(row.name for row in wanted))
+    typed = " ".join([*names, *(["--for", str(experiment)] if experiment else [])])
+    return Request(settings, rows, expanded(every, rows), every, typed)
 
 
 def listed(request: Request) -> Report:
@@ -85,7 +86,7 @@ def _described(row: AssetRow, settings: Settings) -> dict[str, Any]:
     size = amount(row.size) if row.size is not None else f"about {amount(row.about)}" if row.about is not None else "unknown"
     licence = row.licence + (" (non-commercial)" if row.non_commercial and "NC" not in row.licence else "")
     found = {"size": size, "bytes": row.size, "licence": licence, "source": row.source}
-    own = SHIPPED.get(row.name) != row
+    own = shipped().get(row.name) != row
     return fields | found | {"present": "yes" if path else "no", "path": path and str(path), "own": own}
 
 
@@ -94,7 +95,7 @@ def accept_licences(request: Request) -> None:
     accepted, options = read_index().licences, request.settings.download
     restricted = [request.rows[name] for name in request.names if request.rows[name].non_commercial]
     restricted += [row for row in request.wanted if row.non_commercial and row not in restricted]
-    new = [row for row in restricted if accepted.get(row.name, {}).get("licence") != row.licence]
+    new = [row for row in restricted if row.name not in accepted or accepted[row.name].licence != row.licence]
     if not new:
         return
     if not options.accept_license:
@@ -103,7 +104,7 @@ def accept_licences(request: Request) -> None:
         raise UsageError(f"for non-commercial use only: {which}", f"if you accept that: {command}")
     if not request.settings.console.dry_run:
         with changing_index() as index:
-            index.licences |= {row.name: {"licence": row.licence, "accepted": now()} for row in new}
+            index.licences |= {row.name: Accepted(licence=row.licence, accepted=now()) for row in new}
 
 
 def fetched(request: Request, progress: Progress) -> Report:

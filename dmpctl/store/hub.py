@@ -2,129 +2,92 @@
 
 import hashlib
 import os
-import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dmpctl.errors import DmpError, IntegrityError, MissingError, UsageError
 from dmpctl.files import FULL, make_folder, sha256_of, write_atomic
 from dmpctl.settings.assets import AssetRow
+from dmpctl.store.addresses import HubAddress
 from dmpctl.store.cache import Fact, hub_dir, need_room
 from dmpctl.store.https import TRANSIENT, Again, with_patience
+from dmpctl.store.registry import address_of
 from dmpctl.types import Progress, ProgressTask
 
-WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")  # the first kind that a repository has one of is taken
-BESIDE = (".json", ".txt", ".model")  # of a model: its configs and its words
-ADDRESS = re.compile(
-    r"hf://(?P<dataset>datasets/)?(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>refs/(pr|convert)/[\w.-]+|[\w.-]+))?(/(?P<file>.+))?"
-)
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoSibling
+
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """One commit of a repository in the cache: `folder` holds `files`."""
-
-    folder: Path
-    commit: str
-    files: dict[str, Fact]
-
-
-def parse(address: str) -> AssetRow:
-    """hf://[datasets/]OWNER/NAME[@REVISION][/FILE] as a row without a name of its own; UsageError for anything else."""
-    found = ADDRESS.fullmatch(address)
-    if not found or ".." in address.split("/"):
-        raise UsageError(f"{address} is no address on the Hub", "write hf://OWNER/NAME, hf://OWNER/NAME@REVISION or .../FILE")
-    name = "hub-" + hashlib.sha256(address.encode()).hexdigest()[:12]
-    repo, dataset, revision, file = found["repo"], bool(found["dataset"]), found["revision"], found["file"]
-    allow = () if file else ("*",) if dataset else (*(f"*{end}" for end in WEIGHTS), *(f"*{end}" for end in BESIDE))
-    kind: Any = "data" if dataset else "backbone"
-    return AssetRow(name=name, what=address, kind=kind, repo=repo, dataset=dataset, revision=revision, file=file, allow=allow)
-
-
-def folder_of(row: AssetRow) -> Path:
-    """The folder of the row's repository in the cache, as the Hub's library names it."""
-    return hub_dir() / "--".join(["datasets" if row.dataset else "models", *(row.repo or "").split("/")])
-
-
-def page_of(row: AssetRow) -> str:
-    """The page of the row's repository."""
-    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    return f"{endpoint.rstrip('/')}/{'datasets/' if row.dataset else ''}{row.repo}"
-
-
-def fetch_repo(row: AssetRow, commit: str | None, progress: Progress) -> Snapshot:
-    """The row's files of one commit (None: the one that its revision names now), in the cache and checked.
+def fetch_repo(row: AssetRow, commit: str | None, progress: Progress) -> tuple[dict[str, Fact], str]:
+    """The row's files of one commit (None: the one that its revision names now), in the cache and checked; and that commit.
 
     MissingError where there is nothing or it is gated, IntegrityError where a file has another hash, UsageError on a full
     disk.
     """
     from huggingface_hub import HfApi, snapshot_download
 
-    kind, endpoint = "dataset" if row.dataset else "model", os.environ.get("HF_ENDPOINT") or None
+    at, endpoint = address_of(row), os.environ.get("HF_ENDPOINT") or None
+    kind, revision = "dataset" if at.dataset else "model", commit or at.revision
     api = HfApi(endpoint=endpoint, library_name="dmpctl")
-    revision = commit or row.revision
-    info = _asked(row, lambda: api.repo_info(row.repo or "", revision=revision, repo_type=kind, files_metadata=True), progress)
-    found = {file.rfilename: file for file in getattr(info, "siblings", None) or () if _is_wanted(row, file.rfilename)}
+    info = _asked(row, lambda: api.repo_info(at.repo, revision=revision, repo_type=kind, files_metadata=True), progress)
+    listed = {file.rfilename: file for file in getattr(info, "siblings", None) or ()}
+    found = {name: file for name, file in sorted(listed.items()) if any(fnmatch(name, pattern) for pattern in row.patterns)}
     if not found or (row.file is not None and row.file not in found):
-        raise MissingError(f"{page_of(row)} holds no {row.file or ' and no '.join(row.patterns)}", row.alternative)
-    folder = folder_of(row) / "snapshots" / str(info.sha)
+        raise MissingError(f"{at.page} holds no {row.file or ' and no '.join(row.patterns)}", row.alternative)
+    sha = str(info.sha)
+    folder = snapshot_of(at, sha)
     absent = sum(file.size or 0 for name, file in found.items() if not (folder / name).is_file())
     need_room(hub_dir(), absent, row.label)
     with progress.track(f"fetching {row.label}", absent, unit="B") as task, _stoppable() as stopped:
         bar = _bar(task, stopped)
-        options: dict[str, Any] = {"repo_type": kind, "revision": info.sha, "endpoint": endpoint, "tqdm_class": bar}
-        options |= {"allow_patterns": list(row.patterns), "cache_dir": hub_dir(), "library_name": "dmpctl"}
-        _asked(row, lambda: snapshot_download(row.repo or "", **options), progress)
-    files = {name: _checked(folder / name, file) for name, file in sorted(found.items())}
-    if not row.pinned:
-        _name_commit(folder_of(row) / "refs" / (row.revision or "main"), str(info.sha), replace=commit is None)
-    return Snapshot(folder, str(info.sha), files)
 
+        def download() -> str:
+            return snapshot_download(
+                at.repo,
+                repo_type=kind,
+                revision=sha,
+                cache_dir=hub_dir(),
+                allow_patterns=list(row.patterns),
+                endpoint=endpoint,
+                library_name="dmpctl",
+                tqdm_class=bar,
+            )
 
-def _name_commit(ref: Path, commit: str, replace: bool) -> None:
-    """Say in the Hub's cache which commit a branch is: other programs find it offline then."""
-    if replace or not ref.exists():
+        _asked(row, download, progress)
+    files = {name: _checked(folder / name, file) for name, file in found.items()}
+    ref = hub_dir() / at.folder / "refs" / (at.revision or "main")
+    if not row.pinned and (commit is None or not ref.exists()):  # which commit a branch is: others find it offline then
         make_folder(ref.parent)
-        write_atomic(ref, commit.encode())
+        write_atomic(ref, sha.encode())
+    return files, sha
 
 
-def only_weights(snapshot: Snapshot, address: str) -> Path:
-    """The one file of weights in a repository; UsageError where there are several to choose from."""
-    for end in WEIGHTS:
-        names = [name for name in snapshot.files if name.endswith(end)]
-        if len(names) == 1:
-            return snapshot.folder / names[0]
-        if names:
-            raise UsageError(f"{address} holds {len(names)} files of weights", f"name one: {address}/{names[0]}")
-    raise MissingError(f"{address} holds no weights ({', '.join(WEIGHTS)})", "name another repository")
+def snapshot_of(at: HubAddress, commit: str | None) -> Path:
+    """The folder of one commit of a repository in the cache."""
+    return hub_dir() / at.folder / "snapshots" / str(commit)
 
 
-def _is_wanted(row: AssetRow, name: str) -> bool:
-    return any(fnmatch(name, pattern) for pattern in row.patterns)
-
-
-def _checked(path: Path, file: Any) -> Fact:
+def _checked(path: Path, file: "RepoSibling") -> Fact:
     """The hash of a file that has come; IntegrityError, and the file is removed, where the Hub knows another one."""
     if not path.is_file():
         raise MissingError(f"{path} did not come", "run the same command again")
     digest, size = sha256_of(path), path.stat().st_size
-    lfs = file.lfs.sha256 if file.lfs is not None else None
-    expected, actual = (lfs, digest) if lfs else (file.blob_id, git_hash(path))
+    expected, actual = (file.lfs.sha256, digest) if file.lfs is not None else (file.blob_id, _git_hash(path))
     if expected not in (None, actual):
         path.resolve().unlink(missing_ok=True)
         path.unlink(missing_ok=True)
         raise IntegrityError(f"{path} has hash {actual}, expected {expected}", "it was removed: run the same command again")
-    return Fact(digest, size)
+    return Fact(sha256=digest, size=size)
 
 
-def git_hash(path: Path) -> str:
+def _git_hash(path: Path) -> str:
     """What git calls a file of these bytes."""
     data = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
@@ -132,6 +95,7 @@ def git_hash(path: Path) -> str:
 
 def _asked(row: AssetRow, call: Callable[[], T], progress: Progress) -> T:
     """The answer of the Hub, asked again where that may help; its failures as one sentence."""
+    instead = f"take {row.alternative} instead" if row.alternative else None
 
     def once() -> T:
         try:
@@ -139,43 +103,57 @@ def _asked(row: AssetRow, call: Callable[[], T], progress: Progress) -> T:
         except DmpError:
             raise
         except Exception as error:
-            raise said(row, error) from None
+            raise failure(address_of(row), error, instead) from None
 
-    answer: T = with_patience(row.label, once, progress)
-    return answer
+    return with_patience(row.label, once, progress)
 
 
-def said(row: AssetRow, error: Exception) -> Exception:
-    """A failure of the Hub's library: Again where it may pass, else ours; what is no matter of the Hub stays what it is."""
+def failure(
+    at: HubAddress, error: Exception, instead: str | None = None, shown: str | None = None, again: str = "run the same command"
+) -> Exception:
+    """Our sentence for what the Hub's libraries raise, in downloads, in data and in `push`.
+
+    Again where it may pass; `error` itself where it is no matter of the Hub. `instead`: what else there is, None: nothing known.
+    `shown`: what messages call it, None: its page. `again`: the command that fetches it.
+    """
     from huggingface_hub import errors
 
-    page = page_of(row)
     cause: Exception = error
     if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         cause = error.__cause__
     status = getattr(getattr(cause, "response", None), "status_code", None)
-    token = f"open {page}, accept its terms, then set HF_TOKEN (or run hf auth login)"
+    page, shown, more = at.page, shown or at.page, f"; {instead}" if instead else ""
+    token = f"open {page}, accept its terms, then set HF_TOKEN (or run hf auth login){more}"
     match cause:
         case errors.LocalTokenNotFoundError():
             return MissingError(f"{page} needs a token, and there is none", "set HF_TOKEN, or run hf auth login")
         case errors.GatedRepoError():
-            return MissingError(f"{page} is gated: its terms must be accepted first", token)
+            return MissingError(f"{shown} is gated: its terms must be accepted first", token)
         case errors.RevisionNotFoundError():
-            return MissingError(f"{page} has no revision {row.revision or 'main'}", "name another revision")
+            return MissingError(f"{page} has no revision {at.revision or 'main'}", "name another revision")
         case errors.RepositoryNotFoundError():
-            another = f"take {row.alternative} instead" if row.alternative else None
-            check = "check the name, or set HF_TOKEN" + ("" if row.dataset else f"; a data set is hf://datasets/{row.repo}")
-            return MissingError(f"there is no {page}, or it is private", another or check)
+            check = "check the name, or set HF_TOKEN" + ("" if at.dataset else f"; a data set is hf://datasets/{at.repo}")
+            return MissingError(f"there is no {page}, or it is private", instead or check)
         case errors.EntryNotFoundError() if status == 404:
             return MissingError(f"{page} lacks a file that it lists", "run the same command again")
+        case errors.LocalEntryNotFoundError() | errors.OfflineModeIsEnabled():
+            return MissingError(f"{shown} is not in the cache, and the Hub is not reached", f"fetch it: {again}")
     if status in (401, 403):
         return MissingError(f"{page} refuses access (HTTP {status})", token)
     if isinstance(cause, OSError) and cause.errno in FULL:
         return UsageError(f"cannot write to {hub_dir()}: {cause.strerror}", "free some space, or name another --cache-dir")
-    of_network = any(kind.__module__.split(".")[0] in ("httpx", "httpx2", "requests") for kind in type(cause).__mro__)
-    if status in TRANSIENT or (status is None and (of_network or isinstance(cause, OSError | RuntimeError))):
+    if status in TRANSIENT or (status is None and (of_network(cause) or isinstance(cause, OSError | RuntimeError))):
         return Again(f"HTTP {status}" if status else f"the connection broke ({type(cause).__name__})")
     return MissingError(f"cannot fetch {page} (HTTP {status})", "try again later") if status else cause
+
+
+def of_network(error: Exception) -> bool:
+    """Whether a library between here and the Hub says that it was not reached; an answer of the Hub is none."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    libraries = {kind.__module__.split(".")[0] for kind in type(error).__mro__}
+    reached = isinstance(error, HfHubHTTPError)
+    return not reached and (isinstance(error, ConnectionError) or bool(libraries & {"httpx", "httpx2", "requests"}))
 
 
 @contextmanager

@@ -1,93 +1,73 @@
 """What an experiment needs of the registry, from its settings file or from its run."""
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from dmpctl.errors import IntegrityError, MissingError
 from dmpctl.runs.rundir import RunDir
-from dmpctl.settings.assets import AssetRow, Assets
+from dmpctl.settings.assets import AssetRow
 from dmpctl.settings.layers import read_toml, resolve
 from dmpctl.settings.measuring import SMALL_SIDE
+from dmpctl.settings.model import Settings
 from dmpctl.settings.options import COMMANDS
-from dmpctl.store.assets import ad_hoc, address_in
-from dmpctl.store.registry import Registry
+from dmpctl.store.addresses import HUB, address_in, of_rows
+from dmpctl.store.registry import Registry, row_at
 from dmpctl.store.shapes import is_shape
 
 WITH_ASSETS = ("pretrain", "patch", "sample", "fid")
-LATENTS = "vae-ema"  # what their latents are, where nothing says otherwise
-PLACES = ("run", "out", "cache_dir", "needed_for")  # a folder may be called like an asset
-DATA_SET = re.compile(r"hf://(?:datasets/)?([^:]+)(?::.*)?")  # then its configuration and split
+LATENTS = "vae-ema"  # what the latents of published shapes are, where nothing says otherwise
 
 
-def settings_in(experiment: Path) -> list[dict[str, dict[str, Any]]]:
-    """The settings (section -> values) that a run has recorded, or that each command finds in a settings file."""
+def settings_in(experiment: Path) -> list[Settings]:
+    """The settings that a run has recorded, or that each command finds in a settings file."""
     path = experiment.expanduser()
-    if path.is_dir():
-        return [RunDir(path).config()["settings"]]
-    if path.suffix == ".json":
-        return [RunDir(path.parent).config()["settings"]]
+    if path.is_dir() or path.suffix == ".json":
+        recorded = RunDir(path if path.is_dir() else path.parent).config()["settings"]
+        try:
+            return [Settings.from_dict(recorded)]
+        except IntegrityError as error:
+            raise IntegrityError(error.message, "name the settings file instead of the run") from None
     if not path.is_file():
         raise MissingError(f"{path} is not there", "name a settings file (TOML) or a run")
     tables = read_toml(path)
     named = [name for name in WITH_ASSETS if isinstance(tables.get(name), dict)]
     shared = any(not isinstance(value, dict) for value in tables.values())
     commands = named or (["patch"] if shared else [])
-    return [resolve(name, {}, path).settings.to_dict() for name in commands if name in COMMANDS]
+    return [resolve(name, {}, path).settings for name in commands if name in COMMANDS]
 
 
-def rows_in(found: list[dict[str, dict[str, Any]]]) -> tuple[AssetRow, ...]:
-    """The rows of their own that an experiment's settings hold."""
-    rows: dict[str, AssetRow] = {}
-    for sections in found:
-        try:
-            rows |= {row.name: row for row in Assets(**sections.get("assets", {})).rows}
-        except (TypeError, ValueError):
-            hint = "name the settings file instead of the run"
-            raise IntegrityError("the recorded assets do not fit this dmpctl", hint) from None
-    return tuple(rows.values())
-
-
-def needed(found: list[dict[str, dict[str, Any]]], rows: Registry) -> list[AssetRow]:
+def needed(found: list[Settings], rows: Registry) -> list[AssetRow]:
     """Rows that these settings name, what those need in turn, and Inception where distances will be measured in it."""
-    wanted: dict[str, AssetRow] = {}
-    extractors: list[Any] = []
-    for sections in found:
-        values = {key: value for name, section in sections.items() if name != "assets" for key, value in section.items()}
-        wanted |= {row.name: row for row in _named(values, rows)}
-        if values.get("evaluate", "extractor" in values) and not _is_small(values):
-            extractors.append(values.get("extractor"))
-    if None in extractors and wanted and "inception" in rows:
+    wanted = {row.name: row for settings in found for row in _named(settings, rows)}
+    if wanted and "inception" in rows and any(map(_measures_in_inception, found)):
         wanted["inception"] = rows["inception"]
-    return _with_needs(wanted, rows)
-
-
-def _named(values: Mapping[str, Any], rows: Registry) -> Iterator[AssetRow]:
-    for key, value in values.items():
-        if key in PLACES or not isinstance(value, str) or (key == "data" and values.get("streaming")):
-            continue
-        if key == "clip" and "clip-score" not in str(values.get("metrics")):
-            continue
-        if value in rows:
-            yield rows[value]
-        elif key in ("base", "weights") and (address := address_in(value)):
-            yield ad_hoc(address)
-        elif key == "base" and is_shape(value) and values.get("codec", "auto") == "auto" and LATENTS in rows:
-            yield rows[LATENTS]
-        elif key in ("data", "reference") and (found := DATA_SET.fullmatch(value)):
-            yield ad_hoc("hf://datasets/" + found[1])
-
-
-def _is_small(values: Mapping[str, Any]) -> bool:
-    return values.get("data") == "digits" or (values.get("size") or SMALL_SIDE) < SMALL_SIDE
-
-
-def _with_needs(wanted: Mapping[str, AssetRow], rows: Registry) -> list[AssetRow]:
-    """With what each row needs, but no second codec where one is named."""
-    found, kinds = dict(wanted), {row.kind for row in wanted.values()}
-    for row in wanted.values():
+    kinds = {row.kind for row in wanted.values()}
+    for row in list(wanted.values()):
         for need in (rows[name] for name in row.needs):
-            if need.kind != "codec" or "codec" not in kinds:
-                found[need.name] = need
-    return list(found.values())
+            if need.kind != "codec" or "codec" not in kinds:  # no second codec where one is named
+                wanted[need.name] = need
+    return list(wanted.values())
+
+
+def _named(settings: Settings, rows: Registry) -> Iterator[AssetRow]:
+    base, data, fid = settings.base, settings.data, settings.fid
+    images = None if data.streaming else data.data
+    clip = fid.clip if "clip-score" in fid.metrics else None
+    words = [base.base, base.weights, images, fid.reference, fid.protocol, fid.extractor, clip]
+    words += [settings.text.text_encoder, settings.codec.codec, settings.prompting.prompts_from]
+    for word in map(str, filter(None, words)):
+        if word in rows:
+            yield rows[word]
+        elif word in (base.base, str(base.weights)) and (address := address_in(word)):
+            yield row_at(address)
+        elif word == base.base and is_shape(word) and settings.codec.codec == "auto" and LATENTS in rows:
+            yield rows[LATENTS]
+        elif word in (images, fid.reference) and word.startswith(HUB):
+            yield row_at(of_rows(word).word)
+
+
+def _measures_in_inception(settings: Settings) -> bool:
+    data = settings.data
+    measures = settings.evaluate.evaluate if "evaluate" in settings.model_fields_set else "fid" in settings.model_fields_set
+    small = data.data == "digits" or (data.size or SMALL_SIDE) < SMALL_SIDE
+    return measures and not small and settings.fid.extractor is None

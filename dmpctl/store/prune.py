@@ -9,10 +9,9 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from dmpctl.files import amount, writing
-from dmpctl.store import hub
-from dmpctl.store.assets import target_of
 from dmpctl.store.cache import cache_dir, changing_index, files_dir, hub_dir, own_hub, read_index, working_on
-from dmpctl.store.registry import Registry
+from dmpctl.store.fetch import target_of
+from dmpctl.store.registry import Registry, address_of
 from dmpctl.types import Report
 
 
@@ -62,7 +61,7 @@ def _stray_repositories(rows: Registry) -> Iterator[tuple[Path, str]]:
     """Repositories in a Hub cache of our own that no row names, and half files in the others."""
     if not own_hub() or not hub_dir().is_dir():
         return
-    named = {hub.folder_of(row).name: row.name for row in rows.values() if row.repo is not None}
+    named = {address_of(row).folder: row.name for row in rows.values() if row.repo is not None}
     for folder in sorted(path for path in hub_dir().iterdir() if path.name.startswith(("models--", "datasets--"))):
         if folder.name not in named:
             yield folder, folder.name

@@ -13,6 +13,11 @@ def is_shape(word: str) -> bool:
     return shape in SHAPES | FLOWS and patch in map(str, PATCH_SIZES)
 
 
+def shape_names() -> list[str]:
+    """All published shapes, without captions."""
+    return [f"{shape}/{patch}" for shape in SHAPES | FLOWS for patch in PATCH_SIZES]
+
+
 def is_flow(name: str) -> bool:
     """Whether a shape's name is that of a SiT."""
     return name.partition("/")[0] in FLOWS

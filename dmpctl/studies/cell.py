@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from dmpctl.backbones.dit_weights import digest_of
+from dmpctl.data.source import open_source
 from dmpctl.errors import InUse, NumericalError, UsageError
 from dmpctl.files import make_folder, read_json, read_tensors, sha256_of, sha256_of_json, write_json, writing
 from dmpctl.measuring.paired_loss import epsilon_errors, loss_difference
@@ -20,7 +21,6 @@ from dmpctl.metrics.frechet import paired_difference
 from dmpctl.models.backbone import load_backbone
 from dmpctl.models.patch_files import load_patch
 from dmpctl.models.patched import Patched
-from dmpctl.models.sources import open_images
 from dmpctl.processes.accelerator import accelerator_for
 from dmpctl.runs import checkpoint
 from dmpctl.runs.rundir import RunDir
@@ -114,7 +114,7 @@ def find_going_on(stage: Stage, variant: str, budget: Settings) -> GoingOn:
     published = (run / "backbone.safetensors").is_file()
     data = load_backbone(Base(base=str(run))).data if published else None  # by a name that lasts
     before = before.model_copy(update={"data": before.data.model_copy(update={"data": data or before.data.data})})
-    source = open_images(before.data, before.data.size, before.data.channels)
+    source = open_source(before.data, before.data.size, before.data.channels)
     if source.fingerprint != recorded["science"].get("data_fingerprint"):
         raise UsageError(f"{variant} cannot go on from {stage.name}: {before.data.data} is not what it was pretrained on")
     step = checkpoint.step_of(path)

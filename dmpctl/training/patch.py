@@ -16,13 +16,13 @@ from dmpctl.measuring import before_after
 from dmpctl.measuring.paired_loss import error_profile
 from dmpctl.methods.full import FullPatch
 from dmpctl.methods.lora import LoraPatch
-from dmpctl.models.backbone import Loaded, is_planned, load_backbone, planned_model, published_file
+from dmpctl.models.backbone import Loaded, is_planned, load_backbone, planned_model
 from dmpctl.models.build import build_codec, build_patch
 from dmpctl.models.codec import latent_record
 from dmpctl.models.conditions import captions_of, encoder_record, open_encoder
 from dmpctl.models.patch_files import added_words, backbone_digest, describe_patch, lasting_name, load_patch
 from dmpctl.models.patched import Patched, predict_patched, routing_of
-from dmpctl.models.sources import open_data, own_data
+from dmpctl.models.sources import open_data
 from dmpctl.models.speed import state_as_cast
 from dmpctl.processes.accelerator import accelerator_for
 from dmpctl.processes.device import resolve_device
@@ -30,7 +30,7 @@ from dmpctl.runs.rundir import RunDir
 from dmpctl.sampling.generate import denoiser_of
 from dmpctl.sampling.pictures import write_picture
 from dmpctl.settings.model import Settings
-from dmpctl.store.assets import resolve_weights
+from dmpctl.store.locate import fetch_weights, lasting_data, locate
 from dmpctl.training.session import Session, Trained, train_in
 from dmpctl.training.subject import Subject
 from dmpctl.types import Codec, Progress, Report, Source
@@ -73,10 +73,13 @@ def with_weights_here(settings: Settings, progress: Progress) -> Settings:
     """
     base, own = settings.base, {row.name: row for row in settings.assets.rows}
     if base.weights is not None:
-        base = base.model_copy(update={"weights": resolve_weights(base.weights, settings, progress)})
+        base = base.model_copy(update={"weights": fetch_weights(base.weights, settings, progress)})
     if base.base in own and not Path(base.base).expanduser().exists():
-        base = base.model_copy(update={"base": str(published_file(own[base.base], settings))})
-    return settings.model_copy(update={"base": base, "data": own_data(settings.data, settings)})
+        base = base.model_copy(update={"base": str(locate(base.base, "backbone", settings))})
+    data = settings.data
+    if data.data is not None:
+        data = data.model_copy(update={"data": lasting_data(data.data, settings)})
+    return settings.model_copy(update={"base": base, "data": data})
 
 
 def refuse_sampling(settings: Settings, loaded: Loaded, source: Source) -> None:

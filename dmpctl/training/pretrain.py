@@ -1,6 +1,5 @@
 """`dmpctl pretrain`: a backbone from scratch, as real DiTs are trained."""
 
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,18 +10,18 @@ from dmpctl.backbones.dit_weights import digest_of
 from dmpctl.backbones.pixart import PixArt, fresh
 from dmpctl.codecs.identity import Identity
 from dmpctl.codecs.text import TextEncoder
+from dmpctl.data.source import open_source
 from dmpctl.errors import UsageError
 from dmpctl.files import read_tensors
 from dmpctl.models.backbone import Loaded, facts_of, metadata_of
 from dmpctl.models.codec import latent_record, open_codec
 from dmpctl.models.conditions import captions_of, encoder_record, open_encoder
 from dmpctl.models.patch_files import lasting_name
-from dmpctl.models.sources import open_images, own_data
 from dmpctl.processes.accelerator import accelerator_for
 from dmpctl.rng import seed_of
 from dmpctl.runs.rundir import RunDir
 from dmpctl.settings.model import Settings
-from dmpctl.store.assets import require
+from dmpctl.store.locate import lasting_data
 from dmpctl.training.session import Session, Trained, train_in
 from dmpctl.training.subject import Subject
 from dmpctl.types import Codec, ParamGroup, Progress, Report, Routings, ScheduleSpec, Source, TextSpec
@@ -73,9 +72,10 @@ def pretrain(settings: Settings, progress: Progress) -> Report:
     """Train a backbone into its run directory, going on from the newest checkpoint; a finished run says so."""
     if settings.data.data is None:
         raise UsageError("nothing says which images to train on", "add --data digits or --data DIR")
-    settings = settings.model_copy(update={"data": own_data(settings.data, settings)})
-    codec = open_codec(settings.codec, partial(require, settings=settings))
-    source = open_images(settings.data, settings.data.size, settings.data.channels, settings)
+    data = settings.data.model_copy(update={"data": lasting_data(settings.data.data, settings)})
+    settings = settings.model_copy(update={"data": data})
+    codec = open_codec(settings)
+    source = open_source(settings.data, settings.data.size, settings.data.channels, settings)
     config = config_for(settings, codec, source)
     text = open_encoder(settings, None, None) if settings.shape.text_conditional else None
     path = default_run(settings, source).expanduser().absolute()

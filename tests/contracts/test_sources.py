@@ -3,6 +3,7 @@
 import pickle
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -13,7 +14,6 @@ from PIL import Image
 
 from dmpctl.batches.loader import TrainingItems, order_of
 from dmpctl.data.bundled import Digits
-from dmpctl.data.hub_rows import parse
 from dmpctl.images import stored
 from dmpctl.models.encode import build_latents
 from dmpctl.types import Silent, Source
@@ -23,6 +23,7 @@ from tests.unit.data.made import (
     coco_images,
     folder_images,
     hub_images,
+    hub_set,
     parquet_images,
     streamed_images,
     tar_images,
@@ -105,7 +106,7 @@ SOURCES: dict[str, Callable[[Path], Source]] = {
     "streamed": lambda root: streamed_images([parquet_in(root)], "a@b"),
     "tar": lambda root: tar_images(tar_in(root)),
     "tar-lazy": lambda root: tar_images(tar_in(root), on_bad="skip"),
-    "hub": lambda root: hub_images(parse("hf://owner/name"), folder=hub_in(root)),
+    "hub": lambda root: hub_images(replace(hub_set("hf://owner/name"), folder=hub_in(root))),
     "streamed-latents": made_streamed_latents,
     "coco-packed": lambda root: coco_images(packed_in(root), root / "annotations/captions_val2014.json", "val2014"),
     "coco": lambda root: coco_images(coco_in(root) / "val2014", root / "annotations/captions_val2014.json", "val2014"),

@@ -126,7 +126,7 @@ def test_kill_9_and_ctrl_c_in_the_middle_then_the_same_command_again(server, env
 
 
 def test_two_at_once_fetch_it_once(server, env, config, start, tmp_path):
-    server.always["/big.bin"] = Answer(pause=0.05, piece=100_000)
+    server.always["/big.bin"] = Answer(pause=0.15, piece=100_000)
     command = ("download", "big", "--config", config, "--json")
     first = start(*command)
     until(lambda: server.ranges("/big.bin"))

@@ -16,11 +16,12 @@ from PIL import Image
 from dmpctl.data.coco import CocoReader
 from dmpctl.data.columns import UNNAMED, Columns
 from dmpctl.data.folder import FolderReader
-from dmpctl.data.hub_rows import HubSet, hub_rows, stream_hub
+from dmpctl.data.hub_rows import hub_rows, stream_hub
 from dmpctl.data.parquet import parquet_rows
 from dmpctl.data.stream import StreamedImages, StreamReader
 from dmpctl.data.tar import TarReader
 from dmpctl.images.stored import StoredImages
+from dmpctl.store.locate import HubRows, locate_data
 
 
 def picture(seed: int, size: int = 8, channels: int = 3) -> Image.Image:
@@ -101,11 +102,18 @@ def coco_images(images: Path, annotations: Path, split: str, **options: Any) -> 
     return StoredImages(CocoReader(images, annotations, split), **options)
 
 
-def hub_images(wanted: HubSet, columns: Columns = UNNAMED, folder: Path | None = None, **options: Any) -> StoredImages:
-    return StoredImages(hub_rows(wanted, columns, folder), **options)
+def hub_set(word: str) -> HubRows:
+    """What --data WORD stands for, with nothing fetched."""
+    found = locate_data(word, streaming=True)
+    assert isinstance(found, HubRows)
+    return found
 
 
-def streamed_hub_images(wanted: HubSet) -> StreamedImages:
+def hub_images(wanted: HubRows, columns: Columns = UNNAMED, **options: Any) -> StoredImages:
+    return StoredImages(hub_rows(wanted, columns), **options)
+
+
+def streamed_hub_images(wanted: HubRows) -> StreamedImages:
     return StreamedImages(stream_hub(wanted))
 
 

@@ -9,6 +9,7 @@ from dmpctl.data.stream import StreamedImages
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.images.stored import StoredImages
 from dmpctl.settings.sections import Data
+from dmpctl.store import locate
 from tests.unit.data.made import (
     encoded,
     folder_images,
@@ -89,7 +90,7 @@ def test_streaming_is_for_parquet(tmp_path, images):
         open_source(Data(data=str(images), streaming=True), None, None)
 
 
-def test_names_are_looked_up_where_downloads_lie(tmp_path):
+def test_names_are_looked_up_where_downloads_lie(tmp_path, monkeypatch):
     commit = tmp_path / "snapshots" / ("a" * 40)
     write_parquet(commit / "data/train-00000-of-00001.parquet", [encoded(0)], label=(ClassLabel(names=["n01", "n02"]), [1]))
     write_coco(tmp_path, "train2014", {"a.png": encoded(0)})
@@ -98,17 +99,11 @@ def test_names_are_looked_up_where_downloads_lie(tmp_path):
         "coco-train2014": tmp_path / "train2014",
         "coco-annotations": tmp_path / "annotations" / "captions_train2014.json",
     }
-    imagenet = open_source(Data(data="imagenet"), None, None, places.__getitem__)
+    monkeypatch.setattr(locate, "require", lambda name, settings: places[name])
+    imagenet = open_source(Data(data="imagenet"), None, None)
     assert (imagenet.name, imagenet.num_classes, imagenet.item(0)[1]) == ("imagenet", 2, 1)
-    coco = open_source(Data(data="coco"), None, None, places.__getitem__)
+    coco = open_source(Data(data="coco"), None, None)
     assert (coco.name, len(coco.captions(0))) == ("coco-train2014", 5)
-
-
-def test_coco_that_is_not_at_hand_names_the_command():
-    with pytest.raises(MissingError, match=r"coco .* is not at hand") as caught:
-        open_source(Data(data="coco"), None, None)
-    assert "dmpctl download coco" in str(caught.value.hint)
-    assert "annotations/captions_train2014.json" in str(caught.value.hint)
 
 
 def test_a_folder_of_synsets_has_imagenet_s_class_order(tmp_path):

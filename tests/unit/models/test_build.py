@@ -7,6 +7,7 @@ import torch
 from dmpctl.backbones.dit import DiT, DiTConfig
 from dmpctl.codecs.identity import Identity
 from dmpctl.data.bundled import Digits
+from dmpctl.data.source import open_source
 from dmpctl.errors import MissingError, UsageError
 from dmpctl.methods.dmp import DmpPatch
 from dmpctl.methods.full import FullPatch
@@ -75,7 +76,7 @@ def test_published_data_is_found_in_the_one_cache(tmp_path, monkeypatch):
     """COCO as it is published, two zip files; the rows are those of the settings."""
     monkeypatch.setenv("DMPCTL_CACHE_DIR", str(tmp_path / "cache"))
     with pytest.raises(MissingError, match="coco-train2014") as failure:
-        sources.open_images(Data(data="coco"), 8, 3)
+        open_source(Data(data="coco"), 8, 3)
     assert failure.value.hint == "run dmpctl download coco-train2014"
     write_coco(tmp_path, "train2014", {f"{n}.png": encoded(n) for n in range(4)})
     for name, inside in (("coco-train2014", "train2014"), ("coco-annotations", "annotations")):

@@ -5,8 +5,9 @@ from importlib import resources
 
 from dmpctl.data.bundled import Digits
 from dmpctl.files import sha256_of
-from dmpctl.models.backbone import BUNDLED, load_backbone
+from dmpctl.models.backbone import load_backbone
 from dmpctl.settings.sections import Base
+from dmpctl.store.locate import BUNDLED
 
 MOST_BYTES = 4_000_000
 

@@ -13,7 +13,7 @@ from dmpctl.codecs.vae import Vae
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.files import write_tensors
 from dmpctl.models.codec import codec_record, open_codec
-from dmpctl.settings.sections import Codec
+from dmpctl.store import locate
 from dmpctl.types import ScheduleSpec
 from tests.helpers import settings_for
 from tests.latent_helpers import tiny_vae
@@ -30,74 +30,71 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture
-def locate(cache):
-    def folder(name):
-        if not (cache / name).is_dir():
-            raise MissingError(f"{name} was not downloaded", f"dmpctl download {name}")
-        return cache / name
+def opened(cache, monkeypatch):
+    """Open the codec after --codec, where the published ones lie in the cache of downloads."""
+    monkeypatch.setattr(locate, "require", lambda name, settings: cache / name)
 
-    return folder
+    def codec_of(choice, **known):
+        return open_codec(settings_for("patch", codec=choice, codec_batch=3), **known)
 
-
-def opened(choice, locate, **known):
-    return open_codec(Codec(codec=choice, codec_batch=3), locate, **known)
+    return codec_of
 
 
 @pytest.mark.parametrize("channels", [None, 1, 3])
-def test_auto_is_pixels_where_nothing_speaks_of_latents(locate, channels):
-    assert isinstance(opened("auto", locate, channels=channels), Identity)
+def test_auto_is_pixels_where_nothing_speaks_of_latents(opened, channels):
+    assert isinstance(opened("auto", channels=channels), Identity)
 
 
-def test_auto_takes_what_the_published_backbones_were_trained_with(locate):
-    codec = opened("auto", locate, channels=4)
+def test_auto_takes_what_the_published_backbones_were_trained_with(opened):
+    codec = opened("auto", channels=4)
     assert isinstance(codec, Vae)
     assert (codec.name, codec.batch) == ("vae-ema", 3)
     with pytest.raises(UsageError, match="latents of 16 channels"):
-        opened("auto", locate, channels=16)
+        opened("auto", channels=16)
 
 
-def test_auto_takes_what_the_backbone_was_trained_with(locate, cache):
+def test_auto_takes_what_the_backbone_was_trained_with(opened, cache):
     recorded = codec_record(Vae(cache / "vae-mse", "vae-mse"))
-    assert opened("auto", locate, channels=4, recorded=recorded).name == "vae-mse"
-    assert opened("auto", locate, channels=4, recorded=codec_record(Identity())).name == "identity"
-    folder = codec_record(opened(str(cache / "vae-mse"), locate))
+    assert opened("auto", channels=4, recorded=recorded).name == "vae-mse"
+    assert opened("auto", channels=4, recorded=codec_record(Identity())).name == "identity"
+    folder = codec_record(opened(str(cache / "vae-mse")))
     assert folder["name"] == str(cache / "vae-mse")
-    assert opened("auto", locate, recorded=folder).fingerprint == recorded["fingerprint"]
+    assert opened("auto", recorded=folder).fingerprint == recorded["fingerprint"]
 
 
-def test_auto_refuses_another_than_was_recorded(locate, cache):
+def test_auto_refuses_another_than_was_recorded(opened, cache):
     recorded = codec_record(Vae(cache / "vae-ema", "vae-ema")) | {"name": "vae-mse"}
     with pytest.raises(IntegrityError, match=r"the codec vae-mse has sha256 .*, the backbone was trained with ") as caught:
-        opened("auto", locate, channels=4, recorded=recorded)
+        opened("auto", channels=4, recorded=recorded)
     assert caught.value.exit_code == 4
 
 
-def test_another_decoder_may_be_named_but_no_other_scale(locate, cache, tmp_path):
+def test_another_decoder_may_be_named_but_no_other_scale(opened, cache, tmp_path):
     recorded = codec_record(Vae(cache / "vae-ema", "vae-ema"))
-    assert opened("vae-mse", locate, channels=4, recorded=recorded).name == "vae-mse"
+    assert opened("vae-mse", channels=4, recorded=recorded).name == "vae-mse"
     shutil.copytree(cache / "vae-ema", tmp_path / "other")
     config = json.loads((tmp_path / "other" / "config.json").read_text()) | {"scaling_factor": 0.13025}
     (tmp_path / "other" / "config.json").write_text(json.dumps(config))
     with pytest.raises(UsageError, match=r"scales latents by 0\.13025, the backbone's by 0\.18215"):
-        opened(str(tmp_path / "other"), locate, channels=4, recorded=recorded)
+        opened(str(tmp_path / "other"), channels=4, recorded=recorded)
 
 
-def test_what_is_not_there_is_said_with_the_way_out(locate, tmp_path):
+def test_what_is_not_there_is_said_with_the_way_out(opened, tmp_path):
     with pytest.raises(UsageError, match="--codec vae-em is no known codec") as caught:
-        opened("vae-em", locate)
+        opened("vae-em")
     assert caught.value.hint == "did you mean vae-ema?"
     with pytest.raises(UsageError, match="no known codec") as caught:
-        opened("qwxz", locate)
+        opened("qwxz")
     assert "identity, vae-ema, vae-mse, or a folder" in str(caught.value.hint)
     with pytest.raises(MissingError, match="there is no folder"):
-        opened(str(tmp_path / "none"), locate)
+        opened(str(tmp_path / "none"))
     with pytest.raises(MissingError, match="holds no autoencoder"):
-        opened(str(tmp_path), locate)
+        opened(str(tmp_path))
 
 
-def test_a_backbone_carries_its_codec(locate, tmp_path):
+def test_a_backbone_carries_its_codec(opened, tmp_path):
     tensors = DiT(CONFIG).state_dict()
-    record = codec_record(opened("vae-ema", locate))
+    record = codec_record(opened("vae-ema"))
     assert set(record) == {"name", "fingerprint", "scale"}
     write_tensors(tmp_path / "with.safetensors", tensors, dit_metadata(CONFIG, ScheduleSpec(), "faces", record))
     assert read_weights(tmp_path / "with.safetensors").codec == record

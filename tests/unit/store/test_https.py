@@ -10,8 +10,9 @@ from email.utils import format_datetime
 import pytest
 
 from dmpctl.errors import IntegrityError, MissingError, UsageError
+from dmpctl.settings.assets import AssetRow
 from dmpctl.store import cache, https
-from dmpctl.store.https import Wanted, fetch_file, retry_after
+from dmpctl.store.https import fetch_file, retry_after
 from tests.helpers import files
 from tests.standin import Answer, Repository, running
 
@@ -65,7 +66,9 @@ def get(server, pauses, tmp_path):
     """Fetch PATH into tmp_path/good.bin: the facts, and the talk."""
 
     def fetch(talk=None, path=PATH, sha256=DIGEST, size=None):
-        return fetch_file(Wanted("thing", server.url + path, sha256, size), tmp_path / "good.bin", talk or Talk())
+        return fetch_file(
+            AssetRow(name="thing", url=server.url + path, sha256=sha256, size=size), tmp_path / "good.bin", talk or Talk()
+        )
 
     return fetch
 
@@ -76,7 +79,7 @@ def whole(tmp_path):
 
 def test_what_comes_whole_is_kept(get, server, tmp_path):
     talk = Talk()
-    assert get(talk) == https.Fact(DIGEST, len(CONTENT))
+    assert get(talk) == cache.Fact(sha256=DIGEST, size=len(CONTENT))
     assert whole(tmp_path)
     assert talk.tracked == [("fetching thing", len(CONTENT), 0, "B")]
     assert (talk.done, talk.said) == (len(CONTENT), [])
@@ -280,7 +283,7 @@ def test_nobody_answers(pauses, tmp_path):
         taken.bind(("127.0.0.1", 0))  # bound, but not listening
         url = f"http://127.0.0.1:{taken.getsockname()[1]}/x.bin"
         with pytest.raises(MissingError, match=r"no connection .*Connection refused"):
-            fetch_file(Wanted("thing", url), tmp_path / "x.bin", Talk())
+            fetch_file(AssetRow(name="thing", url=url), tmp_path / "x.bin", Talk())
     assert len(pauses) == 5
     assert files(tmp_path) == set()
 
@@ -333,7 +336,7 @@ def test_a_proxy_is_used(server, pauses, tmp_path, monkeypatch):
     server.files["/good.bin"] = CONTENT
     monkeypatch.setenv("http_proxy", server.url)
     monkeypatch.setenv("no_proxy", "")
-    wanted = Wanted("thing", "http://127.0.0.2:1/good.bin", DIGEST)
+    wanted = AssetRow(name="thing", url="http://127.0.0.2:1/good.bin", sha256=DIGEST)
     fetch_file(wanted, tmp_path / "good.bin", Talk())
     assert whole(tmp_path)
     monkeypatch.setenv("no_proxy", "127.0.0.2")

@@ -7,9 +7,13 @@ import pytest
 
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.settings.assets import AssetRow, Assets
-from dmpctl.store import assets, cache, https, hub
-from dmpctl.store import download as fetch
+from dmpctl.store import cache, https, hub
+from dmpctl.store import download as download_command
+from dmpctl.store.addresses import of_files
 from dmpctl.store.cache import Fact
+from dmpctl.store.fetch import cached, entry_of, require
+from dmpctl.store.locate import fetch_weights
+from dmpctl.store.registry import row_at
 from dmpctl.types import Silent
 from tests.helpers import files, flip, settings_for
 from tests.standin import COMMIT, Answer, Repository, running
@@ -44,7 +48,7 @@ def settings(it, **options):
 
 
 def download(it, talk=None, **options):
-    return fetch.download(settings(it, **options), [it.name], talk or Silent())
+    return download_command.download(settings(it, **options), [it.name], talk or Silent())
 
 
 def snapshot(tmp_path):
@@ -58,9 +62,9 @@ def test_the_wanted_files_of_one_commit(server, tmp_path):
     assert (found["path"], found["revision"], found["source"]) == (str(snapshot(tmp_path)), COMMIT, "hf://owner/name@main")
     assert talk.tracked == [("fetching thing", len(WEIGHTS) + len(CONFIG), 0, "B")]
     assert talk.done == len(WEIGHTS) + len(CONFIG)
-    entry = assets.entry_of(row())
+    entry = entry_of(row())
     assert entry is not None
-    assert entry.files["model.safetensors"] == Fact(hashlib.sha256(WEIGHTS).hexdigest(), len(WEIGHTS))
+    assert entry.files["model.safetensors"] == Fact(sha256=hashlib.sha256(WEIGHTS).hexdigest(), size=len(WEIGHTS))
     assert (tmp_path / "cache" / FOLDER / "refs" / "main").read_text() == COMMIT
 
 
@@ -85,7 +89,7 @@ def test_what_is_there_asks_nobody(server, tmp_path, monkeypatch):
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     assert download(row(), offline=True).data["files"][0]["path"] == str(snapshot(tmp_path))
-    assert assets.require("thing", settings(row())) == snapshot(tmp_path)
+    assert require("thing", settings(row())) == snapshot(tmp_path)
     with pytest.raises(MissingError, match="not in the cache: other, and --offline") as failure:
         download(row(name="other", repo="owner/other"), offline=True)
     assert failure.value.hint == "online: dmpctl download other"
@@ -106,10 +110,10 @@ def test_what_another_program_fetched_is_used(server, tmp_path):
     folder = snapshot(tmp_path)
     folder.mkdir(parents=True)
     (folder / "config.json").write_bytes(CONFIG)
-    assert assets.cached("thing", settings(pinned)) is None
+    assert cached("thing", settings(pinned)) is None
     (folder / "model.safetensors").write_bytes(WEIGHTS)
-    assert assets.cached("thing", settings(pinned)) == folder
-    assert assets.cached("thing", settings(row(revision=COMMIT, allow=("*.json",)))) is None  # who knows whether that is all
+    assert cached("thing", settings(pinned)) == folder
+    assert cached("thing", settings(row(revision=COMMIT, allow=("*.json",)))) is None  # who knows whether that is all
     download(row(revision=COMMIT, sha256=hashlib.sha256(WEIGHTS).hexdigest()))
     with pytest.raises(IntegrityError, match=f"expected {'0' * 64}"):
         download(row(revision=COMMIT, sha256="0" * 64))
@@ -132,7 +136,7 @@ def test_wrong_bytes_of_the_right_size_are_removed(server, tmp_path, name):
     with pytest.raises(IntegrityError, match=rf"{name} has hash [0-9a-f]+, expected") as failure:
         download(row())
     assert failure.value.exit_code == 4
-    assert assets.cached("thing", settings(row())) is None
+    assert cached("thing", settings(row())) is None
     download(row())
     assert (snapshot(tmp_path) / name).read_bytes() == FILES[name]
 
@@ -204,9 +208,10 @@ def test_the_disk_is_looked_at_first(server, monkeypatch):
     ],
 )
 def test_addresses(address, repo, revision, file, dataset):
-    it = hub.parse(address)
+    it = of_files(address)
     assert (it.repo, it.revision, it.file, it.dataset) == (repo, revision, file, dataset)
-    assert it.patterns
+    assert it.word == address
+    assert row_at(address).patterns
 
 
 @pytest.mark.parametrize(
@@ -214,21 +219,21 @@ def test_addresses(address, repo, revision, file, dataset):
 )
 def test_what_is_no_address(address):
     with pytest.raises(UsageError, match="is no address on the Hub"):
-        hub.parse(address)
+        row_at(address)
 
 
 def test_weights_from_the_hub(server, tmp_path):
     """The file that is named, else the only one of the best kind; where there are several they are to be named."""
     given = settings(row())
-    assert assets.resolve_weights("hf://owner/name/model.bin", given, Silent()) == snapshot(tmp_path) / "model.bin"
-    assert assets.resolve_weights(f"hf://owner/name@{COMMIT}", given, Silent()) == snapshot(tmp_path) / "model.safetensors"
-    assert assets.resolve_weights("hf:/owner/name", settings(row(), offline=False), Silent()).read_bytes() == WEIGHTS
+    assert fetch_weights("hf://owner/name/model.bin", given, Silent()) == snapshot(tmp_path) / "model.bin"
+    assert fetch_weights(f"hf://owner/name@{COMMIT}", given, Silent()) == snapshot(tmp_path) / "model.safetensors"
+    assert fetch_weights("hf:/owner/name", settings(row(), offline=False), Silent()).read_bytes() == WEIGHTS
     server.repositories["models/owner/two"] = Repository({"a.safetensors": b"1" * 99, "b.safetensors": b"2" * 99})
     with pytest.raises(UsageError, match="holds 2 files of weights") as failure:
-        assets.resolve_weights("hf://owner/two", given, Silent())
+        fetch_weights("hf://owner/two", given, Silent())
     assert failure.value.hint == "name one: hf://owner/two/a.safetensors"
     server.repositories["models/owner/none"] = Repository({"config.json": CONFIG})
     with pytest.raises(MissingError, match="holds no"):
-        assets.resolve_weights("hf://owner/none", given, Silent())
+        fetch_weights("hf://owner/none", given, Silent())
     with pytest.raises(MissingError, match="--offline forbids"):
-        assets.resolve_weights("hf://owner/two/b.safetensors", settings(row(), offline=True), Silent())
+        fetch_weights("hf://owner/two/b.safetensors", settings(row(), offline=True), Silent())

@@ -1,0 +1,219 @@
+"""Rows of the registry on this disk: where their files lie, whether they are whole, and how they come here."""
+
+import hashlib
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dmpctl.errors import IntegrityError, MissingError, UsageError
+from dmpctl.files import sha256_of
+from dmpctl.settings.assets import AssetRow
+from dmpctl.settings.model import Settings
+from dmpctl.store import hub
+from dmpctl.store.cache import Fact, Fetched, changing_index, files_dir, now, read_index, working_on
+from dmpctl.store.https import fetch_file
+from dmpctl.store.registry import address_of, registry_of, row_named
+from dmpctl.types import Progress
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A file of a row: where it lies or would lie, its name in the index, and its hash and size (None: not known)."""
+
+    path: Path
+    name: str
+    sha256: str | None
+    size: int | None
+
+
+def target_of(row: AssetRow) -> Path:
+    """Where the file of a row from https, or put there by hand, lies."""
+    return files_dir() / row.name / row.filename
+
+
+def entry_of(row: AssetRow) -> Fetched | None:
+    """What the index knows of a row, None if it was never fetched, or the row means something else now."""
+    entry = read_index().entries.get(row.name)
+    same = entry is not None and (entry.source, entry.wanted) == (row.source, row.patterns)
+    return entry if same else None
+
+
+def folder_of(row: AssetRow) -> Path:
+    """The folder that the row's files are named in."""
+    entry = entry_of(row)
+    if entry is not None:
+        return entry.folder
+    return files_dir() if row.repo is None else hub.snapshot_of(address_of(row), row.revision)
+
+
+def files_of(row: AssetRow) -> list[Expected]:
+    """The files of a row, fetched or not; empty where nobody can tell which these are."""
+    entry, folder = entry_of(row), folder_of(row)
+    facts = entry.files if entry is not None else {}
+    own = row.file if row.repo is not None else f"{row.name}/{row.filename}"  # the file that the row's hash and size are of
+    if entry is not None:
+        names = list(facts)
+    elif row.repo is None:
+        names = [str(own)] if row.name not in read_index().entries else []  # that was fetched from elsewhere
+    else:  # another program may have fetched it
+        names = list(row.patterns) if row.pinned and not any(set("*?[") & set(name) for name in row.patterns) else []
+    found = []
+    for name in names:
+        fact, known = facts.get(name), name == own
+        digest = (row.sha256 if known else None) or (fact.sha256 if fact else None)
+        found.append(Expected(folder / name, name, digest, fact.size if fact else row.size if known else None))
+    return found
+
+
+def present(row: AssetRow) -> Path | None:
+    """Where the row lies, a file or a folder, if all of it is there with the right size, else None.
+
+    A file that was put there by hand, or fetched from https, is held against the size of its row alone: one with another size
+    than at first is damaged, which `verify` says, and not fetched again.
+    """
+    files = files_of(row)
+    for file in files:
+        size = row.size if row.repo is None else file.size
+        if not file.path.is_file() or size not in (None, file.path.stat().st_size):
+            return None
+    return (folder_of(row) if row.allow else files[0].path) if files else None
+
+
+def cached(name: str, settings: Settings | None = None) -> Path | None:
+    """Where an asset lies if it was downloaded, None if not; nothing is read of it. `settings` None: shipped rows only.
+
+    A file, or a folder: of a whole repository, or of all downloads for a row of several parts.
+    """
+    row = row_named(name, registry_of(settings))
+    if row.parts:
+        return files_dir() if all(cached(part, settings) for part in row.parts) else None
+    return present(row)
+
+
+def require(name: str, settings: Settings | None = None) -> Path:
+    """Where an asset lies, checked: by hash, or by size alone for data, which is large.
+
+    MissingError with the command that fetches it; IntegrityError if it is not what was fetched.
+    """
+    rows = registry_of(settings)
+    row = row_named(name, rows)
+    if not row.parts:
+        return at_hand(row)
+    if cached(name, settings) is None:
+        raise missing(row)
+    for part in row.parts:
+        verify(row_named(part, rows), deep=row.kind != "data")
+    return files_dir()
+
+
+def at_hand(row: AssetRow) -> Path:
+    """Where a row lies, checked; fails as `require` does."""
+    path = present(row)
+    if path is None:
+        raise missing(row)
+    verify(row, deep=row.kind != "data")
+    return path
+
+
+def missing(row: AssetRow) -> MissingError:
+    """The failure for a row that was not fetched."""
+    what = f" ({row.what})" if row.what and row.what != row.label else ""
+    return MissingError(f"{row.label}{what} is not in the cache", f"run {command_for([row])}")
+
+
+def command_for(rows: list[AssetRow]) -> str:
+    """The command that fetches these rows, to be pasted."""
+    accept = " --accept-license" if any(row.non_commercial for row in rows) else ""
+    return f"dmpctl download {' '.join(row.label for row in rows)}{accept}"
+
+
+def verify(row: AssetRow, deep: bool) -> dict[str, Fact]:
+    """The facts of all files of a row, by hash if `deep`, else by size; IntegrityError naming file, expected and actual.
+
+    What was not known before (a file put there by hand) is recorded, where the cache can be written.
+    """
+    found = {}
+    for file in files_of(row):
+        if not file.path.is_file():
+            raise MissingError(f"{file.path} is not there", f"run {command_for([row])}")
+        size = file.path.stat().st_size
+        if file.sha256 is not None and not deep:
+            if file.size not in (None, size):
+                raise _damaged(row, file.path, f"{size} bytes", f"{file.size} bytes")
+            found[file.name] = Fact(sha256=file.sha256, size=size)
+            continue
+        digest = sha256_of(file.path)
+        if file.sha256 not in (None, digest):
+            raise _damaged(row, file.path, f"sha256 {digest}", str(file.sha256))
+        found[file.name] = Fact(sha256=digest, size=size)
+    if found and entry_of(row) is None:
+        with suppress(UsageError):  # a cache that may only be read is as good
+            record(row, found, row.revision if row.repo else None)
+    return found
+
+
+def _damaged(row: AssetRow, path: Path, actual: str, expected: str) -> IntegrityError:
+    return IntegrityError(f"{path} is damaged: it has {actual}, expected {expected}", f"delete it and run {command_for([row])}")
+
+
+def record(row: AssetRow, files: dict[str, Fact], commit: str | None) -> None:
+    """Put what was found of a row into the index; `commit` None: it is no repository."""
+    repository = address_of(row).folder if row.repo else None
+    with changing_index() as index:
+        index.entries[row.name] = Fetched(
+            source=row.source,
+            licence=row.licence,
+            fetched=now(),
+            wanted=row.patterns,
+            revision=commit,
+            hub=repository,
+            files=files,
+        )
+
+
+def fetch(row: AssetRow, progress: Progress) -> Path:
+    """Bring a row into the cache, or wait for the process that is doing so; returns where it lies, checked."""
+    if (path := present(row)) is not None:
+        verify(row, deep=row.kind != "data")
+        return path
+    if row.repo is None and row.url is None:
+        raise MissingError(f"{row.filename} has no address to fetch it from", f"get it by hand, and put it at {target_of(row)}")
+    with working_on(row.name, progress):
+        if present(row) is None:
+            record(row, *(_from_hub if row.repo else _from_https)(row, progress))
+    if (path := present(row)) is None:
+        raise MissingError(f"{row.name} is gone again", "run the same command again")
+    return path
+
+
+def _from_https(row: AssetRow, progress: Progress) -> tuple[dict[str, Fact], None]:
+    [file] = files_of(row) or [Expected(target_of(row), f"{row.name}/{row.filename}", row.sha256, row.size)]
+    return {file.name: fetch_file(row.model_copy(update={"sha256": file.sha256}), file.path, progress)}, None
+
+
+def _from_hub(row: AssetRow, progress: Progress) -> tuple[dict[str, Fact], str]:
+    entry = entry_of(row)
+    files, commit = hub.fetch_repo(row, row.revision if row.pinned else entry.revision if entry else None, progress)
+    fact = files.get(row.file or "")
+    if row.sha256 is not None and fact is not None and fact.sha256 != row.sha256:
+        raise _damaged(row, hub.snapshot_of(address_of(row), commit) / str(row.file), f"sha256 {fact.sha256}", row.sha256)
+    return files, commit
+
+
+def provenance(row: AssetRow) -> dict[str, Any]:
+    """What is reported of a row: source, commit, hash, licence, and when that was accepted (None: it was not)."""
+    entry, accepted = entry_of(row), read_index().licences.get(row.name)
+    about = {"name": row.label, "source": row.source, "licence": row.licence, "non_commercial": row.non_commercial}
+    about["accepted"] = accepted.accepted if accepted and accepted.licence == row.licence else None
+    if entry is None:
+        return about | {"revision": row.revision, "sha256": row.sha256}
+    digests = {name: fact.sha256 for name, fact in entry.files.items()}
+    one = next(iter(digests.values())) if len(digests) == 1 else _digest_of(digests)
+    return about | {"revision": entry.revision, "sha256": one, "fetched": entry.fetched}
+
+
+def _digest_of(digests: dict[str, str]) -> str:
+    """One sha256 for many files: over their names and hashes, sorted."""
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()

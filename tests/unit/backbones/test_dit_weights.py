@@ -28,9 +28,15 @@ def state() -> Tensors:
 # ---- our own files
 
 
-@pytest.mark.parametrize("data", [None, "digits"])
-@pytest.mark.parametrize("schedule", [ScheduleSpec(), ScheduleSpec("cosine", 400)])
-@pytest.mark.parametrize("change", [{}, {"null_class": False}, {"num_classes": 0}, {"learned_sigma": False}])
+@pytest.mark.parametrize(
+    ("change", "schedule", "data"),
+    [
+        ({}, ScheduleSpec(), None),
+        ({"null_class": False}, ScheduleSpec("cosine", 400), "digits"),
+        ({"num_classes": 0}, ScheduleSpec("cosine", 400), None),
+        ({"learned_sigma": False}, ScheduleSpec(), "digits"),
+    ],
+)
 def test_a_file_of_ours_describes_itself(tmp_path, change, schedule, data):
     config = replace(CONFIG, **change)
     state, path = random_state(config), tmp_path / "backbone.safetensors"
@@ -113,9 +119,14 @@ def test_a_description_of_another_model_is_refused(tmp_path, state):
 # ---- the shape of other people's
 
 
-@pytest.mark.parametrize("learned_sigma", [True, False])
-@pytest.mark.parametrize("num_classes", [0, 10, 1000])
-@pytest.mark.parametrize("name", [f"{shape}/{patch}" for shape in SHAPES for patch in PATCH_SIZES])
+@pytest.mark.parametrize(
+    ("name", "num_classes", "learned_sigma"),
+    [
+        (f"{shape}/{patch}", (0, 10, 1000)[(n + m) % 3], (n + m) % 2 == 0)
+        for n, shape in enumerate(SHAPES)
+        for m, patch in enumerate(PATCH_SIZES)
+    ],
+)
 def test_every_published_shape_is_found_from_its_tensors(name, num_classes, learned_sigma):
     config = shape_config(name, 64, num_classes)
     assert config is not None

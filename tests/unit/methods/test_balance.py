@@ -89,10 +89,15 @@ def test_penalty_weights_scale_their_losses():
     assert losses(importance_weight=0.0, load_weight=0.0) == {"importance": 0, "load": 0}
 
 
-@pytest.mark.parametrize("balance", ["shazeer", "per-sample"])
 @pytest.mark.parametrize(
-    ("topk", "noisy", "names"),
-    [(2, True, {"importance", "load"}), (2, False, {"importance"}), (N, True, {"importance"}), (None, True, {"importance"})],
+    ("balance", "topk", "noisy", "names"),
+    [
+        ("shazeer", 2, True, {"importance", "load"}),
+        ("per-sample", 2, True, {"importance", "load"}),
+        ("shazeer", 2, False, {"importance"}),
+        ("shazeer", N, True, {"importance"}),
+        ("per-sample", None, True, {"importance"}),
+    ],
 )
 def test_load_is_balanced_only_where_it_is_defined(balance, topk, noisy, names):
     patch = made(Dmp(balance=balance, gate="topk" if topk else "soft", topk=topk))

@@ -55,22 +55,15 @@ ZEROES = [
     Dmp(),
     Dmp(gate="topk", topk=3),
     Dmp(prompt_depth=1),
-    Dmp(gate_scale=16, balance="none"),
     Dmp(prompt_sites="1-2"),
     Dmp(gate="hard"),
     Dmp(gate="uniform"),
-    Dmp(gate="random"),
     Dmp(gate_per_site=True),
-    Dmp(gate_input="t"),
-    Dmp(prompt_sets=2),
-    Dmp(prompt_rank=2),
     Dmp(prompt_sets=2, prompt_rank=2),
 ]
 
 
-@pytest.mark.parametrize("noisy", [False, True])
-@pytest.mark.parametrize("settings", ZEROES)
-@pytest.mark.parametrize("classes", [0, 4])
+@pytest.mark.parametrize(("settings", "noisy", "classes"), [(one, n % 2 == 0, 4 * (n % 3 > 0)) for n, one in enumerate(ZEROES)])
 def test_a_zero_patch_is_its_backbone_bit_for_bit(settings, noisy, classes):
     model = backbone(num_classes=classes)
     patch = DmpPatch(dmp_shape(model.spec, settings), settings)
@@ -172,15 +165,11 @@ def test_a_fresh_patch_is_all_zero_in_float32():
     [
         (Dmp(), 3 * 48 + 60),
         (Dmp(prompt_sites="0,2"), 2 * 48 + 60),
-        (Dmp(gate="hard"), 3 * 48 + 60),
-        (Dmp(gate="random"), 3 * 48 + 60),
         (Dmp(gate="uniform"), 3 * 48),
         (Dmp(gate_per_site=True), 3 * 48 + 3 * 9 * 6),
         (Dmp(gate_per_site=True, prompt_depth=1), 48 + 9 * 6),
         (Dmp(prompt_sets=2), 3 * 2 * 48 + 20),
-        (Dmp(prompt_sets=2, gate="uniform"), 3 * 2 * 48),
         (Dmp(prompt_sets=2, gate_per_site=True), 3 * 2 * 48 + 3 * 9 * 2),
-        (Dmp(prompt_rank=2), 3 * 2 * (6 + 8) + 60),
         (Dmp(prompt_sets=2, prompt_rank=2), 3 * 2 * 2 * (6 + 8) + 20),
         (Dmp(position="prepend", prompts=2, prompt_rank=1), 3 * (2 + 8) + 20),
     ],
@@ -200,15 +189,11 @@ def test_what_each_kind_adds(settings, added):
     ("settings", "expected"),
     [
         (Dmp(), DmpShape(3, 16, 8, 16)),
-        (Dmp(prompts=16), DmpShape(3, 16, 8, 16)),
         (Dmp(prompt_depth=2), DmpShape(2, 16, 8, 16)),
-        (Dmp(gate="topk", topk=16), DmpShape(3, 16, 8, 16)),
         (Dmp(gate="topk", topk=1), DmpShape(3, 16, 8, 1)),
         (Dmp(position="prepend", prompts=40, gate="topk", topk=40), DmpShape(3, 40, 8, 40)),
-        (Dmp(position="prepend", prompts=1), DmpShape(3, 1, 8, 1)),
         (Dmp(prompt_sites="0,2"), DmpShape(2, 16, 8, 16, chosen=(0, 2))),
         (Dmp(gate="hard"), DmpShape(3, 16, 8, 1)),
-        (Dmp(gate="random"), DmpShape(3, 16, 8, 16)),
         (Dmp(gate="uniform"), DmpShape(3, 16, 8, 16, gate="none")),
         (Dmp(gate_per_site=True), DmpShape(3, 16, 8, 16, gate="per-site")),
         (Dmp(prompt_sets=5), DmpShape(3, 16, 8, 5, sets=5)),

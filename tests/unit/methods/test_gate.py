@@ -34,8 +34,7 @@ def slow_gates(patch: DmpPatch, c: Tensor, noise: Tensor | None) -> list[list[li
     return gates
 
 
-@pytest.mark.parametrize("noisy", [False, True])
-@pytest.mark.parametrize("kept", [1, 2, 5, 6])
+@pytest.mark.parametrize(("kept", "noisy"), [(1, True), (2, False), (5, True), (6, False), (6, True)])
 def test_the_gate_equals_the_slow_one(kept, noisy):
     patch = made(Dmp(gate="topk", topk=kept))
     c, noise = normal(B, D, seed=1), normal(B, L, N, seed=2) if noisy else None
@@ -89,7 +88,7 @@ def test_noise_is_never_smaller_than_its_floor():
     torch.testing.assert_close(gates[0], (0.01 * noise[:, 0]).softmax(-1))
 
 
-@pytest.mark.parametrize("kept", [1, 3, 5])
+@pytest.mark.parametrize("kept", [1, 5])
 def test_ties_keep_exactly_k(kept):
     """All logits of a fresh patch are equal."""
     patch = DmpPatch(DmpShape(L, N, D, kept), Dmp(gate="topk", topk=kept))

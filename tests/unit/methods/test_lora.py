@@ -51,8 +51,10 @@ def plain(weights: dict[str, Tensor], like: DiT) -> DiT:
     return model.eval()
 
 
-@pytest.mark.parametrize("targets", TARGETS)
-@pytest.mark.parametrize(("rank", "alpha"), [(4, None), (1, 0.5), (8, 16.0)])
+@pytest.mark.parametrize(
+    ("targets", "rank", "alpha"),
+    [("qkv", 4, None), ("proj", 1, 0.5), ("mlp", 8, 16.0), ("qkv,proj,mlp", 4, 16.0), ("qkv,qkv", 4, None)],
+)
 def test_merged_weights_are_w_plus_b_a_and_predict_the_same(targets, rank, alpha):
     model, settings = backbone(), Lora(rank=rank, alpha=alpha, targets=targets)
     patch = made(model, settings)

@@ -28,8 +28,7 @@ def randomise(patch: nn.Module) -> None:
         nn.init.normal_(tensor, std=0.5, generator=torch.Generator().manual_seed(7))
 
 
-@pytest.mark.parametrize("position", ["add", "prepend"])
-@pytest.mark.parametrize("count", [1, 6, 16, 41, 49, 256])
+@pytest.mark.parametrize(("count", "position"), [(1, "prepend"), (6, "add"), (41, "add"), (49, "prepend"), (256, "add")])
 def test_it_is_dmp_with_a_uniform_gate_of_scale_n(count, position):
     """Also for N whose float 1 / N times N is not 1, such as 41 and 49."""
     tokens, weights, sites = normal(B, count, D, seed=1), normal(B, 2 * count, D, seed=2), spec(*[(count, D)] * L)

@@ -19,8 +19,7 @@ def test_blocks_beyond_the_depth_are_left_alone(position):
     assert patch.plan(normal(B, D)).edit(L, tokens) is tokens
 
 
-@pytest.mark.parametrize("depth", [1, 2, 3])
-@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize(("count", "depth"), [(1, 3), (5, 1), (5, 2)])
 def test_prepended_prompts_are_replaced_in_each_patched_block_and_removed_at_the_end(count, depth):
     model = backbone()
     settings = Dmp(position="prepend", prompts=count, prompt_depth=depth)
@@ -60,10 +59,8 @@ def test_prepend_adds_its_tokens_once(depth):
     [
         ({}, (0, 1, 2, 3, 4, 5, 6, 7)),
         ({"prompt_depth": 3}, (0, 1, 2)),
-        ({"prompt_sites": "5"}, (5,)),
         ({"prompt_sites": "0,2,4-7"}, (0, 2, 4, 5, 6, 7)),
         ({"prompt_sites": "6,1-3,2,2-4"}, (1, 2, 3, 4, 6)),
-        ({"prompt_sites": "3-3"}, (3,)),
         ({"prompt_sites": "7,0"}, (0, 7)),
     ],
 )
@@ -109,7 +106,7 @@ def test_each_patched_block_has_its_own_prompts_and_the_others_are_left_alone():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("sites", [(1,), (1, 3), (2, 3), (4,)])
+@pytest.mark.parametrize("sites", [(1, 3), (2, 3), (4,)])
 def test_prompts_are_prepended_at_the_first_patched_block_and_travel_on(sites):
     model, count = backbone(depth=5), 4
     settings = Dmp(position="prepend", prompts=count, prompt_sites=",".join(map(str, sites)))
@@ -129,9 +126,7 @@ def test_prompts_are_prepended_at_the_first_patched_block_and_travel_on(sites):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "settings", [Dmp(), Dmp(gate_scale=2.5), Dmp(gate="topk", topk=2), Dmp(gate="hard"), Dmp(gate="uniform"), Dmp(prompt_rank=2)]
-)
+@pytest.mark.parametrize("settings", [Dmp(gate_scale=2.5), Dmp(gate="topk", topk=2), Dmp(gate="uniform"), Dmp(prompt_rank=2)])
 def test_a_mixture_of_sets_is_their_weighted_sum(settings):
     """P = scale * sum_e g_e P_e, number by number."""
     patch, tokens = made(settings.model_copy(update={"prompt_sets": 3})), normal(B, N, D, seed=5)
@@ -225,7 +220,6 @@ KINDS = [
     Dmp(prompt_sites="0,2"),
     Dmp(prompt_rank=2),
     Dmp(prompt_sets=3),
-    Dmp(prompt_sets=3, prompt_rank=2),
     Dmp(gate="uniform"),
     Dmp(gate="uniform", prompt_sets=3),
 ]
@@ -245,7 +239,9 @@ def test_rows_of_prompts_are_what_gate_weights_multiply(settings):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("settings", [*KINDS, Dmp(gate_per_site=True), Dmp(gate="hard"), Dmp(gate="random")])
+@pytest.mark.parametrize(
+    "settings", [Dmp(), Dmp(prompt_sets=3, prompt_rank=2), Dmp(gate="uniform"), Dmp(gate_per_site=True), Dmp(gate="hard")]
+)
 def test_prompts_are_mixed_in_float32_under_autocast(settings):
     patch, c, tokens = made(settings), normal(B, D), normal(B, N, D, seed=3)
     expected = [patch.plan(c).edit(block, tokens) for block in range(L)]
@@ -255,8 +251,7 @@ def test_prompts_are_mixed_in_float32_under_autocast(settings):
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("rows", [1, 5])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "dtype"), [(1, torch.float64), (5, torch.float32), (1, torch.bfloat16), (5, torch.bfloat16)])
 def test_the_gated_sum_and_its_gradients_are_those_of_the_formula(rows, dtype):
     """tokens + gates * prompts written out, in the tokens' own format, with gradients by autograd; gates of one row serve all."""
     generator = torch.Generator().manual_seed(0)

@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 FAST = {"sampler": "ddim", "steps": 3, "sample_batch": 5, "cpu": True}
 
 
-@pytest.mark.parametrize("length", range(0, 90, 6))
+@pytest.mark.parametrize("length", [0, 6, 30, 48, 84])
 def test_a_png_that_is_cut_off_is_no_png(tmp_path, length):
     path = tmp_path / "x.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)).save(path)

@@ -11,7 +11,7 @@ from dmpctl.methods.base import PatchBase
 from dmpctl.methods.dmp import DmpPatch
 from dmpctl.methods.prompt_tuning import PromptPatch
 from dmpctl.methods.prompts import patched_blocks
-from dmpctl.settings.methods import Prompts
+from dmpctl.settings.methods import PromptMethod
 from dmpctl.types import BackboneSpec, ParamGroup, Plan, Routing, Routings, Site
 
 
@@ -88,7 +88,7 @@ class PatchBySize(PatchBase):
 P = TypeVar("P", bound=PromptPatch)
 
 
-def by_size(spec: BackboneSpec, settings: Prompts, made: Callable[[Sequence[int]], P]) -> P | PatchBySize:
+def by_size(spec: BackboneSpec, settings: PromptMethod, made: Callable[[Sequence[int]], P]) -> P | PatchBySize:
     """The patch `made(blocks)` of the blocks that the settings choose; where these differ in size, one for each size.
 
     The sizes stand in the order in which they are first met. UsageError where there are several and the settings are for one.

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from dmpctl.methods.base import PatchBase
 from dmpctl.methods.prompts import PromptShape, prompt_edit, start_normal
-from dmpctl.settings.methods import Prompts
+from dmpctl.settings.methods import PromptMethod
 from dmpctl.types import ParamGroup, Plan
 
 RANDOM_STD = 0.02  # standard deviation of prompts with --prompt-init random
@@ -20,12 +20,12 @@ class PromptPatch(PatchBase):
     """
 
     shape: PromptShape
-    settings: Prompts
+    settings: PromptMethod
     prompt_embeddings: nn.Parameter
     prompt_rows: nn.Parameter
     prompt_columns: nn.Parameter
 
-    def __init__(self, shape: PromptShape, settings: Prompts, seed: int = 0) -> None:
+    def __init__(self, shape: PromptShape, settings: PromptMethod, seed: int = 0) -> None:
         super().__init__()
         self.shape, self.settings = shape, settings
         count, width, rank, std = shape.prompts, shape.width, shape.rank, RANDOM_STD if settings.prompt_init == "random" else 0.0

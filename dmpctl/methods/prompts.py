@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from dmpctl.errors import UsageError
 from dmpctl.rng import seed_of
-from dmpctl.settings.methods import Prompts
+from dmpctl.settings.methods import PromptMethod
 from dmpctl.types import BackboneSpec, Edit
 
 CACHED = 2**17  # numbers (512 KiB) that a processor has at hand
@@ -50,7 +50,7 @@ class PromptShape:
         return self.sites * (self.sets or 1) * matrix
 
 
-def prompt_shape(spec: BackboneSpec, settings: Prompts, blocks: Sequence[int] | None = None) -> PromptShape:
+def prompt_shape(spec: BackboneSpec, settings: PromptMethod, blocks: Sequence[int] | None = None) -> PromptShape:
     """Sizes that `settings` ask for on a backbone, without sets and rank; UsageError where the two do not fit.
 
     `blocks`: these of its blocks alone; None: those that the settings choose. ValueError where they are of several sizes.
@@ -70,7 +70,7 @@ def prompt_shape(spec: BackboneSpec, settings: Prompts, blocks: Sequence[int] | 
     return PromptShape(len(blocks), prompts, size.width, chosen=None if blocks == first else blocks)
 
 
-def patched_blocks(settings: Prompts, count: int) -> tuple[int, ...]:
+def patched_blocks(settings: PromptMethod, count: int) -> tuple[int, ...]:
     """Which of `count` blocks are patched, ascending, each once; UsageError for a block that is not there."""
     if settings.prompt_sites is None:
         depth = settings.prompt_depth or count

@@ -15,7 +15,7 @@ from dmpctl.types import Report
 PACKAGES = (
     *("dmpctl", "torch", "torchvision", "accelerate", "diffusers", "timm", "datasets", "huggingface-hub", "safetensors"),
     *("transformers", "torchmetrics", "torch-fidelity", "numpy", "scipy", "scikit-learn", "pillow", "matplotlib"),
-    *("pydantic", "pydantic-settings", "typer", "rich"),
+    *("pydantic", "typer", "rich"),
 )
 GIB = 1024**3
 

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from dmpctl.settings.sections import Section
 
 
-class Prompts(Section):
+class PromptMethod(Section):
     """What DMP and prompt tuning share: where prompts are, how many, and how they start."""
 
     panel: ClassVar[str] = "Method"
@@ -35,7 +35,7 @@ class Prompts(Section):
         return self
 
 
-class Dmp(Prompts):
+class Dmp(PromptMethod):
     """The method of the paper: gated prompts added to (or prepended before) the tokens of every block."""
 
     method: Annotated[Literal["dmp"], Field(description="What is trained.")] = "dmp"
@@ -79,7 +79,7 @@ class Dmp(Prompts):
         return self
 
 
-class PromptTuning(Prompts):
+class PromptTuning(PromptMethod):
     """The same prompts without a gate (Jia et al. 2022, as the paper compares with)."""
 
     method: Annotated[Literal["prompt"], Field(description="What is trained.")] = "prompt"

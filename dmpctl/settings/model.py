@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
-from pydantic import Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dmpctl.errors import IntegrityError
 from dmpctl.settings.assets import Assets
@@ -12,18 +11,31 @@ from dmpctl.settings.exchange import Cache, Download, Exporting, Importing, Push
 from dmpctl.settings.launch import Launch
 from dmpctl.settings.measuring import Evaluate, Fid, Gates
 from dmpctl.settings.methods import Dmp, Method
-from dmpctl.settings.sections import Base, Codec, Console, Data, Images, Prompting, Result, Run, Sampling, Section, Shape, Text
+from dmpctl.settings.sections import (
+    Base,
+    CodecSection,
+    Console,
+    Data,
+    Images,
+    Prompting,
+    Result,
+    Run,
+    Sampling,
+    Section,
+    Shape,
+    Text,
+)
 from dmpctl.settings.training import Objective, Pretrain, Save, Train
 from dmpctl.words import first_error
 
 
-class Settings(BaseSettings):
+class Settings(BaseModel):
     """Every option of every command, one field per section.
 
     A section that was passed in (`model_fields_set`) is one that the command has; the others keep their defaults.
     """
 
-    model_config = SettingsConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     console: Console = Console()
     launch: Launch = Launch()
@@ -47,22 +59,10 @@ class Settings(BaseSettings):
     assets: Assets = Assets()
     importing: Importing = Importing()
     exporting: Exporting = Exporting()
-    codec: Codec = Codec()
+    codec: CodecSection = CodecSection()
     text: Text = Text()
     prompting: Prompting = Prompting()
     push: Push = Push()
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Arguments only: variables and files are read once, in `layers`."""
-        return (init_settings,)
 
     @model_validator(mode="after")
     def _patches_fill_images(self) -> Self:
@@ -72,10 +72,10 @@ class Settings(BaseSettings):
         return self
 
     @classmethod
-    def from_dict(cls, sections: Mapping[str, Any]) -> Self:
+    def from_dict(cls, sections: Mapping[str, object]) -> Self:
         """The settings that `to_dict` wrote; IntegrityError if they do not fit this version."""
         try:
-            return cls(**sections)
+            return cls.model_validate(sections)
         except ValidationError as error:
             wrong = first_error(error)
             raise IntegrityError(

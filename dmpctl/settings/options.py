@@ -14,7 +14,7 @@ from dmpctl.settings.measuring import Evaluate, Fid, Gates
 from dmpctl.settings.methods import METHODS
 from dmpctl.settings.sections import (
     Base,
-    Codec,
+    CodecSection,
     Console,
     Data,
     Flag,
@@ -84,15 +84,15 @@ def _parts(*sections: type[Section]) -> tuple[Part, ...]:
 COLUMNS = ("image_column", "label_column", "caption_column")
 IMAGES = Part(Data, ("size", "hflip", "on_bad", "num_workers", *COLUMNS), "Latents")
 DEVICE = Part(Launch, ("device", "cpu"))
-DECODER = Part(Codec, ("codec", "codec_batch"))
+DECODER = Part(CodecSection, ("codec", "codec_batch"))
 PROMPTS = (Part(Prompting), Part(Text, ("text_encoder", "text_tokens", "text_batch")))
 
 # In the order of `dmpctl --help`; the parts in the order of each command's own help.
 COMMANDS: dict[str, tuple[Part, ...]] = {
-    "download": (Part(Download), IMAGES, Part(Codec, ("codec_batch",)), DEVICE, *_parts(Cache, Console)),
-    "pretrain": _parts(Shape, Data, Codec, Text, Objective, Train, Pretrain, Run, Save, Launch, Cache, Console),
+    "download": (Part(Download), IMAGES, Part(CodecSection, ("codec_batch",)), DEVICE, *_parts(Cache, Console)),
+    "pretrain": _parts(Shape, Data, CodecSection, Text, Objective, Train, Pretrain, Run, Save, Launch, Cache, Console),
     "patch": (
-        *_parts(Base, Data, Codec, Text, *METHODS.values(), Objective, Train, Run, Save),
+        *_parts(Base, Data, CodecSection, Text, *METHODS.values(), Objective, Train, Run, Save),
         *_parts(Evaluate, Sampling, Launch, Cache, Console),
     ),
     "sample": (*_parts(Images, Sampling), *PROMPTS, DECODER, *_parts(Result, Launch, Cache, Console)),
@@ -144,7 +144,7 @@ def defaults_of(command: str) -> dict[str, Any]:
 
 def field_of(section: type[Section]) -> str:
     """The field of Settings that holds a section; all methods share one."""
-    return "method" if section in METHODS.values() else section.__name__.lower()
+    return "method" if section in METHODS.values() else section.__name__.removesuffix("Section").lower()
 
 
 def sections_of(command: str) -> tuple[str, ...]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from dmpctl.settings.methods import METHODS
 
@@ -11,13 +10,13 @@ from dmpctl.settings.methods import METHODS
 class Preset:
     """Values for every method, and `methods`: those of one method alone. `method`: the one it is for, where none is named."""
 
-    values: Mapping[str, Any]
-    methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    values: Mapping[str, object]
+    methods: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     method: str | None = None
 
-    def of(self, method: str) -> dict[str, Any]:
-        """The values for `method`."""
-        return {**self.values, **self.methods.get(method, {})}
+    def of(self, method: str) -> dict[str, object]:
+        """Returns the values for `method`, without those that only another one has; none for a method that there is not."""
+        return {**self.values, **self.methods.get(method, {})} if method in METHODS else {}
 
 
 # Ham et al. 2025, "Published recipe", with the balance of the published code (importance per sample, k = N soft).
@@ -95,13 +94,7 @@ PRESETS: dict[str, Preset] = {"dmp": DMP, "dmp+": DMP_PLUS, "digits": DIGITS}
 
 
 def chosen_preset(preset: str, base: str) -> str | None:
-    """The preset that `preset` stands for with the backbone `base`: auto is digits for the bundled one, else None."""
+    """Returns the preset that `preset` stands for with the backbone `base`: auto is digits for the bundled one, else None."""
     if preset == "auto":
         return "digits" if base == "digits" else None
     return preset if preset in PRESETS else None
-
-
-def preset_values(preset: str, base: str, method: str) -> dict[str, Any]:
-    """Values of the preset in force for `method`, without those that only another method has."""
-    chosen = chosen_preset(preset, base)
-    return PRESETS[chosen].of(method) if chosen and method in METHODS else {}

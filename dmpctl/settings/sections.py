@@ -219,7 +219,7 @@ class Prompting(Section):
         return self
 
 
-class Codec(Section):
+class CodecSection(Section):
     panel: ClassVar[str] = "Codec"
     science: ClassVar[bool] = False  # the codec's fingerprint is compared instead
     codec: Annotated[

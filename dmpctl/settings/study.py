@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dmpctl.errors import MissingError, UsageError
 from dmpctl.settings.launch import Launch
-from dmpctl.settings.layers import Found, from_preset, read_toml, validated
+from dmpctl.settings.layers import Found, from_preset, named, read_toml, validated
 from dmpctl.settings.model import Settings
 from dmpctl.settings.options import options_of
 from dmpctl.settings.sections import Console, Sampling
@@ -35,19 +35,15 @@ COMMON = ("precision", *Sampling.model_fields)  # the same for all variants, so 
 GOING_ON = ("iters",)  # all that a variant with `continue` may set
 
 
-class Table(BaseModel):
-    """A table of the file."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Protocol(Table):
+class Protocol(BaseModel):
     """[compare]: where, with which seeds, and how it is measured.
 
     `tune_stage` None: rates are tuned at every stage by itself. `eval_data` None: the data that is trained on.
     `eval_images` 0: nothing is sampled. `extractor` None: as `dmpctl fid` chooses. `against`: variants that all others
     are tested against too, beside the backbone.
     """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     run: Path
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
@@ -104,7 +100,7 @@ class Study:
     path: Path
     compare: Protocol
     stages: Mapping[str, str]
-    settings: Mapping[str, Any]
+    settings: Mapping[str, object]
     variants: Mapping[str, Variant]
 
     def tunes_at(self, stage: str) -> str:
@@ -124,7 +120,10 @@ def read_study(path: Path) -> Study:
     for name in ("compare", "stages", "variants"):
         if not isinstance(tables.get(name), dict) or not tables[name]:
             raise UsageError(f"{path} has no [{name}]", "dmpctl compare --help says what it holds")
-    compare = _model(Protocol, tables["compare"], f"{path} [compare]", tuple(Protocol.model_fields))
+    fields = Protocol.model_fields
+    protocol = {name if (name := key.replace("-", "_")) in fields else key: value for key, value in tables["compare"].items()}
+    _known(protocol, fields, f"{path} [compare]", "setting")
+    compare = _model(Protocol, protocol, f"{path} [compare]")
     stages, settings = tables["stages"], tables.get("settings", {})
     variants = {name: _variant(path, name, value, stages) for name, value in tables["variants"].items()}
     for what, names in (("stage", stages), ("variant", variants)):
@@ -168,13 +167,10 @@ def _tunable(study: Study, name: str, variant: Variant) -> None:
 M = TypeVar("M", bound=BaseModel)
 
 
-def _model(kind: type[M], values: Mapping[str, Any], where: str, known: Sequence[str] = ()) -> M:
-    """A table as its model; `known`: its keys, () where others may follow. UsageError that names the key."""
-    values = {key.replace("-", "_") if key.replace("-", "_") in known else key: value for key, value in values.items()}
-    if known:
-        _known(values, known, where, "setting")
+def _model(kind: type[M], values: Mapping[str, object], where: str) -> M:
+    """A table as its model. UsageError that names the key."""
     try:
-        return kind(**values)
+        return kind.model_validate(values)
     except ValidationError as error:
         wrong = first_error(error)
         raise UsageError(f"{where}: {wrong.own or f'{wrong.where}: {wrong.message}{wrong.found}'}") from None
@@ -187,26 +183,21 @@ def _known(names: Iterable[str], known: Iterable[str], where: str, what: str) ->
             raise UsageError(f"{where}: {name} is no {what}{did_you_mean(name, known)}")
 
 
-def _options(values: Mapping[str, Any], where: str, refused: Sequence[str] = ()) -> dict[str, Found]:
+def _options(values: Mapping[str, object], where: str, refused: Sequence[str] = ()) -> dict[str, Found]:
     """Keys as fields of `dmpctl patch`, each with its origin; UsageError for one that is unknown, twice there or not its own."""
-    known = {option.public: option.name for option in options_of("patch").values()}
-    found: dict[str, Found] = {}
-    for key, value in values.items():
+    known = {option.public: option for option in options_of("patch").values()}
+    found = named(values, where, known, ("continue", "stages", "tune"))
+    for key in values:
         public = key.replace("-", "_")
-        if public not in known:
-            raise UsageError(f"{where}: {key} is no setting{did_you_mean(public, [*known, 'continue', 'stages', 'tune'])}")
         if public in OURS:
             raise UsageError(f"{where}: {key} {OURS[public]}")
         if public in refused:
             raise UsageError(f"{where}: {key} is the same for all variants", "move it to [settings]")
-        if known[public] in found:
-            raise UsageError(f"{where}: {key} is there twice, with a hyphen and with an underscore")
-        found[known[public]] = Found(value, f"{where}: {key}")
     return found
 
 
 def settings_of(
-    study: Study, stage: str, variant: str | None = None, choice: Mapping[str, Any] | None = None, seed: int | None = None
+    study: Study, stage: str, variant: str | None = None, choice: Mapping[str, object] | None = None, seed: int | None = None
 ) -> Settings:
     """Settings of `dmpctl patch` for one variant at one stage, without an environment.
 

@@ -15,7 +15,7 @@ from dmpctl.settings import options
 from tests.helpers import environment
 
 FROZEN = Path(__file__).parent / "help"
-HEAVY = ("torch", "numpy", "pydantic_settings", "datasets", "diffusers", "huggingface_hub", "accelerate", "rich", "pydantic")
+HEAVY = ("torch", "numpy", "datasets", "diffusers", "huggingface_hub", "accelerate", "rich", "pydantic")
 
 
 def built(name: str):

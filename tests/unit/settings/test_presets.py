@@ -5,7 +5,7 @@ import pytest
 from dmpctl.settings.layers import resolve
 from dmpctl.settings.methods import METHODS
 from dmpctl.settings.options import options_of
-from dmpctl.settings.presets import PRESETS, chosen_preset, preset_values
+from dmpctl.settings.presets import PRESETS, chosen_preset
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -66,5 +66,5 @@ def test_auto_follows_the_backbone(preset, base, chosen):
 
 
 def test_no_preset_and_no_such_method_give_nothing():
-    assert preset_values("auto", "DiT-L/2", "dmp") == {}
-    assert preset_values("auto", "digits", "dpm") == {}
+    assert chosen_preset("auto", "DiT-L/2") is None
+    assert PRESETS["digits"].of("dpm") == {}

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from dmpctl.settings import exchange, launch, measuring, methods, sections, training
 from dmpctl.settings.launch import Launch
 from dmpctl.settings.measuring import Fid
-from dmpctl.settings.methods import METHODS, Dmp, Method, Prompts, PromptTuning
+from dmpctl.settings.methods import METHODS, Dmp, Method, PromptMethod, PromptTuning
 from dmpctl.settings.options import COMMANDS, every_option, options_of
 from dmpctl.settings.sections import Data, Sampling, Section, Shape, choices_of
 from dmpctl.settings.training import Train
@@ -22,7 +22,7 @@ FIELDS = [(section, name, field) for section in SECTIONS for name, field in sect
 
 
 def test_every_field_name_is_unique_across_sections_and_methods_share_only_what_means_the_same():
-    methods = {*METHODS.values(), Prompts}
+    methods = {*METHODS.values(), PromptMethod}
     names = [name for section, name, _ in FIELDS if section not in methods]
     assert len(names) == len(set(names))
     shared: dict[str, object] = {}

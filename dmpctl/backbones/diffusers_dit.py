@@ -1,7 +1,7 @@
 """The DiT of diffusers (DiTTransformer2DModel, facebook/DiT-XL-2-256): its own key layout, and nearly the original function.
 
 It embeds time with frequencies 10000^(-i / 127) where the original has 10000^(-i / 128) (`downscale_freq_shift`), and every
-block holds its own copy of the embedders of time and label, of which the published conversion made equals.
+block holds its own copy of the embedders of time and label, all equal in the published conversion.
 """
 
 from collections.abc import Mapping

@@ -1,6 +1,6 @@
 """The Diffusion Transformer of Peebles & Xie (2023) in its published key layout, one pure-torch file.
 
-SiT (Ma et al. 2024, arXiv 2401.08740) is the same network, which predicts a velocity under the schedule "flow".
+SiT (Ma et al. 2024, arXiv 2401.08740) is this network, which predicts a velocity under the schedule "flow".
 The only addition: `denoise` takes `edit(site, tokens) -> tokens`, called on the input of every block.
 """
 

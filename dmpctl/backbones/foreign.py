@@ -1,6 +1,6 @@
-"""What other people's checkpoints carry beside tensors: their config, read without running any of its code.
+"""The config that other people's checkpoints carry beside tensors, read without running any of its code.
 
-`torch.load(weights_only=True)` builds only what is on its list. This list adds the usual config classes *by name*, each
+`torch.load(weights_only=True)` builds nothing but the classes on its list. This one adds the usual config classes *by name*, each
 mapped to something inert: no such package is imported, and none of its `__setstate__` or `__reduce__` is ever called.
 """
 
@@ -52,7 +52,7 @@ _DICTIONARIES = (  # subclasses of dict: torch fills nothing but a dict or an Or
     *("lightning_fabric.utilities.data.AttributeDict", "lightning.fabric.utilities.data.AttributeDict"),
     "pytorch_lightning.utilities.parsing.AttributeDict",
 )
-# For torch.serialization.safe_globals: (what is built, the name in the pickle).
+# For torch.serialization.safe_globals: (class that is built, its name in the pickle).
 INERT_GLOBALS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     *((Inert, name) for name in _OBJECTS),
     *((OrderedDict, name) for name in _DICTIONARIES),

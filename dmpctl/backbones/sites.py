@@ -159,7 +159,7 @@ class Hooked(nn.Module, ABC):
 
 
 class AlikeBlocks(Hooked):
-    """A transformer of diffusers over square patches, whose blocks (`transformer_blocks`) all have the same tokens."""
+    """A transformer of diffusers over square patches, whose blocks (`transformer_blocks`) all have as many tokens."""
 
     def __init__(self, model: Any, schedule: ScheduleSpec | None = None, text_tokens: int | None = None) -> None:
         names = [f"transformer_blocks.{number}" for number in range(model.config.num_layers)]

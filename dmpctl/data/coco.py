@@ -8,6 +8,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -28,50 +29,29 @@ def captions_file(folder: Path) -> Path | None:
     return next((path for split, path in found if path.is_file() and (folder / split).is_dir()), None)
 
 
-class LooseFiles:
-    """Images in a folder, by their base names."""
+@dataclass(frozen=True, slots=True)
+class CocoFile:
+    """One image: a file (`packed` None), or a part of a zip file. `wrong`: why it cannot be used, None: it may be good.
 
-    def __init__(self, folder: Path) -> None:
-        self._top = os.path.realpath(folder)
-        self._files = {os.path.basename(file.name): file for file in scan(folder)}
+    `version` changes with its content, as far as listing it tells.
+    """
 
-    def wrong(self, name: str) -> str | None:
-        return self._files[name].wrong if name in self._files else "not there"
+    path: str
+    wrong: str | None
+    version: bytes
+    packed: zipfile.ZipInfo | None = None
 
-    def open(self, name: str) -> IO[bytes]:
-        return open(os.path.join(self._top, self._files[name].name), "rb")
-
-    def version(self, name: str) -> bytes:
-        file = self._files[name]
-        return f"{file.bytes} {file.mtime_ns}".encode()
-
-
-class ZippedFiles:
-    """Images in a zip file, by their base names, read where they lie."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        try:
-            with zipfile.ZipFile(path) as archive:
-                self._files = {os.path.basename(info.filename): info for info in archive.infolist() if not info.is_dir()}
-        except (zipfile.BadZipFile, OSError) as error:
-            raise IntegrityError(f"{printable(str(path))} is no whole zip file: {error}", "fetch it again") from None
-
-    def wrong(self, name: str) -> str | None:
-        info = self._files.get(name)
-        if info is None:
-            return "not there"
-        readable = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) and not info.flag_bits & 1
-        return None if readable else "encrypted, or packed in an unusual way"
-
-    def open(self, name: str) -> IO[bytes]:
+    def open(self) -> IO[bytes]:
+        """The bytes of the image, read where they lie."""
+        if self.packed is None:
+            return open(self.path, "rb")
         # Not by zipfile: loader processes and threads would share one file position, or each read the whole directory again.
-        info = self._files[name]
-        with Slice(self._path, info.header_offset, LOCAL_HEADER.size) as header:
+        info = self.packed
+        with Slice(self.path, info.header_offset, LOCAL_HEADER.size) as header:
             magic, *lengths = LOCAL_HEADER.unpack(header.read())
         if magic != LOCAL_MAGIC:
             raise ValueError("its place in the zip file is damaged")
-        packed = Slice(self._path, info.header_offset + LOCAL_HEADER.size + sum(lengths), info.compress_size)
+        packed = Slice(self.path, info.header_offset + LOCAL_HEADER.size + sum(lengths), info.compress_size)
         if info.compress_type == zipfile.ZIP_STORED:
             return io.BufferedReader(packed)
         with packed:
@@ -80,8 +60,23 @@ class ZippedFiles:
             except zlib.error as error:
                 raise ValueError(f"its zip data is damaged ({error})") from None
 
-    def version(self, name: str) -> bytes:
-        return f"{self._files[name].file_size} {self._files[name].CRC}".encode()
+
+def coco_files(images: Path) -> Iterator[tuple[str, CocoFile]]:
+    """The images in a folder or a zip file, each with its base name; IntegrityError for another file."""
+    if not images.is_file():
+        for file in scan(images):
+            version = f"{file.bytes} {file.mtime_ns}".encode()
+            yield os.path.basename(file.name), CocoFile(os.path.join(os.path.realpath(images), file.name), file.wrong, version)
+        return
+    try:
+        with zipfile.ZipFile(images) as archive:
+            found = [info for info in archive.infolist() if not info.is_dir()]
+    except (zipfile.BadZipFile, OSError) as error:
+        raise IntegrityError(f"{printable(str(images))} is no whole zip file: {error}", "fetch it again") from None
+    for info in found:
+        readable = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) and not info.flag_bits & 1
+        wrong = None if readable else "encrypted, or packed in an unusual way"
+        yield os.path.basename(info.filename), CocoFile(str(images), wrong, f"{info.file_size} {info.CRC}".encode(), info)
 
 
 class CocoReader(Reader):
@@ -98,7 +93,7 @@ class CocoReader(Reader):
                 raise MissingError(f"{printable(str(path))} is not there", "check --data, or run dmpctl download coco")
         content = _annotations(annotations, split)
         self._digest = hashlib.sha256(content).digest()
-        self._files = ZippedFiles(images) if images.is_file() else LooseFiles(images)
+        self._files = dict(coco_files(images))
         self._images = read_captions(content)
 
     def __len__(self) -> int:
@@ -108,10 +103,11 @@ class CocoReader(Reader):
         return printable(self._images[index][0])
 
     def wrong(self, index: int) -> str | None:
-        return self._files.wrong(self._images[index][0])
+        file = self._files.get(self._images[index][0])
+        return "not there" if file is None else file.wrong
 
     def open(self, index: int) -> IO[bytes]:
-        return self._files.open(self._images[index][0])
+        return self._files[self._images[index][0]].open()
 
     def captions(self, index: int) -> tuple[str, ...]:
         return self._images[index][1]
@@ -121,7 +117,7 @@ class CocoReader(Reader):
         yield self._digest
         for row, index in enumerate(kept):
             name, _ = self._images[index]
-            yield b"\0" + os.fsencode(name) + b"\0" + (self._files.version(name) if digests is None else digests[row])
+            yield b"\0" + os.fsencode(name) + b"\0" + (self._files[name].version if digests is None else digests[row])
 
 
 def read_captions(content: bytes) -> list[tuple[str, tuple[str, ...]]]:

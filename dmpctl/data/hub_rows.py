@@ -4,9 +4,9 @@ import fnmatch
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from glob import escape
 from pathlib import Path
-from typing import Any
 
 from dmpctl.data.columns import UNNAMED, Columns
 from dmpctl.data.parquet import TableReader, explained, prepared, quiet, split_of
@@ -59,12 +59,13 @@ def merged(given: Columns, known: Published) -> Columns:
 
 
 def snapshot(wanted: HubRows) -> Path:
-    """The folder in the Hub's cache that has all files of the set at one commit; its name is that commit.
+    """Returns the folder in the Hub's cache that has all files of the set at one commit; its name is that commit.
 
-    Online, what is missing is fetched; offline, or where the Hub is not reached, it is what is there.
+    Online, missing files are fetched; offline, or where the Hub is not reached, the cache has to do.
     """
     from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 
+    fetch = partial(snapshot_download, repo_type="dataset")
     with reached(wanted):
         found = None
         if not constants.is_offline_mode():
@@ -75,9 +76,8 @@ def snapshot(wanted: HubRows) -> Path:
                     raise
                 log.warning("the Hub is not reached: looking for %s in its cache", wanted.shown)
         if found is None:
-            some = [wanted.how.files or "README.md"]
-            asked: dict[str, Any] = {"repo_type": "dataset", "revision": wanted.at.revision, "allow_patterns": some}
-            return Path(snapshot_download(wanted.at.repo, local_files_only=True, **asked))
+            some = wanted.how.files or "README.md"
+            return Path(fetch(wanted.at.repo, revision=wanted.at.revision, allow_patterns=some, local_files_only=True))
         commit, by_split = found
         names = [name for files in by_split.values() for name in files]
         cached = (try_to_load_from_cache(wanted.at.repo, name, revision=commit, repo_type="dataset") for name in names)
@@ -85,14 +85,14 @@ def snapshot(wanted: HubRows) -> Path:
             log.warning("fetching %s from the Hub, %s files", wanted.shown, len(names))
         patterns = [*CARD, *map(escape, names)]
         with quiet():  # by its revision, not the commit: so it is found offline
-            folder = snapshot_download(wanted.at.repo, repo_type="dataset", revision=wanted.at.revision, allow_patterns=patterns)
+            folder = fetch(wanted.at.repo, revision=wanted.at.revision, allow_patterns=patterns)
     if Path(folder).name != commit:
         raise MissingError(f"{wanted.shown} has changed while it was fetched", "run the same command again")
     return Path(folder)
 
 
 def resolved(wanted: HubRows) -> tuple[str, dict[str, list[str]]]:
-    """The commit that a set's revision is now, and the files of each split of its configuration there. Asks the Hub."""
+    """Returns the commit of a set's revision, asked of the Hub, and the files of each split of its configuration there."""
     from datasets import load_dataset_builder
     from huggingface_hub import HfApi
 
@@ -111,7 +111,7 @@ def resolved(wanted: HubRows) -> tuple[str, dict[str, list[str]]]:
 
 @contextmanager
 def reached(wanted: HubRows) -> Iterator[None]:
-    """Around what asks the Hub: a repository that is gone, gated or out of reach becomes a MissingError of one sentence."""
+    """Around questions to the Hub: a repository that is gone, gated or out of reach becomes a MissingError of one sentence."""
     try:
         yield
     except DmpError:

@@ -1,7 +1,6 @@
 """From the word after --data to a source."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import assert_never
 
@@ -61,27 +60,17 @@ def _reader(found: CocoFiles | HubRows | Path, section: Data) -> Reader:
 
 
 def kind_of(folder: Path) -> str:
-    """What a folder holds, "images", "parquet" or "tar": what its first file in the order of names is, or its sub-folders'."""
-    for name in _some_files(folder):
-        if kind := KINDS.get(os.path.splitext(name)[1].lower()):
-            return kind
+    """Returns "images", "parquet" or "tar": the kind of the first file in a folder that is one of these, in the order of names.
+
+    Files of the folder itself go before those of its first sub-folders; what cannot be listed has none.
+    """
+    for place, inside, names in os.walk(folder, followlinks=True):
+        for name in sorted(names):
+            if not name.startswith(".") and (kind := KINDS.get(os.path.splitext(name)[1].lower())):
+                return kind
+        shown = sorted(name for name in inside if not name.startswith("."))
+        inside[:] = shown[:LOOKED_INTO] if Path(place) == folder else []
     return "images"
-
-
-def _some_files(folder: Path) -> Iterator[str]:
-    """Names of the files in a folder, then in its first sub-folders, in order; what cannot be listed has none."""
-    places = [folder]
-    for depth in range(2):
-        inside: list[Path] = []
-        for place in places:
-            try:
-                with os.scandir(place) as listing:
-                    items = sorted((item.name, item.is_dir()) for item in listing if not item.name.startswith("."))
-            except OSError:
-                continue
-            yield from (name for name, is_dir in items if not is_dir)
-            inside += [place / name for name, is_dir in items if is_dir]
-        places = inside[:LOOKED_INTO] if depth == 0 else []
 
 
 def columns_of(section: Data) -> Columns:

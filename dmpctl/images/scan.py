@@ -1,4 +1,4 @@
-"""Which files under a folder are images, and what is wrong with those that only say so."""
+"""Images under a folder, found by their names, and headers read without decoding."""
 
 import os
 import struct
@@ -37,7 +37,7 @@ class ImageFile:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a file says of itself before it is decoded; sides in pixels."""
+    """An image's sides in pixels and its kind, known before it is decoded."""
 
     width: int
     height: int

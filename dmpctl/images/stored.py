@@ -2,7 +2,7 @@
 
 A small set (HELD_ITEMS, HELD_BYTES) is decoded as a whole at the start and held in memory. Of a larger one headers are read
 at the start, and it is decoded as it is used: an image that is broken behind its header then stops the run by name under
-`on_bad` "fail"; under "skip" the next good one stands in for it, always the same one.
+`on_bad` "fail"; under "skip" the next good one stands in for it, always that one.
 """
 
 import hashlib

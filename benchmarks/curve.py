@@ -33,7 +33,7 @@ def backbone_at(checkpoint: Path) -> Patched:
     tensors, _ = read_tensors(checkpoint / "backbone.safetensors")
     weights = Weights(tensors, "a checkpoint", DiTConfig(**about["config"]), ScheduleSpec(**about["schedule"]))
     model = freeze(dit_from(weights))
-    return Patched(Loaded(model, digest_of(tensors), str(checkpoint), "digits"), None, {})
+    return Patched(Loaded(model, digest_of(tensors), str(checkpoint), "digits"))
 
 
 def distances(model: Patched, reference: dict[str, Factor], count: int, seed: int) -> dict[str, float]:

@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     loaded = load_backbone(Base(base=args.base))
-    model, (channels, size, _) = Patched(loaded, None, {}), loaded.spec.latent_shape
+    model, (channels, size, _) = Patched(loaded), loaded.spec.latent_shape
     pixels = Pixels(channels, size)
     source = open_source(Data(data=args.reference), size, channels)
     reference = Factor.of(features_to_moments([extract(pixels, images_of(source))]))

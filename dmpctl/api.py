@@ -48,7 +48,7 @@ def apply(target: Any, patch: Patched | None) -> Any:
     if isinstance(target, Loaded):
         if patch is not None and patch.backbone.digest != target.digest:
             raise UsageError("the patch was trained on other weights", f"use {patch.backbone.origin}")
-        return Patched(target, None, {}) if patch is None else replace(patch, backbone=target)
+        return Patched(target) if patch is None else replace(patch, backbone=target)
     return applied.apply_patch(target, patch)
 
 
@@ -59,7 +59,7 @@ def sample(model: Patched | Loaded, count: int, prompts: str | Sequence[str] | N
     """
     label = settings.pop("label", None)
     resolved = resolve("sample", settings if label is None else {**settings, "image_label": label}).settings
-    made = (model if isinstance(model, Patched) else Patched(model, None, {})).with_codec(resolved)
+    made = (model if isinstance(model, Patched) else Patched(model)).with_codec(resolved)
     if prompts is None:
         made = made.with_prompts(resolved, count, Silent())
     elif made.text is None:

@@ -123,18 +123,27 @@ def read_json(path: Path, schema_version: int | None = None) -> dict[str, Any]:
     Raises MissingError if the file is not there, IntegrityError if it is not such an object or is newer.
     """
     try:
-        value = json.loads(path.read_text("utf-8"))
+        text = path.read_text("utf-8")
     except FileNotFoundError:
         raise MissingError(f"{path} is not there") from None
     except OSError as error:
         raise IntegrityError(f"{path} cannot be read: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise IntegrityError(f"{path} is not valid JSON ({error})") from None
+    return json_object(text, str(path), schema_version)
+
+
+def json_object(text: str, what: str, schema_version: int | None = None) -> dict[str, Any]:
+    """Parse a JSON object, which an error calls `what`. IntegrityError if it is none, or newer than `schema_version`."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise IntegrityError(f"{what} is not valid JSON ({error})") from None
     if not isinstance(value, dict):
-        raise IntegrityError(f"{path} should hold a JSON object, found {type(value).__name__}")
+        raise IntegrityError(f"{what} should hold a JSON object, found {type(value).__name__}")
     found = value.get("schema_version")
     if schema_version is not None and not (isinstance(found, int) and 1 <= found <= schema_version):
-        raise IntegrityError(f"{path} has schema_version {found}, this dmpctl reads up to {schema_version}", "upgrade dmpctl")
+        raise IntegrityError(f"{what} has schema_version {found}, this dmpctl reads up to {schema_version}", "upgrade dmpctl")
     return value
 
 

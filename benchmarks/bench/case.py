@@ -64,8 +64,8 @@ class Case:
         self.full = torch.optim.AdamW(self.trained.parameters(), 1e-4)
         self.prompts = torch.optim.AdamW(self.published.parameters(), 1e-4)
         self.models = {
-            "patched": Patched(self.loaded, self.patch, {}, Identity()),
-            "unpatched": Patched(self.loaded, None, {}, Identity()),
+            "patched": Patched(self.loaded, self.patch, codec=Identity()),
+            "unpatched": Patched(self.loaded, codec=Identity()),
         }
         with torch.no_grad(), self.autocast():
             self.c = self.backbone.embed(self.t, None).float()

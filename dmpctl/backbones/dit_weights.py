@@ -16,13 +16,14 @@ from dmpctl.backbones.dit import DiT, DiTConfig
 from dmpctl.backbones.foreign import INERT_GLOBALS, Scalar, said_by
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.files import read_tensors
+from dmpctl.runs.records import CodecRecord, EncoderRecord, as_record
 from dmpctl.store.shapes import SHAPES
 from dmpctl.types import ScheduleSpec
 
 AVERAGE, LAST = ("ema",), ("model", "state_dict")  # entries of a checkpoint; an average is what one samples from
 MODEL = "dmpctl.model"  # metadata of a backbone that is a model of diffusers
 PATCH = "dmpctl.patch"  # metadata of a file that holds a patch beside its backbone
-CODEC = ("name", "fingerprint", "scale")  # what is stored of the codec
+UNREADABLE = "describes itself in a way that cannot be read"
 PREFIXES = ("module.", "_orig_mod.")
 HEADS = {width: heads for width, _, heads in SHAPES.values()}
 
@@ -44,8 +45,8 @@ class Weights:
     schedule: ScheduleSpec | None = None
     data: str | None = None
     said: Mapping[str, Scalar] = field(default_factory=dict)
-    codec: Mapping[str, Any] | None = None
-    text: Mapping[str, Any] | None = None
+    codec: CodecRecord | None = None
+    text: EncoderRecord | None = None
     model: Mapping[str, Any] | None = None
 
 
@@ -59,12 +60,10 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def dit_metadata(
-    config: DiTConfig, schedule: ScheduleSpec, data: str | None, codec: Mapping[str, Any] | None = None
-) -> dict[str, str]:
+def dit_metadata(config: DiTConfig, schedule: ScheduleSpec, data: str | None, codec: CodecRecord | None = None) -> dict[str, str]:
     """safetensors metadata of a DiT: shape, schedule, the data it was trained on and its codec (None: unknown)."""
     value = {"schema_version": 1, "config": asdict(config), "schedule": asdict(schedule), "data": data}
-    value |= {} if codec is None else {"codec": dict(codec)}
+    value |= {} if codec is None else {"codec": codec.to_json()}
     return {"dmpctl.dit": json.dumps(value, sort_keys=True)}
 
 
@@ -124,10 +123,9 @@ def described_weights(path: Path, tensors: dict[str, Tensor], metadata: Mapping[
         if value["schema_version"] != 1:
             raise IntegrityError(f"{path} has schema_version {value['schema_version']}, this dmpctl reads 1", "upgrade dmpctl")
         config, schedule = DiTConfig(**value["config"]), ScheduleSpec(**value["schedule"])
-        codec = value.get("codec") and {key: value["codec"][key] for key in CODEC}
-        return Weights(tensors, "the file", config, schedule, value["data"], codec=codec)
+        return Weights(tensors, "the file", config, schedule, value["data"], codec=codec_in(value, path))
     except (json.JSONDecodeError, KeyError, TypeError, UsageError) as error:
-        raise IntegrityError(f"{path} describes itself in a way that cannot be read ({error})") from None
+        raise IntegrityError(f"{path} {UNREADABLE} ({error})") from None
 
 
 def described_model(path: Path, weights: Weights, content: str | Mapping[str, Any]) -> Weights:
@@ -137,11 +135,16 @@ def described_model(path: Path, weights: Weights, content: str | Mapping[str, An
         if value["schema_version"] != 1:
             raise IntegrityError(f"{path} has schema_version {value['schema_version']}, this dmpctl reads 1", "upgrade dmpctl")
         schedule = ScheduleSpec(**value["schedule"])
-        return replace(
-            weights, schedule=schedule, data=value["data"], codec=value.get("codec"), text=value["text"], model=value["model"]
-        )
+        text = as_record(value["text"], EncoderRecord, f"{path} {UNREADABLE}: its text encoder") if value["text"] else None
+        codec = codec_in(value, path)
+        return replace(weights, schedule=schedule, data=value["data"], codec=codec, text=text, model=value["model"])
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise IntegrityError(f"{path} describes itself in a way that cannot be read ({error})") from None
+        raise IntegrityError(f"{path} {UNREADABLE} ({error})") from None
+
+
+def codec_in(value: Mapping[str, Any], path: Path) -> CodecRecord | None:
+    """The codec that a backbone's description, read from `path`, names; None where it names none."""
+    return as_record(value["codec"], CodecRecord, f"{path} {UNREADABLE}: its codec") if value.get("codec") else None
 
 
 def _unpickle(path: Path) -> Any:

@@ -12,11 +12,11 @@ import torch
 from dmpctl.backbones.dit import DiT
 from dmpctl.backbones.dit_weights import PATCH, infer_config
 from dmpctl.errors import UsageError
-from dmpctl.files import json_to_bytes, make_folder, sha256_of_bytes, tensors_to_bytes, write_atomic
+from dmpctl.files import make_folder, sha256_of_bytes, tensors_to_bytes, write_atomic
 from dmpctl.models.backbone import Loaded, metadata_of
 from dmpctl.models.build import PatchModule
-from dmpctl.models.patch_files import PATCH_PREFIX, load_result, method_of, outputs_of
-from dmpctl.models.patched import Patched
+from dmpctl.models.patch_files import PATCH_PREFIX, load_result, outputs_of
+from dmpctl.runs.records import PatchRecord
 from dmpctl.settings.methods import Dmp, Full, Lora, Method, PromptTuning
 from dmpctl.settings.model import Settings
 from dmpctl.types import Progress, Report
@@ -31,17 +31,17 @@ def export(settings: Settings, run: Path, progress: Progress) -> Report:
     """
     run = run.expanduser().absolute()
     model = load_result(run, settings.result.result_weights)
-    if model.patch is None:
+    if model.patch is None or model.record is None:
         raise UsageError(f"{run} holds a backbone without a patch, which needs no export", "name a run of dmpctl patch")
-    method, form = method_of(run, model.about), settings.exporting.to
+    method, form = model.record.method, settings.exporting.to
     exports = outputs_of(run) / "exports"
     match form:
         case "patch":
             target = settings.images.out or exports / "patch"
-            files = _patch_files(model, model.patch, target.expanduser().absolute())
+            files = _patch_files(model.patch, model.record, target.expanduser().absolute())
         case "merged":
             target = settings.images.out or exports / "merged.safetensors"
-            files = {_with_suffix(target, ".safetensors"): _merged(model, model.patch)}
+            files = {_with_suffix(target, ".safetensors"): _merged(model.backbone, model.patch, model.record)}
         case "dmp-pt":
             target = settings.images.out or exports / f"{model.step:07d}.pt"
             files = {_with_suffix(target, ".pt"): _published(model.backbone, model.patch, method)}
@@ -83,26 +83,21 @@ def _with_suffix(target: Path, suffix: str) -> Path:
     return target.expanduser().absolute()
 
 
-def _about(model: Patched, patch: PatchModule) -> tuple[bytes, dict[str, Any]]:
-    """Bytes of patch.safetensors, and patch.json with their sha256."""
+def _patch_files(patch: PatchModule, record: PatchRecord, folder: Path) -> dict[Path, bytes]:
     tensors = tensors_to_bytes(patch.state_dict())
-    return tensors, {**model.about, "sha256": sha256_of_bytes(tensors)}
+    record = record.model_copy(update={"sha256": sha256_of_bytes(tensors)})  # with --weights raw it was a checkpoint's
+    return {folder / "patch.safetensors": tensors, folder / "patch.json": record.to_bytes()}
 
 
-def _patch_files(model: Patched, patch: PatchModule, folder: Path) -> dict[Path, bytes]:
-    tensors, about = _about(model, patch)
-    return {folder / "patch.safetensors": tensors, folder / "patch.json": json_to_bytes(about)}
-
-
-def _merged(model: Patched, patch: PatchModule) -> bytes:
+def _merged(backbone: Loaded, patch: PatchModule, record: PatchRecord) -> bytes:
     """One safetensors file: a backbone with the change folded in; or, with prompts, the backbone's tensors and patch.*."""
-    backbone = model.backbone
-    metadata = metadata_of(backbone, model.about.get("codec"), model.about.get("text"))
+    metadata = metadata_of(backbone, record.codec, record.text)
     folded = patch.merged()
     if folded is not None:
         return tensors_to_bytes(folded, metadata)
     beside = {PATCH_PREFIX + name: value for name, value in patch.state_dict().items()}
-    metadata |= {PATCH: json.dumps(_about(model, patch)[1], sort_keys=True)}
+    described = {**record.to_json(), "sha256": sha256_of_bytes(tensors_to_bytes(patch.state_dict()))}
+    metadata |= {PATCH: json.dumps(described, sort_keys=True)}
     return tensors_to_bytes({**backbone.model.state_dict(), **beside}, metadata)
 
 

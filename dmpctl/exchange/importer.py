@@ -20,8 +20,9 @@ from dmpctl.errors import IntegrityError, UsageError
 from dmpctl.exchange.export import put_all
 from dmpctl.files import json_to_bytes, sha256_of, sha256_of_bytes, tensors_to_bytes
 from dmpctl.models.backbone import Loaded, facts_of, freeze, metadata_of
-from dmpctl.models.patch_files import describe_patch, lasting_name, load_merged, method_of, patch_from
-from dmpctl.models.patched import Patched
+from dmpctl.models.build import PatchModule
+from dmpctl.models.patch_files import describe_patch, lasting_name, load_merged, patch_from
+from dmpctl.runs.records import CodecRecord, DataRecord, PretrainedRecord, Which
 from dmpctl.runs.rundir import RunDir
 from dmpctl.settings.exchange import Importing
 from dmpctl.settings.methods import Dmp, Method, PromptTuning
@@ -39,16 +40,21 @@ STEP_DIGITS = 7  # the published training script names its checkpoints by their 
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A file taken apart. `about` holds step, weights and data of `model`; `method` is None for a backbone alone.
+class TakenApart:
+    """A file taken apart; `patch`, `method` and `data` (of its training) are None for a backbone alone.
 
     `taken`: which part of the file it came from. `assumed`: what neither the file nor an option says, in sentences.
     """
 
-    model: Patched
-    method: Method | None
+    backbone: Loaded
     taken: str
     assumed: tuple[str, ...] = ()
+    step: int = 0
+    weights: Which = "raw"
+    patch: PatchModule | None = None
+    method: Method | None = None
+    data: DataRecord | None = None
+    codec: CodecRecord | None = None
 
 
 def import_file(settings: Settings, file: Path, progress: Progress) -> Report:
@@ -60,7 +66,7 @@ def import_file(settings: Settings, file: Path, progress: Progress) -> Report:
     path, options = file.expanduser().absolute(), settings.importing
     target = (options.import_run or Path("runs") / path.stem).expanduser().absolute()
     found = opened(path, options, settings.data.data)
-    digest = found.model.backbone.digest if path.is_dir() else sha256_of(path)
+    digest = found.backbone.digest if path.is_dir() else sha256_of(path)
     source = {"file": str(path), "sha256": digest}
     files = _files(found, target, source)
     if settings.console.dry_run:
@@ -70,35 +76,37 @@ def import_file(settings: Settings, file: Path, progress: Progress) -> Report:
     with RunDir(target) as run:
         run.refuse_other("import", science)
         if not (target / "config.json").is_file():
-            facts = {"imported": source, "taken": found.taken, "backbone_sha256": found.model.backbone.digest}
+            facts = {"imported": source, "taken": found.taken, "backbone_sha256": found.backbone.digest}
             run.begin("import", science, settings.to_dict(), facts)
         written = put_all({target / name: content for name, content in files.items()})
     return _report(found, target, () if written else ("the run was complete already",))
 
 
-def opened(path: Path, options: Importing, data: str | None) -> Opened:
+def opened(path: Path, options: Importing, data: str | None) -> TakenApart:
     """Backbone and patch of a file, frozen, on the CPU. `data`: the images it was trained on, None: unknown."""
     if path.is_dir():
-        return Opened(Patched(_original(path, data), None, {"step": 0}), None, "its transformer", (AS_TRAINED,))
+        return TakenApart(_original(path, data), "its transformer", (AS_TRAINED,))
     if is_patched(path):
         model = load_merged(path, options.import_weights)
-        return Opened(model, method_of(path, model.about), "the file")
+        record = model.record
+        assert record is not None  # a file with a patch describes it
+        parts = (model.patch, record.method, record.data, record.codec)
+        return TakenApart(model.backbone, "the file", (), record.step, record.weights or "raw", *parts)
     weights = read_weights(path, options.import_weights)
     mine = {name: value for name, value in weights.tensors.items() if name in PATCH_KEYS}
     backbone, assumed = _backbone(path, replace(weights, tensors=_without(weights.tensors, mine)), options, data)
-    about = {
-        "step": int(path.stem) if path.stem.isdecimal() and len(path.stem) >= STEP_DIGITS else 0,
-        "weights": "ema" if "'ema'" in weights.taken else "raw",
-        "data": {"name": backbone.data, "fingerprint": None},
-    }
+    step = int(path.stem) if path.stem.isdecimal() and len(path.stem) >= STEP_DIGITS else 0
+    which: Which = "ema" if "'ema'" in weights.taken else "raw"
+    found = TakenApart(backbone, weights.taken, assumed, step, which)
     if not mine:
         for name, value in (("--topk", options.import_topk), ("--position", options.import_position)):
             if value is not None:
                 raise UsageError(f"{path} holds no prompts, so {name} says nothing", f"leave {name} out")
-        return Opened(Patched(backbone, None, about), None, weights.taken, assumed)
+        return found
     method, more = _method(path, mine, weights, backbone, options)
     patch = patch_from(backbone.model, method, mine, path)
-    return Opened(Patched(backbone, patch, about), method, weights.taken, assumed + more)
+    origin = DataRecord(name=backbone.data, fingerprint=None)
+    return replace(found, patch=patch, method=method, data=origin, assumed=assumed + more)
 
 
 def _original(folder: Path, data: str | None) -> Loaded:
@@ -201,31 +209,24 @@ def _kept(path: Path, prompts: int, weights: Weights, options: Importing) -> tup
     return int(kept), True
 
 
-def _files(found: Opened, target: Path, source: Mapping[str, Any]) -> dict[str, bytes]:
+def _files(found: TakenApart, target: Path, source: Mapping[str, str]) -> dict[str, bytes]:
     """The files of the run by name, in the order in which they are written: what names a file comes after it."""
-    model, about = found.model, found.model.about
-    backbone = model.backbone
+    backbone = found.backbone
     files = {"backbone.safetensors": tensors_to_bytes(backbone.model.state_dict(), metadata_of(backbone))}
-    common = {"step": about["step"], "weights": about.get("weights", "raw"), "imported": source}
-    if model.patch is None or found.method is None:
-        facts = {**facts_of(backbone.model), "data": backbone.data}
-        facts |= {} if backbone.codec is None else {"codec": dict(backbone.codec)}
-        described = {
-            "schema_version": SCHEMA_VERSION,
-            **facts,
-            **common,
-            "sha256": sha256_of_bytes(files["backbone.safetensors"]),
-        }
-        return files | {"backbone.json": json_to_bytes(described)}
+    common: dict[str, Any] = {"step": found.step, "weights": found.weights, "imported": source}
+    if found.patch is None or found.method is None or found.data is None:
+        digest, facts = sha256_of_bytes(files["backbone.safetensors"]), {**facts_of(backbone.model), "data": backbone.data}
+        made = PretrainedRecord(schema_version=SCHEMA_VERSION, **facts, codec=backbone.codec, **common, sha256=digest)
+        return files | {"backbone.json": made.to_bytes()}
     base = Base(base=str(target / "backbone.safetensors"))
-    files["patch.safetensors"] = tensors_to_bytes(model.patch.state_dict())
-    described = describe_patch(backbone, base, found.method, model.patch, "", "", about.get("codec")) | common
-    described |= {"data": about["data"], "sha256": sha256_of_bytes(files["patch.safetensors"])}
-    return files | {"patch.json": json_to_bytes(described)}
+    files["patch.safetensors"] = tensors_to_bytes(found.patch.state_dict())
+    described = describe_patch(backbone, base, found.method, found.patch, found.data, found.codec)
+    more = {**common, "sha256": sha256_of_bytes(files["patch.safetensors"])}
+    return files | {"patch.json": json_to_bytes(described.to_json() | more)}
 
 
-def _report(found: Opened, target: Path, more: tuple[str, ...]) -> Report:
-    backbone, patch = found.model.backbone, found.model.patch
+def _report(found: TakenApart, target: Path, more: tuple[str, ...]) -> Report:
+    backbone, patch = found.backbone, found.patch
     spec, network = backbone.spec, backbone.model
     heads = f", {network.config.num_heads} heads" if isinstance(network, DiT) else ""
     data: dict[str, Any] = {

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from dmpctl.errors import MissingError, UsageError
-from dmpctl.files import json_to_bytes, read_json, tensors_to_bytes
+from dmpctl.files import read_json, tensors_to_bytes
 from dmpctl.measuring.record import sampling_words
 from dmpctl.models.backbone import metadata_of
-from dmpctl.models.patch_files import added_words, load_patch
+from dmpctl.models.patch_files import load_patch
 from dmpctl.models.patched import Patched
+from dmpctl.runs.records import PatchRecord
 from dmpctl.settings.model import Settings
 from dmpctl.store.addresses import HubAddress, address_in, of_files
 from dmpctl.store.https import Again
@@ -59,25 +60,28 @@ def push(settings: Settings, run: str, to: str, progress: Progress) -> Report:
 
 def files_of(path: Path, model: Patched, to: str, with_backbone: bool) -> dict[str, bytes]:
     """What is published, by name. No path of this machine is in it."""
-    base = str(model.about["backbone"]["base"])
+    record = model.record
+    assert record is not None  # of a patch that was loaded
+    base = record.backbone.base
     if not with_backbone and not is_public(base):
         raise UsageError(
             f"the backbone of {path} is {base}, which others do not have", "add --with-backbone, or patch a published one"
         )
-    about = dict(model.about)
-    about["data"] = {**about["data"], "name": _public_name(str(about["data"]["name"]))}
-    backbone = {**about["backbone"], "weights": None}
+    data = record.data.model_copy(update={"name": _public_name(str(record.data.name))})
+    backbone = record.backbone.model_copy(update={"weights": None})
     files: dict[str, bytes] = {"patch.safetensors": (path / "patch.safetensors").read_bytes()}
     if with_backbone:
         loaded = model.backbone
-        files["backbone.safetensors"] = tensors_to_bytes(loaded.model.state_dict(), metadata_of(loaded, about.get("codec")))
-        backbone["base"] = "backbone.safetensors"
-    about["backbone"] = backbone
-    for part in ("codec", "text"):
-        if part in about:
-            about[part] = {**about[part], "name": _public_name(str(about[part]["name"]))}
-    files["patch.json"] = json_to_bytes(about)
-    files["README.md"] = card(path, about, to).encode()
+        files["backbone.safetensors"] = tensors_to_bytes(loaded.model.state_dict(), metadata_of(loaded, record.codec))
+        backbone = backbone.model_copy(update={"base": "backbone.safetensors"})
+    tools = {
+        name: tool.model_copy(update={"name": _public_name(tool.name)})
+        for name, tool in (("codec", record.codec), ("text", record.text))
+        if tool is not None
+    }
+    record = record.model_copy(update={"data": data, "backbone": backbone, **tools})
+    files["patch.json"] = record.to_bytes()
+    files["README.md"] = card(path, record, to).encode()
     return files
 
 
@@ -91,12 +95,12 @@ def _public_name(name: str) -> str:
     return Path(name).name if name.startswith("/") else name
 
 
-def card(path: Path, about: Mapping[str, Any], to: str) -> str:
+def card(path: Path, record: PatchRecord, to: str) -> str:
     """README.md: front matter as the Hub reads it, then what the patch is, how to use it, and its numbers with their protocol."""
     from huggingface_hub import ModelCardData
 
-    backbone, method = about["backbone"], about["method"]["method"]
-    row, data_row = shipped().get(str(backbone["base"])), shipped().get(str(about["data"]["name"]))
+    backbone, method = record.backbone, record.method.method
+    row, data_row = shipped().get(backbone.base), shipped().get(str(record.data.name))
     licence = row.licence if row is not None else None
     head = ModelCardData(
         library_name="dmpctl",
@@ -110,8 +114,8 @@ def card(path: Path, about: Mapping[str, Any], to: str) -> str:
         f"---\n{head.to_yaml()}\n---",
         f"# {to.rsplit('/', 1)[-1]}",
         f"A patch of [Diffusion Model Patching](https://arxiv.org/abs/2405.17825) (method `{method}`) for the frozen backbone "
-        f"`{backbone['base']}`, trained to step {about['step']} on `{about['data']['name']}`. It adds {added_words(about)} "
-        f"and fits this backbone alone (sha256 `{backbone['sha256']}`).",
+        f"`{backbone.base}`, trained to step {record.step} on `{record.data.name}`. It adds {record.added_words} "
+        f"and fits this backbone alone (sha256 `{backbone.sha256}`).",
         "## Use",
         USAGE.format(address=to),
         "## Numbers",

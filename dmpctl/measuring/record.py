@@ -13,10 +13,10 @@ from dmpctl.measuring.reference import Reference
 from dmpctl.metrics.features.protocols import MetricProtocol
 from dmpctl.metrics.frechet import CONFIDENCE, FidEstimate, PairedDifference, verdict
 from dmpctl.models.codec import codec_record
-from dmpctl.models.conditions import encoder_record
 from dmpctl.models.patch_files import outputs_of
 from dmpctl.models.patched import Patched
 from dmpctl.runs.rundir import version_of
+from dmpctl.sampling.generate import prompts_record
 from dmpctl.settings.measuring import Fid
 from dmpctl.settings.model import Settings
 from dmpctl.types import Extractor, Report
@@ -66,8 +66,8 @@ def record_of(
         "reference": reference.record,
         "images": {"what": images.name, "n": images.count, **({} if model else {"identity": dict(images.identity)})},
         "sampling": settings.sampling.model_dump(mode="json", exclude={"sample_batch"}) if model else None,
-        "codec": codec_record(model.codec) if model else None,
-        **({"prompts": dict(model.prompts.about), "text": encoder_record(model.text)} if model and model.prompts else {}),
+        "codec": codec_record(model.codec).to_json() if model else None,
+        **(prompts_record(model) if model else {}),
         "patch": _patch_of(model),
         "arithmetic": {"features": "float32", "moments": "float64", "tf32": False, "device": device},
         "versions": {name: version_of(name) for name in ("dmpctl", "torch", "torch-fidelity", "timm")},
@@ -79,8 +79,8 @@ def _patch_of(model: Patched | None) -> dict[str, Any] | None:
         return None
     return {
         "step": model.step,
-        "weights": model.about.get("weights"),
-        "patch_sha256": model.about.get("sha256"),
+        "weights": model.weights,
+        "patch_sha256": model.patch_sha256,
         "backbone_sha256": model.backbone.digest,
     }
 

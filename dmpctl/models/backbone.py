@@ -1,6 +1,5 @@
 """From the word after --base to a frozen backbone: bundled, a shape and its weights, a file, a run, a folder of diffusers."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from shlex import quote
@@ -12,6 +11,7 @@ from dmpctl.backbones.diffusers_folder import Foreign, holds_diffusers, made, op
 from dmpctl.backbones.dit import DiT, DiTConfig, shape_config
 from dmpctl.backbones.dit_weights import (
     Weights,
+    codec_in,
     described_model,
     digest_of,
     dit_from,
@@ -24,6 +24,7 @@ from dmpctl.backbones.pixart import PixArt, fresh, plain_config
 from dmpctl.codecs.vae import Vae
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.files import read_json
+from dmpctl.runs.records import CodecRecord, EncoderRecord
 from dmpctl.settings.sections import Base
 from dmpctl.store.locate import PUBLISHED_SHAPES, locate
 from dmpctl.store.registry import shipped
@@ -45,8 +46,8 @@ class Loaded:
     digest: str
     origin: str
     data: str | None
-    codec: Mapping[str, Any] | None = None
-    text: Mapping[str, Any] | None = None
+    codec: CodecRecord | None = None
+    text: EncoderRecord | None = None
 
     @property
     def spec(self) -> BackboneSpec:
@@ -59,12 +60,13 @@ def facts_of(model: BackboneModule) -> dict[str, Any]:
     return ({"config": asdict(model.config)} if isinstance(model, DiT) else {"model": plain_config(model.model)}) | schedule
 
 
-def metadata_of(loaded: Loaded, codec: Mapping[str, Any] | None = None, text: Mapping[str, Any] | None = None) -> dict[str, str]:
+def metadata_of(loaded: Loaded, codec: CodecRecord | None = None, text: EncoderRecord | None = None) -> dict[str, str]:
     """safetensors metadata of a backbone; `codec` and `text`: the records of what it is used with, None: its own."""
     codec, text, model = codec or loaded.codec, text or loaded.text, loaded.model
     if isinstance(model, DiT):
         return dit_metadata(model.config, model.schedule, loaded.data, codec)
-    return model_metadata({"schema_version": 1, **facts_of(model), "data": loaded.data, "codec": codec, "text": text})
+    records = {"codec": codec and codec.to_json(), "text": text and text.to_json()}
+    return model_metadata({"schema_version": 1, **facts_of(model), "data": loaded.data, **records})
 
 
 M = TypeVar("M", bound=nn.Module)
@@ -96,7 +98,7 @@ def model_from(weights: Weights, num_heads: int | None = None, schedule: Schedul
     """
     if weights.model is None:
         return dit_from(weights, num_heads, schedule)
-    model = made(weights.model, weights.schedule, (weights.text or {}).get("tokens"))
+    model = made(weights.model, weights.schedule, weights.text.tokens if weights.text else None)
     fill(model, weights.tensors, f"the {weights.model.get('_class_name')}")
     return model
 
@@ -108,17 +110,17 @@ def pipeline_backbone(folder: Path) -> Loaded:
     codec = text = None
     if pipeline is not None and (pipeline / "vae" / "config.json").is_file():
         vae = Vae(pipeline, str(pipeline.absolute()))
-        codec = {"name": vae.name, "fingerprint": vae.fingerprint, "scale": vae.scale}
+        codec = CodecRecord(name=vae.name, fingerprint=vae.fingerprint, scale=vae.scale)
     if pipeline is not None and (pipeline / "text_encoder" / "config.json").is_file():
-        text = {"name": str(pipeline.absolute())}
+        text = EncoderRecord(name=str(pipeline.absolute()))
     return Loaded(model, digest_of(model.state_dict()), str(folder), None, codec, text)
 
 
-def needed_encoder(name: str) -> dict[str, Any] | None:
+def needed_encoder(name: str) -> EncoderRecord | None:
     """The encoder of captions that a backbone of the registry needs, by its row; None where it needs none."""
     rows = shipped()
     needs = rows[name].needs if name in rows else ()
-    return next(({"name": need} for need in needs if rows[need].kind == "text"), None)
+    return next((EncoderRecord(name=need) for need in needs if rows[need].kind == "text"), None)
 
 
 def described_beside(path: Path, weights: Weights) -> Weights:
@@ -131,7 +133,7 @@ def described_beside(path: Path, weights: Weights) -> Weights:
         return described_model(beside, weights, about)
     try:
         config, schedule = DiTConfig(**about["config"]), ScheduleSpec(**about["schedule"])
-        return replace(weights, config=config, schedule=schedule, data=about["data"], codec=about.get("codec"))
+        return replace(weights, config=config, schedule=schedule, data=about["data"], codec=codec_in(about, beside))
     except (KeyError, TypeError) as error:
         raise IntegrityError(f"{beside} does not describe the backbone beside it ({error})") from None
 

@@ -1,7 +1,6 @@
 """From settings to things: backbone, patch, codec, source. What can fail fails here, before anything is written."""
 
-from collections.abc import Mapping
-from typing import Any, TypeVar, assert_never
+from typing import TypeVar, assert_never
 
 from dmpctl.backbones.sd_unet import SdUnet, sites_in
 from dmpctl.errors import UsageError
@@ -13,6 +12,7 @@ from dmpctl.methods.prompt_tuning import PromptPatch
 from dmpctl.methods.prompts import prompt_shape
 from dmpctl.models.backbone import BackboneModule, Loaded
 from dmpctl.models.codec import open_codec
+from dmpctl.runs.records import CodecRecord
 from dmpctl.settings.methods import Dmp, Full, Lora, Method, PromptTuning
 from dmpctl.settings.model import Settings
 from dmpctl.types import Codec
@@ -55,10 +55,10 @@ def in_part(method: P, model: BackboneModule) -> P:
     return method.model_copy(update={"sites": "all", "prompt_sites": ",".join(map(str, chosen))})
 
 
-def build_codec(loaded: Loaded, settings: Settings, recorded: Mapping[str, Any] | None = None) -> Codec:
+def build_codec(loaded: Loaded, settings: Settings, recorded: CodecRecord | None = None) -> Codec:
     """The codec of a backbone: the one it was trained with unless --codec says otherwise. Raises as `open_codec` does.
 
-    `recorded`: of the codec its patch was trained with, None: the backbone's own record.
+    `recorded`: the codec its patch was trained with, None: the backbone's own record.
     """
     channels = loaded.spec.latent_shape[0]
     return open_codec(settings, channels, recorded or loaded.codec)

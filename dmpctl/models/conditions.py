@@ -19,6 +19,7 @@ from dmpctl.images.captions import Captioned
 from dmpctl.models.encode import build_conditions
 from dmpctl.processes.device import resolve_device
 from dmpctl.rng import seed_of
+from dmpctl.runs.records import EncoderRecord
 from dmpctl.settings.model import Settings
 from dmpctl.settings.sections import Data
 from dmpctl.store.cache import cache_dir
@@ -69,12 +70,14 @@ class Captions:
 Conditions = Labels | Captions
 
 
-def encoder_record(encoder: TextEncoder | None) -> dict[str, Any] | None:
-    """What is stored of a text encoder with a backbone or a patch; None without one."""
-    return None if encoder is None else {"name": encoder.name, "fingerprint": encoder.revision, "tokens": encoder.max_length}
+def encoder_record(encoder: TextEncoder | None) -> EncoderRecord | None:
+    """Returns the record of a text encoder that is stored with a backbone or a patch; None without one."""
+    if encoder is None:
+        return None
+    return EncoderRecord(name=encoder.name, fingerprint=encoder.revision, tokens=encoder.max_length)
 
 
-def open_encoder(settings: Settings, spec: BackboneSpec | None, recorded: Mapping[str, Any] | None) -> TextEncoder | None:
+def open_encoder(settings: Settings, spec: BackboneSpec | None, recorded: EncoderRecord | None) -> TextEncoder | None:
     """The encoder of a backbone's captions; None for a backbone without. No weights are loaded before the first caption.
 
     `spec` None: the backbone is still to be trained. `recorded`: `encoder_record` of the one it was trained with, None: unknown.
@@ -83,19 +86,19 @@ def open_encoder(settings: Settings, spec: BackboneSpec | None, recorded: Mappin
     if spec is not None and spec.text is None:
         return None
     given = settings.text.text_encoder
-    name = given or (str(recorded["name"]) if recorded else None)
+    name = given or (recorded.name if recorded else None)
     if name is None:
         raise UsageError("nothing says which encoder reads its captions", "add --text-encoder clip-l, pixart-t5 or a folder")
-    tokens = settings.text.text_tokens or (recorded or {}).get("tokens") or None
+    tokens = settings.text.text_tokens or (recorded.tokens if recorded else None)
     encoder = TextEncoder(locate(name, "text", settings).absolute(), name, tokens, resolve_device(settings.launch))
     if spec is not None and spec.text is not None and encoder.width != spec.text.width:
         raise UsageError(
             f"the text encoder {name} gives states of width {encoder.width}, the backbone takes {spec.text.width}",
             "name the one it was trained with: --text-encoder",
         )
-    if recorded and given is None and recorded.get("fingerprint") not in (None, encoder.revision):
+    if recorded and given is None and recorded.fingerprint not in (None, encoder.revision):
         raise IntegrityError(
-            f"the text encoder {name} has sha256 {encoder.revision}, the backbone was trained with {recorded['fingerprint']}",
+            f"the text encoder {name} has sha256 {encoder.revision}, the backbone was trained with {recorded.fingerprint}",
             "name the right one: --text-encoder FOLDER",
         )
     return encoder

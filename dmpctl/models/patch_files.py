@@ -1,25 +1,34 @@
 """A patch on disk: what describes it, loading it on the one backbone it fits, and what a run or a file has made."""
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from dmpctl.backbones.dit import shape_config
 from dmpctl.backbones.dit_weights import PATCH, described_weights, digest_of, is_patched
 from dmpctl.errors import IntegrityError, MissingError, UsageError
-from dmpctl.files import read_json, read_tensors, sha256_of, sha256_of_bytes, tensors_to_bytes
+from dmpctl.files import json_object, read_tensors, sha256_of, sha256_of_bytes, tensors_to_bytes
 from dmpctl.models.backbone import BackboneModule, Loaded, freeze, load_backbone, model_from
 from dmpctl.models.build import PatchModule, build_patch
 from dmpctl.models.patched import Patched
 from dmpctl.processes.sharded import whole
 from dmpctl.runs import checkpoint
 from dmpctl.runs.checkpoint import refuse_other_keys
+from dmpctl.runs.records import (
+    BackboneRecord,
+    CodecRecord,
+    DataRecord,
+    EncoderRecord,
+    PatchDescription,
+    PatchRecord,
+    PretrainedRecord,
+    Which,
+    as_record,
+    read_record,
+)
 from dmpctl.runs.rundir import version_of
 from dmpctl.settings.methods import Method
 from dmpctl.settings.sections import Base
@@ -28,12 +37,6 @@ from dmpctl.store.locate import BUNDLED, BUNDLED_DATA, locate
 
 SCHEMA_VERSION = 1
 PATCH_PREFIX = "patch."  # of a patch's tensors in one file with its backbone
-Which = Literal["ema", "raw"]
-NEEDED = {  # in patch.json, to use the patch
-    "": ("method", "backbone", "data", "sha256", "step"),
-    "backbone": ("base", "weights", "sha256", "latent_shape", "sites", "schedule"),
-    "data": ("name",),
-}
 
 
 def describe_patch(
@@ -41,41 +44,36 @@ def describe_patch(
     base: Base,
     method: Method,
     patch: PatchModule,
-    data: str,
-    fingerprint: str,
-    codec: Mapping[str, Any] | None = None,
-    text: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """What patch.json says: the method, and the one backbone, schedule and shape that it fits (R40).
+    data: DataRecord,
+    codec: CodecRecord | None = None,
+    text: EncoderRecord | None = None,
+) -> PatchDescription:
+    """Returns what is known of a patch before it is trained: method, and the one backbone, schedule and shape it fits (R40).
 
-    `codec`, `text`: the records of the codec and of the text encoder it was trained with, None: of pixels, and without captions.
+    `codec`, `text`: those it is trained with, None: pixels as they are, no captions.
     """
     spec = loaded.spec
-    about = {
-        "schema_version": SCHEMA_VERSION,
-        "dmpctl": version_of("dmpctl"),
-        "method": method.model_dump(mode="json"),
-        "added_parameters": patch.added,
-        "added_percent": round(100 * patch.added / spec.parameters, 4),
-        "backbone": {
-            "base": lasting_name(base.base),
-            "weights": None if base.weights is None else str(base.weights.expanduser().absolute()),
-            "sha256": loaded.digest,
-            "latent_shape": list(spec.latent_shape),
-            "sites": len(spec.sites),
-            "schedule": asdict(spec.schedule),
-            "num_classes": spec.num_classes,
-            "parameters": spec.parameters,
-        },
-        "data": {"name": data, "fingerprint": fingerprint},
-    }
-    parts = {"codec": codec, "text": text}
-    return about | {name: dict(record) for name, record in parts.items() if record is not None}
-
-
-def added_words(described: Mapping[str, Any]) -> str:
-    """Size of a patch for people: `6,554,112 parameters (+1.43 %)`."""
-    return f"{described['added_parameters']:,} parameters (+{described['added_percent']:.2f} %)"
+    backbone = BackboneRecord(
+        base=lasting_name(base.base),
+        weights=None if base.weights is None else base.weights.expanduser().absolute(),
+        sha256=loaded.digest,
+        latent_shape=spec.latent_shape,
+        sites=len(spec.sites),
+        schedule=spec.schedule,
+        num_classes=spec.num_classes,
+        parameters=spec.parameters,
+    )
+    return PatchDescription(
+        schema_version=SCHEMA_VERSION,
+        dmpctl=version_of("dmpctl"),
+        method=method.model_validate(method.model_dump()),  # its defaults are written too
+        added_parameters=patch.added,
+        added_percent=round(100 * patch.added / spec.parameters, 4),
+        backbone=backbone,
+        data=data,
+        codec=codec,
+        text=text,
+    )
 
 
 def lasting_name(name: str) -> str:
@@ -92,21 +90,21 @@ def load_patch(folder: Path, base: Base | None = None, which: Which | None = Non
     MissingError if there is no finished patch; IntegrityError if a file is damaged, or the backbone, its schedule or
     its shape is another than the patch was trained on.
     """
-    about = read_about(folder)
+    record = read_patch_record(folder)
     path = folder / "patch.safetensors"
     if not path.is_file():
         raise MissingError(f"{folder} has no patch.safetensors", "train it: dmpctl patch")
     actual = sha256_of(path)
-    if actual != about["sha256"]:
-        raise IntegrityError(f"{path} is damaged: sha256 {actual}, expected {about['sha256']}", "copy the patch again")
-    named = about["backbone"]
+    if actual != record.sha256:
+        raise IntegrityError(f"{path} is damaged: sha256 {actual}, expected {record.sha256}", "copy the patch again")
     if base is None and (folder / "backbone.safetensors").is_file():  # imported together: the folder may have been moved
         base = Base(base=str(folder))
-    base = base or Base(base=named["base"], weights=named["weights"])
+    base = base or Base(base=record.backbone.base, weights=record.backbone.weights)
     loaded = load_backbone(base)
-    refuse_other_backbone(folder, about, loaded)
-    patch = patch_from(loaded.model, method_of(folder, about), read_tensors(path)[0], path)
-    return Patched(loaded, patch, about | other_weights(folder, about, patch, which))
+    refuse_other_backbone(folder, record.backbone, loaded)
+    patch = patch_from(loaded.model, record.method, read_tensors(path)[0], path)
+    taken = other_weights(folder, record.step, record.weights, patch, which)
+    return Patched(loaded, patch, record.model_copy(update=taken))
 
 
 def patch_from(model: BackboneModule, method: Method, tensors: Mapping[str, Tensor], where: Path) -> PatchModule:
@@ -123,12 +121,9 @@ def load_merged(path: Path, which: Which | None = None) -> Patched:
     IntegrityError if it is damaged; UsageError if `which` are not the weights that it holds.
     """
     tensors, metadata = read_tensors(path)
-    try:
-        about = json.loads(metadata.get(PATCH, "{}"))
-    except json.JSONDecodeError as error:
-        raise IntegrityError(f"{path} describes its patch in a way that cannot be read ({error})") from None
-    refuse_incomplete(about, path)
-    if which not in (None, about.get("weights")):
+    what = f"{path} (its patch)"
+    record = as_record(json_object(metadata.get(PATCH, "{}"), what, PatchRecord.newest), PatchRecord, what)
+    if which not in (None, record.weights):
         raise UsageError(f"{path} holds no {which} weights", "leave --weights out, or name the run itself")
     own = {name.removeprefix(PATCH_PREFIX): value for name, value in tensors.items() if name.startswith(PATCH_PREFIX)}
     rest = {name: value for name, value in tensors.items() if not name.startswith(PATCH_PREFIX)}
@@ -136,22 +131,22 @@ def load_merged(path: Path, which: Which | None = None) -> Patched:
     model = freeze(model_from(weights))
     loaded = Loaded(model, digest_of(model.state_dict()), f"{path} (its backbone)", weights.data, weights.codec, weights.text)
     sha256 = sha256_of_bytes(tensors_to_bytes(own))
-    for found, expected in ((loaded.digest, about["backbone"]["sha256"]), (sha256, about["sha256"])):
+    for found, expected in ((loaded.digest, record.backbone.sha256), (sha256, record.sha256)):
         if found != expected:
             raise IntegrityError(f"{path} is damaged: sha256 {found}, expected {expected}", "copy the file again")
-    return Patched(loaded, patch_from(model, method_of(path, about), own, path), about)
+    return Patched(loaded, patch_from(model, record.method, own, path), record)
 
 
-def other_weights(folder: Path, about: Mapping[str, Any], module: nn.Module, which: Which | None) -> dict[str, str]:
-    """Put the weights that were asked for into `module`, if they are not those it has; what changes in `about`.
+def other_weights(folder: Path, step: int, held: Which | None, module: nn.Module, which: Which | None) -> dict[str, str]:
+    """Put the weights that were asked for into `module`, which has those that are `held`; returns what changes in its record.
 
     They are in the checkpoint of the same step. UsageError where no average was kept, MissingError without that checkpoint.
     """
-    if which is None or which == about.get("weights"):
+    if which is None or which == held:
         return {}
     if which == "ema":
         raise UsageError(f"{folder} kept no average of its weights", "train with --ema, or leave --weights out")
-    named = folder if (folder / "trainer.json").is_file() else folder / "checkpoints" / checkpoint.name_of(int(about["step"]))
+    named = folder if (folder / "trainer.json").is_file() else folder / "checkpoints" / checkpoint.name_of(step)
     if not (named / "trainer.json").is_file():
         raise MissingError(f"{folder} no longer has the checkpoint with its last weights ({named.name})", "use --weights ema")
     state, parameters = checkpoint.load(named), dict(module.named_parameters())
@@ -162,52 +157,23 @@ def other_weights(folder: Path, about: Mapping[str, Any], module: nn.Module, whi
     return {"weights": which, "sha256": sha256_of(named / "trainer.safetensors")}
 
 
-def read_about(folder: Path) -> dict[str, Any]:
-    """patch.json of a folder; MissingError if there is none, IntegrityError if it lacks what is needed."""
+def read_patch_record(folder: Path) -> PatchRecord:
+    """Returns patch.json of a folder; MissingError if there is none, IntegrityError if it lacks what is needed."""
     if not folder.is_dir():
         raise MissingError(f"there is no run {folder}", "name a folder made by dmpctl patch")
     if not (folder / "patch.json").is_file():
         raise MissingError(f"{folder} holds no finished patch (patch.json)", "train it, or end its training: dmpctl patch")
-    about = read_json(folder / "patch.json", SCHEMA_VERSION)
-    refuse_incomplete(about, folder / "patch.json")
-    return about
+    return read_record(folder / "patch.json", PatchRecord)
 
 
-def refuse_incomplete(about: object, path: Path) -> None:
-    """IntegrityError unless what `path` says of a patch is of this version and holds what is needed to use it."""
-    if isinstance(about, dict) and about.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
-        raise IntegrityError(f"{path} has schema_version {about['schema_version']}, this dmpctl reads {SCHEMA_VERSION}")
-    for where, names in NEEDED.items():
-        part = about[where] if where and isinstance(about, dict) else about
-        missing = [name for name in names if name not in part] if isinstance(part, dict) else names
-        if missing:
-            raise IntegrityError(f"{path} lacks {', '.join(missing)}" + (f" of its {where}" if where else ""))
-
-
-def method_of(folder: Path, about: Mapping[str, Any]) -> Method:
-    """The settings of the method that patch.json names; IntegrityError where they are none of this version."""
-    kinds: TypeAdapter[Method] = TypeAdapter(Annotated[Method, Field(discriminator="method")])
-    try:
-        return kinds.validate_python(about["method"])
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"][1:])) or "method"  # the first is the kind
-        raise IntegrityError(f"{folder / 'patch.json'} does not fit this dmpctl: {where}: {first['msg']}") from None
-
-
-def refuse_other_backbone(folder: Path, about: Mapping[str, Any], loaded: Loaded) -> None:
+def refuse_other_backbone(folder: Path, wanted: BackboneRecord, loaded: Loaded) -> None:
     """IntegrityError, saying which, unless shape, schedule and weights are those the patch was trained on."""
-    named, spec = about["backbone"], loaded.spec
-    found = {"latent_shape": list(spec.latent_shape), "sites": len(spec.sites), "schedule": asdict(spec.schedule)}
-    for key, value in found.items():
-        if named[key] != value:
-            raise IntegrityError(
-                f"{folder} was trained on a backbone with {key.replace('_', ' ')} {named[key]}, this one has {value}"
-            )
-    if named["sha256"] != loaded.digest:
+    if mismatch := wanted.mismatch(loaded.spec):
+        raise IntegrityError(f"{folder} was trained on a backbone with {mismatch}")
+    if wanted.sha256 != loaded.digest:
         raise IntegrityError(
-            f"{folder} was trained on another backbone: sha256 {named['sha256'][:16]}, this one is {loaded.digest[:16]}",
-            f"use the backbone it names: {named['base']}",
+            f"{folder} was trained on another backbone: sha256 {wanted.sha256[:16]}, this one is {loaded.digest[:16]}",
+            f"use the backbone it names: {wanted.base}",
         )
 
 
@@ -223,13 +189,15 @@ def load_result(folder: Path, which: Which | None = None) -> Patched:
     if folder.is_file():
         if which is not None:
             raise UsageError(f"{folder} is a backbone with one set of weights", "leave --weights out")
-        return Patched(load_backbone(Base(base=str(folder))), None, {})
+        return Patched(load_backbone(Base(base=str(folder))))
     if (folder / "backbone.safetensors").is_file() and not (folder / "patch.json").is_file():
         loaded = load_backbone(Base(base=str(folder)))
-        about = read_json(folder / "backbone.json", SCHEMA_VERSION) if (folder / "backbone.json").is_file() else {"step": 0}
-        if other_weights(folder, about, loaded.model, which):
+        beside = folder / "backbone.json"
+        record = read_record(beside, PretrainedRecord) if beside.is_file() else None
+        step, held = (record.step, record.weights) if record else (0, None)
+        if other_weights(folder, step, held, loaded.model, which):
             loaded = replace(loaded, digest=digest_of(loaded.model.state_dict()), origin=f"{loaded.origin}, {which}")
-        return Patched(loaded, None, {})
+        return Patched(loaded)
     return load_patch(folder, which=which)
 
 

@@ -1,9 +1,8 @@
 """A backbone with its patch, in memory."""
 
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from dmpctl.methods.base import ChangedBackbone
 from dmpctl.models.backbone import Loaded
 from dmpctl.models.build import PatchModule, build_codec
 from dmpctl.models.conditions import Prompts, encoded, open_encoder, prompts_for
+from dmpctl.runs.records import PatchRecord, Which
 from dmpctl.settings.model import Settings
 from dmpctl.settings.sections import Data
 from dmpctl.types import Backbone, Codec, Progress, Routings, Source
@@ -46,13 +46,13 @@ def routing_of(
 class Patched:
     """A frozen backbone, and its patch (None: the backbone alone), with the codec of its images.
 
-    `about` is patch.json, {} without a patch. `text` reads captions, `prompts` are those of generated images: None where the
-    backbone takes none, or until one asks for them. `precision`: bf16 predicts under autocast.
+    `record` is patch.json, None without a patch or before it is trained. `text` reads captions, `prompts` are those of
+    generated images: None where the backbone takes none, or until one asks for them. `precision`: bf16 predicts under autocast.
     """
 
     backbone: Loaded
-    patch: PatchModule | None
-    about: Mapping[str, Any]
+    patch: PatchModule | None = None
+    record: PatchRecord | None = None
     codec: Codec = field(default_factory=Identity)
     text: TextEncoder | None = None
     prompts: Prompts | None = None
@@ -86,33 +86,42 @@ class Patched:
     @property
     def step(self) -> int:
         """Optimizer steps behind the patch, 0 without one."""
-        return int(self.about.get("step", 0))
+        return 0 if self.record is None else self.record.step
+
+    @property
+    def weights(self) -> Which | None:
+        """Which of the trained weights the patch has; None without one, or where its record does not say."""
+        return None if self.record is None else self.record.weights
+
+    @property
+    def patch_sha256(self) -> str | None:
+        """sha256 of the patch's file, None without a patch."""
+        return None if self.record is None else self.record.sha256
 
     def unpatched(self) -> "Patched":
         """The same backbone without its patch."""
-        return replace(self, patch=None, about={})
+        return replace(self, patch=None, record=None)
 
     @property
     def trained_on(self) -> str | None:
         """The images it was trained on, by a name that opens them; None if it does not say."""
-        if self.about:
-            name = self.about["data"]["name"]
-            return None if name is None else str(name)
-        return self.backbone.data
+        return self.backbone.data if self.record is None else self.record.data.name
 
     @property
     def data(self) -> Data | None:
         """The same with the columns that were named for it, to be opened."""
-        name = self.trained_on
-        return None if name is None else Data(data=name, **self.about.get("data", {}).get("columns", {}))
+        columns = {} if self.record is None else self.record.data.columns or {}
+        return None if self.trained_on is None else Data.model_validate({"data": self.trained_on, **columns})
 
     def with_codec(self, settings: Settings) -> "Patched":
         """The same with the codec and the text encoder that the settings name; what was loaded has none until then."""
-        return replace(self.with_text(settings), codec=build_codec(self.backbone, settings, self.about.get("codec")))
+        return replace(
+            self.with_text(settings), codec=build_codec(self.backbone, settings, self.record.codec if self.record else None)
+        )
 
     def with_text(self, settings: Settings) -> "Patched":
         """The same with the text encoder alone."""
-        recorded = self.about.get("text") or self.backbone.text
+        recorded = (self.record and self.record.text) or self.backbone.text
         return replace(self, text=open_encoder(settings, self.backbone.spec, recorded))
 
     def with_prompts(self, settings: Settings, count: int, progress: Progress, data: Source | None = None) -> "Patched":

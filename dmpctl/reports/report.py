@@ -15,8 +15,9 @@ from dmpctl.gates.figures import gates_seen, judge, sites_table
 from dmpctl.gates.plots import heat_map
 from dmpctl.measuring.before_after import table as comparison_table
 from dmpctl.measuring.record import sampling_words
-from dmpctl.models.patch_files import added_words, load_result
+from dmpctl.models.patch_files import load_result
 from dmpctl.pages.page import drawing, render, to_svg
+from dmpctl.runs.records import PatchRecord, PretrainedRecord, read_record
 from dmpctl.runs.rundir import RunDir
 from dmpctl.settings.model import Settings
 from dmpctl.types import Progress, Report
@@ -57,13 +58,12 @@ class GatesSection:
 class RunPage:
     """All that report.html.j2 shows; what the run does not have is empty. `gates` str: why they cannot be shown here.
 
-    `about` is patch.json or backbone.json, `sessions` are those of provenance.json, `settings` those of config.json.
+    `record` is patch.json or backbone.json, `sessions` are those of provenance.json, `settings` those of config.json.
     """
 
     name: str
     command: str
-    about: Mapping[str, object]
-    added: str
+    record: PatchRecord | PretrainedRecord | None
     comparison: Mapping[str, object]
     sheets: Sequence[Picture]
     measurements: Rows
@@ -106,14 +106,12 @@ def report(settings: Settings, path: Path, progress: Progress) -> Report:
 def page_of(run: RunDir, settings: Settings, progress: Progress) -> RunPage:
     """Returns the page of a run. MissingError if it is none."""
     config = run.config()
-    about = _json(run.path / "patch.json") or _json(run.path / "backbone.json")
     comparisons = sorted(run.path.glob("metrics/comparison-*.json"))
     sessions = _json(run.path / "provenance.json").get("sessions", [])
     return RunPage(
         name=run.path.name,
         command=config["command"],
-        about=about,
-        added=added_words(about) if "method" in about else "",
+        record=record_of(run.path),
         comparison=_json(comparisons[-1]) if comparisons else {},
         sheets=contact_sheets(run.path),
         measurements=measurements(run.path),
@@ -123,6 +121,13 @@ def page_of(run: RunDir, settings: Settings, progress: Progress) -> RunPage:
         sessions=sessions,
         settings=config["settings"],
     )
+
+
+def record_of(run: Path) -> PatchRecord | PretrainedRecord | None:
+    """Returns patch.json or backbone.json of a run, None before its training has ended."""
+    if (run / "patch.json").is_file():
+        return read_record(run / "patch.json", PatchRecord)
+    return read_record(run / "backbone.json", PretrainedRecord) if (run / "backbone.json").is_file() else None
 
 
 def contact_sheets(run: Path) -> list[Picture]:

@@ -28,6 +28,7 @@ from dmpctl.files import (
     writing,
 )
 from dmpctl.processes.sharded import shared_like, whole
+from dmpctl.runs.records import Description
 
 SCHEMA_VERSION = 1
 NAME = re.compile(r"step-(\d{7,})")
@@ -100,7 +101,7 @@ def save(
     folder: Path,
     kind: str,
     weights: Mapping[str, Tensor],
-    described: Mapping[str, Any],
+    described: Description,
     state: TrainerState,
     keep: int,
     keep_every: int | None = None,
@@ -116,7 +117,9 @@ def save(
     temporary = make_folder(folder / f"{final.name}.tmp")
     try:
         hashes = {f"{kind}.safetensors": write_tensors(temporary / f"{kind}.safetensors", weights)}
-        write_json(temporary / f"{kind}.json", {**described, "sha256": hashes[f"{kind}.safetensors"]})
+        which = "ema" if state.ema else "raw"
+        record = {**described.to_json(), "step": state.step, "weights": which, "sha256": hashes[f"{kind}.safetensors"]}
+        write_json(temporary / f"{kind}.json", record)
         hashes[f"{kind}.json"] = sha256_of(temporary / f"{kind}.json")
         tensors = {f"raw.{n}": v for n, v in state.raw.items()} | {f"ema.{n}": v for n, v in state.ema.items()}
         tensors |= {f"optimizer.{k}.{n}": v for n, moments in state.optimizer.items() for k, v in moments.items()}

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from torch import Tensor
 
 from dmpctl.runs import checkpoint
 from dmpctl.runs.checkpoint import TrainerState
+from dmpctl.runs.records import Description
 
 
 class Saver:
@@ -23,7 +23,7 @@ class Saver:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="saver")
         self._going: Future[Path] | None = None
 
-    def save(self, state: TrainerState, untrained: Mapping[str, Tensor], described: Mapping[str, Any]) -> None:
+    def save(self, state: TrainerState, untrained: Mapping[str, Tensor], described: Description) -> None:
         """Write this checkpoint, after the one before; returns when all of it has been copied.
 
         What is used afterwards: the average where one is kept, else the raw weights, and `untrained` tensors of the module.
@@ -32,7 +32,7 @@ class Saver:
         kept = checkpoint.copied(state)
         weights = checkpoint.copied_tensors(untrained) | kept.raw | kept.ema
         self._going = self._pool.submit(
-            checkpoint.save, self._folder, self._kind, weights, dict(described), kept, self._keep, self._keep_every
+            checkpoint.save, self._folder, self._kind, weights, described, kept, self._keep, self._keep_every
         )
 
     def check(self) -> None:

@@ -201,16 +201,23 @@ def samples_folder(run: Path, model: Patched, sampling: Sampling) -> Path:
 
 def samples_about(model: Patched, settings: Settings) -> dict[str, Any]:
     """All that shapes the images of a run, as samples.json records it."""
+    codec = latent_record(model.codec)
     return {
         "schema_version": SCHEMA_VERSION,
         "sampling": settings.sampling.model_dump(mode="json", exclude={"sample_batch"}),
         "label": settings.images.image_label,
         "backbone_sha256": model.backbone.digest,
-        "patch_sha256": model.about.get("sha256"),
+        "patch_sha256": model.patch_sha256,
         "step": model.step,
-        "codec": latent_record(model.codec),
-        **({"prompts": dict(model.prompts.about), "text": encoder_record(model.text)} if model.prompts else {}),
+        "codec": codec and codec.to_json(),
+        **prompts_record(model),
     }
+
+
+def prompts_record(model: Patched) -> dict[str, Any]:
+    """Prompts and text encoder, as measurements and samples record them; {} where the images show no prompts."""
+    text = encoder_record(model.text)
+    return {"prompts": dict(model.prompts.about), "text": text and text.to_json()} if model.prompts else {}
 
 
 def begin_samples(folder: Path, about: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from dmpctl.models.patch_files import load_patch
 from dmpctl.models.patched import Patched
 from dmpctl.processes.accelerator import accelerator_for
 from dmpctl.runs import checkpoint
+from dmpctl.runs.records import PatchDescription
 from dmpctl.runs.rundir import RunDir
 from dmpctl.settings.model import Settings
 from dmpctl.settings.sections import Base
@@ -211,8 +212,10 @@ def _train(cell: Cell, run: RunDir) -> dict[str, Any]:
     cell.stage.loaded.model.to(accelerator.device)
     train_in(run, session, cell.settings, accelerator, Silent())
     patch.refuse_changed_backbone(cell.stage.loaded)
-    whole = {"added_parameters": cell.stage.loaded.spec.parameters, "added_percent": 100.0}
-    return {key: session.subject.described.get(key, value) for key, value in whole.items()}
+    described = session.subject.described
+    if isinstance(described, PatchDescription):
+        return {"added_parameters": described.added_parameters, "added_percent": described.added_percent}
+    return {"added_parameters": cell.stage.loaded.spec.parameters, "added_percent": 100.0}
 
 
 def _session(cell: Cell) -> Session:
@@ -240,7 +243,7 @@ def _model(cell: Cell) -> Patched:
     """What the cell's training has made, as it is on disk."""
     if cell.goes_on is None:
         return cell.stage.fitted(load_patch(cell.path, cell.settings.base))
-    return cell.stage.fitted(Patched(load_backbone(Base(base=str(cell.path))), None, {}))
+    return cell.stage.fitted(Patched(load_backbone(Base(base=str(cell.path)))))
 
 
 def measured(model: Patched, stage: Stage, side: Side, tuning: bool, device: torch.device) -> dict[str, Any]:

@@ -72,7 +72,7 @@ class Stage:
     @property
     def plain(self) -> Patched:
         """The backbone alone."""
-        return self.fitted(Patched(self.loaded, None, {}))
+        return self.fitted(Patched(self.loaded))
 
     def fitted(self, model: Patched) -> Patched:
         """A model with the codec, the text encoder and the precision of this stage."""

@@ -20,12 +20,13 @@ from dmpctl.models.backbone import Loaded, is_planned, load_backbone, planned_mo
 from dmpctl.models.build import build_codec, build_patch
 from dmpctl.models.codec import latent_record
 from dmpctl.models.conditions import captions_of, encoder_record, open_encoder
-from dmpctl.models.patch_files import added_words, backbone_digest, describe_patch, lasting_name, load_patch
+from dmpctl.models.patch_files import backbone_digest, describe_patch, lasting_name, load_patch
 from dmpctl.models.patched import Patched, predict_patched, routing_of
 from dmpctl.models.sources import open_data
 from dmpctl.models.speed import state_as_cast
 from dmpctl.processes.accelerator import accelerator_for
 from dmpctl.processes.device import resolve_device
+from dmpctl.runs.records import DataRecord, PatchDescription
 from dmpctl.runs.rundir import RunDir
 from dmpctl.sampling.generate import denoiser_of
 from dmpctl.sampling.pictures import write_picture
@@ -85,7 +86,7 @@ def with_weights_here(settings: Settings, progress: Progress) -> Settings:
 def refuse_sampling(settings: Settings, loaded: Loaded, source: Source) -> None:
     """What does not suit the comparison fails now, not after training: guidance, sampler, data without captions."""
     if loaded.spec.text is None:
-        denoiser_of(Patched(loaded, None, {}), [0], settings.sampling, torch.device("cpu"))
+        denoiser_of(Patched(loaded), [0], settings.sampling, torch.device("cpu"))
     else:
         refuse_other_kind(settings.sampling.sampler, flow=False)
         captions_of(source, 0)
@@ -101,26 +102,23 @@ def session_of(settings: Settings, loaded: Loaded, codec: Codec, source: Source)
     loaded.model.recompute = settings.train.grad_checkpoint
     module = build_patch(loaded.model, settings.method, settings.run.seed)
     text = open_encoder(settings, loaded.spec, loaded.text)
-    described = describe_patch(
-        loaded,
-        settings.base,
-        settings.method,
-        module,
-        data_name(settings, loaded),
-        source.fingerprint,
-        latent_record(codec),
-        encoder_record(text),
-    )
-    named = settings.data.model_dump(include={"image_column", "label_column", "caption_column"}, exclude_none=True)
-    described["data"] |= {"columns": named} if named else {}
+    columns = settings.data.model_dump(include={"image_column", "label_column", "caption_column"}, exclude_none=True)
+    data = DataRecord(name=data_name(settings, loaded), fingerprint=source.fingerprint, columns=columns or None)
+    described = describe_patch(loaded, settings.base, settings.method, module, data, latent_record(codec), encoder_record(text))
     predict = partial(predict_patched, loaded.model, module.time_only)
     route = partial(routing_of, loaded.model, module.time_only)
     network = module.changed if isinstance(module, FullPatch | LoraPatch) else loaded.model
     groups, noise, whole = module.param_groups(), module.noise_shape(), not isinstance(module, LoraPatch)
     subject = Subject("patch", module, network, groups, predict, route, module.penalty, noise, described, whole)
     digests = {"backbone_sha256": loaded.digest, "data_fingerprint": source.fingerprint}
-    profile = partial(error_profile, Patched(loaded, None, {}, codec, text), source, settings.run.seed)
+    profile = partial(error_profile, Patched(loaded, codec=codec, text=text), source, settings.run.seed)
     return Session("patch", subject, loaded.spec, codec, source, digests, {"backbone": loaded.origin}, profile=profile, text=text)
+
+
+def description_of(session: Session) -> PatchDescription:
+    """Returns what patch.json will say of the patch that is trained here."""
+    assert isinstance(session.subject.described, PatchDescription)  # `session_of` has put it there
+    return session.subject.described
 
 
 def refuse_changed_backbone(loaded: Loaded, expected: str | None = None) -> None:
@@ -152,12 +150,13 @@ def _parameters_only(settings: Settings, backbone: int, added: int) -> Report:
 
 
 def _planned(settings: Settings, path: Path, session: Session) -> Report:
-    described, source = session.subject.described, session.source
-    backbone = described["backbone"]
-    data = {"dry_run": True, "ready": True, "run": str(path), "images": len(source), "iters": settings.train.iters, **described}
+    described, source = description_of(session), session.source
+    backbone = described.backbone
+    data = {"dry_run": True, "ready": True, "run": str(path), "images": len(source), "iters": settings.train.iters}
+    data |= described.to_json()
     row = {
-        "backbone": f"{backbone['base']} ({backbone['parameters']:,})",
-        "patch": added_words(described),
+        "backbone": f"{backbone.base} ({backbone.parameters:,})",
+        "patch": described.added_words,
         "data": f"{source.name} ({len(source)})",
         "iterations": str(settings.train.iters),
         "run": str(path),
@@ -167,14 +166,14 @@ def _planned(settings: Settings, path: Path, session: Session) -> Report:
 
 def _report(settings: Settings, run: RunDir, session: Session, trained: Trained, progress: Progress) -> Report:
     """The table that ends the command. The comparison is made once: a complete run shows what it has recorded."""
-    patched, described = replace(load_patch(run.path), codec=session.codec, text=session.text), session.subject.described
+    patched, described = replace(load_patch(run.path), codec=session.codec, text=session.text), description_of(session)
     data: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "run": str(run.path), "step": patched.step}
-    data |= {"patch_sha256": patched.about["sha256"], "train_seconds": round(trained.seconds, 1)}
-    data |= {"added_parameters": described["added_parameters"], "added_percent": described["added_percent"]}
+    data |= {"patch_sha256": patched.patch_sha256, "train_seconds": round(trained.seconds, 1)}
+    data |= {"added_parameters": described.added_parameters, "added_percent": described.added_percent}
     first = f"trained {trained.step - trained.start} steps in {trained.seconds:.0f} s"
     if trained.was_complete:
         first = f"the run was complete already, at step {patched.step}"
-    first += f"; the patch adds {added_words(described)}"
+    first += f"; the patch adds {described.added_words}"
     where = f"patch: {run.path / 'patch.safetensors'}"
     if not settings.evaluate.evaluate:
         return Report(data, (), (first, where))
@@ -193,7 +192,7 @@ def _compared(settings: Settings, run: RunDir, source: Source, patched: Patched,
     """The comparison of this patch under these settings: recorded, or made now and recorded with its sheet."""
     path = run.path / "metrics" / f"comparison-{patched.step:07d}.json"
     sheet = run.path / "before-after.png"
-    identity = {"patch_sha256": patched.about["sha256"], "protocol": before_after.protocol(settings, source)}
+    identity = {"patch_sha256": patched.patch_sha256, "protocol": before_after.protocol(settings, source)}
     if path.is_file() and sheet.is_file():
         before = read_json(path, SCHEMA_VERSION)
         if all(before.get(key) == value for key, value in identity.items()):

@@ -19,6 +19,7 @@ from dmpctl.models.conditions import captions_of, encoder_record, open_encoder
 from dmpctl.models.patch_files import lasting_name
 from dmpctl.processes.accelerator import accelerator_for
 from dmpctl.rng import seed_of
+from dmpctl.runs.records import BackboneDescription
 from dmpctl.runs.rundir import RunDir
 from dmpctl.settings.model import Settings
 from dmpctl.store.locate import lasting_data
@@ -108,13 +109,14 @@ def session_of(
         model = PixArt(network, schedule, text.max_length)
     model.initialise(generator)
     metadata = metadata_of(Loaded(model, "", "", name, codec_record, text_record))
-    facts = {**facts_of(model), "data": source.name, "images": len(source)}
-    facts |= {key: value for key, value in (("codec", codec_record), ("text", text_record)) if value is not None}
+    described = BackboneDescription(
+        schema_version=1, **facts_of(model), data=source.name, images=len(source), codec=codec_record, text=text_record
+    )
     model.recompute = settings.train.grad_checkpoint
     groups: list[ParamGroup] = [{"name": "backbone", "params": list(model.parameters()), "lr": settings.pretrain.lr}]
-    subject = Subject(
-        "backbone", model.train(), model, groups, predict, no_routing, no_penalty, None, {"schema_version": 1, **facts}
-    )
+    subject = Subject("backbone", model.train(), model, groups, predict, no_routing, no_penalty, None, described)
+    facts = described.to_json()
+    del facts["schema_version"]
     digests = {"data_fingerprint": source.fingerprint}
     return Session("pretrain", subject, model.spec, codec, source, digests, facts, metadata, text=text)
 

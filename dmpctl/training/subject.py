@@ -1,11 +1,11 @@
 """One thing to be trained: a patch on a frozen backbone, or a backbone itself."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
+from dmpctl.runs.records import Description
 from dmpctl.types import ParamGroup, Routings
 
 Predict = Callable[[nn.Module, Tensor, Tensor, "Tensor | None", "Tensor | None"], tuple[Tensor, "Routings"]]
@@ -31,5 +31,5 @@ class Subject:
     route: Route
     penalty: Callable[[Routings], dict[str, Tensor]]
     gate_noise_shape: tuple[int, ...] | None
-    described: Mapping[str, Any]
+    described: Description
     shardable: bool = True

@@ -317,9 +317,8 @@ class Trainer:
         """Write a checkpoint of this step (main process); what is shared out is put together by all."""
         state = self._state() if self.ranks.is_main or is_sharded(self.subject.module) else None
         if state is not None and self.ranks.is_main:
-            described = {**self.subject.described, "step": self.step, "weights": "ema" if self.ema else "raw"}
             untrained = {n: v for n, v in self.subject.module.state_dict().items() if n not in self.parameters}
-            saver.save(state, untrained, described)
+            saver.save(state, untrained, self.subject.described)
 
     def _state(self) -> checkpoint.TrainerState:
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}

@@ -102,7 +102,7 @@ def test_merged_gives_the_same_predictions_from_one_file(tmp_path, run):
     else:
         assert same_state(before, after)
         assert torch.equal(predicted(after), predicted(before))
-        assert (after.step, after.about) == (before.step, before.about)
+        assert (after.step, after.record) == (before.step, before.record)
 
 
 def test_a_merged_file_comes_apart_again(tmp_path, run):
@@ -111,9 +111,9 @@ def test_a_merged_file_comes_apart_again(tmp_path, run):
     assert torch.equal(predicted(load_result(tmp_path / "m.safetensors")), predicted(after))
     if before.patch is not None and after.patch is not None:
         assert same_state(before, after)
-        assert after.about["backbone"]["base"] == str(tmp_path / "apart" / "backbone.safetensors")
+        assert after.record.backbone.base == str(tmp_path / "apart" / "backbone.safetensors")
         kept = ("method", "step", "data", "weights", "sha256", "added_parameters")
-        assert {key: after.about[key] for key in kept} == {key: before.about[key] for key in kept}
+        assert {key: getattr(after.record, key) for key in kept} == {key: getattr(before.record, key) for key in kept}
 
 
 def test_a_merged_file_is_no_backbone_for_another_patch(tmp_path, finished):
@@ -181,7 +181,9 @@ def test_the_published_layout_and_back_is_bit_exact(tmp_path, name):
     assert same_state(before, after)
     assert torch.equal(predicted(before), predicted(after))
     assert after.step == before.step == 3
-    one, two = ([model.about["method"].get(key) for key in ("method", "position", "gate", "topk")] for model in (before, after))
+    one, two = (
+        [getattr(model.record.method, key, None) for key in ("method", "position", "gate", "topk")] for model in (before, after)
+    )
     assert one == two
 
 
@@ -331,7 +333,7 @@ def test_the_last_weights_of_a_run_with_an_average(tmp_path):
         exported(run, "merged", out=tmp_path / f"{which}.safetensors", result_weights=which)
         after = load_result(tmp_path / f"{which}.safetensors")
         assert same_state(load_result(run, which), after)
-        assert after.about["weights"] == which
+        assert after.record.weights == which
         assert load_result(tmp_path / f"{which}.safetensors", which).patch is not None
     with pytest.raises(UsageError, match="holds no raw weights"):
         load_result(tmp_path / "ema.safetensors", "raw")

@@ -19,6 +19,7 @@ from dmpctl.methods.prompt_tuning import PromptPatch
 from dmpctl.models.backbone import load_backbone
 from dmpctl.models.patch_files import load_patch, load_result
 from dmpctl.models.patched import Patched
+from dmpctl.runs.records import CodecRecord
 from dmpctl.settings.sections import Base
 from dmpctl.types import ScheduleSpec, Silent
 from tests.helpers import files, flip, settings_for, tree
@@ -98,7 +99,7 @@ def test_options_go_before_the_config(tmp_path):
     method = report.data["method"]
     assert (method["gate"], method["topk"], method["position"]) == ("topk", 3, "prepend")
     assert (report.data["schedule"]["kind"], report.data["config"]["num_heads"]) == ("linear", 8)
-    assert load_result(tmp_path / "run").about["data"]["name"] == load_result(tmp_path / "run").backbone.data == "digits"
+    assert load_result(tmp_path / "run").record.data.name == load_result(tmp_path / "run").backbone.data == "digits"
 
 
 @pytest.mark.parametrize(("topk", "kept"), [(1.0, None), (1, None), (0.5, 8), (0.49, 7), (16, None), (5, 5)])
@@ -209,7 +210,7 @@ def test_weights_that_the_file_does_not_hold(tmp_path):
 def test_our_own_backbone_keeps_what_it_says(tmp_path):
     config = DiTConfig(4, 1, 2, 8, 2, 2, 3, null_class=False)
     state = small(0, config)
-    codec = {"name": "vae-ema", "fingerprint": "0" * 64, "scale": 0.18215}
+    codec = CodecRecord(name="vae-ema", fingerprint="0" * 64, scale=0.18215)
     write_tensors(tmp_path / "a.safetensors", state, dit_metadata(config, ScheduleSpec("cosine", 400), "digits", codec))
     imported(tmp_path / "a.safetensors", tmp_path / "run")
     model = load_result(tmp_path / "run").backbone

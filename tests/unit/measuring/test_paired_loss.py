@@ -69,7 +69,7 @@ def test_the_batch_does_not_matter_and_the_seed_does(finished):
 def test_labels_reach_a_conditional_backbone(conditional):
     model = load_result(conditional)
     found, _ = epsilon_errors(model, Few(6), CPU, 0, Silent())
-    null = Patched(model.backbone, None, {})
+    null = Patched(model.backbone)
     without = null.predict(torch.zeros(1, 1, 8, 8), torch.tensor([5]), torch.tensor([10]))
     labelled = null.predict(torch.zeros(1, 1, 8, 8), torch.tensor([5]), torch.tensor([3]))
     assert not torch.equal(without, labelled)

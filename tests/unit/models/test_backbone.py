@@ -7,6 +7,7 @@ from dmpctl.backbones.dit import DiTConfig
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.files import read_tensors, write_tensors
 from dmpctl.models import backbone
+from dmpctl.runs.records import EncoderRecord
 from dmpctl.settings.sections import Base
 from dmpctl.store import locate
 from tests.foreign_helpers import pipeline, tiny_pixart
@@ -46,7 +47,7 @@ def test_an_unknown_name_gets_the_nearest(name, hint):
 def test_what_a_published_backbone_reads_captions_with_is_known(tmp_path, monkeypatch):
     folder = pipeline(tmp_path / "pixart", tiny_pixart())
     monkeypatch.setattr(locate, "require", lambda name, settings: folder)
-    assert backbone.load_backbone(Base(base="pixart-256")).text == {"name": "pixart-t5"}
+    assert backbone.load_backbone(Base(base="pixart-256")).text == EncoderRecord(name="pixart-t5")
     assert backbone.load_backbone(Base(base=str(folder))).text is None
     assert backbone.needed_encoder("dit-xl2-256") is None
 

@@ -14,6 +14,7 @@ from dmpctl.methods.full import FullPatch
 from dmpctl.methods.lora import LoraPatch
 from dmpctl.methods.prompt_tuning import PromptPatch
 from dmpctl.models import backbone, build, sources
+from dmpctl.runs.records import CodecRecord
 from dmpctl.settings.assets import AssetRow, Assets
 from dmpctl.settings.methods import Dmp, Full, Lora, PromptTuning
 from dmpctl.settings.sections import Base, Data
@@ -97,7 +98,7 @@ def test_the_codec_is_the_one_the_backbone_was_trained_with(tmp_path):
     latent = replace(loaded, model=backbone.freeze(DiT(DiTConfig(8, 4, 2, 16, 2, 2, 0))))
     with pytest.raises(MissingError, match="vae-ema"):
         build.build_codec(latent, settings)
-    recorded = replace(latent, codec={"name": "vae-mse", "fingerprint": "", "scale": 1.0})
+    recorded = replace(latent, codec=CodecRecord(name="vae-mse", fingerprint="", scale=1.0))
     with pytest.raises(MissingError, match="vae-mse"):
         build.build_codec(recorded, settings)
 

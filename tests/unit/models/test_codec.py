@@ -58,12 +58,12 @@ def test_auto_takes_what_the_backbone_was_trained_with(opened, cache):
     assert opened("auto", channels=4, recorded=recorded).name == "vae-mse"
     assert opened("auto", channels=4, recorded=codec_record(Identity())).name == "identity"
     folder = codec_record(opened(str(cache / "vae-mse")))
-    assert folder["name"] == str(cache / "vae-mse")
-    assert opened("auto", recorded=folder).fingerprint == recorded["fingerprint"]
+    assert folder.name == str(cache / "vae-mse")
+    assert opened("auto", recorded=folder).fingerprint == recorded.fingerprint
 
 
 def test_auto_refuses_another_than_was_recorded(opened, cache):
-    recorded = codec_record(Vae(cache / "vae-ema", "vae-ema")) | {"name": "vae-mse"}
+    recorded = codec_record(Vae(cache / "vae-ema", "vae-ema")).model_copy(update={"name": "vae-mse"})
     with pytest.raises(IntegrityError, match=r"the codec vae-mse has sha256 .*, the backbone was trained with ") as caught:
         opened("auto", channels=4, recorded=recorded)
     assert caught.value.exit_code == 4
@@ -95,7 +95,7 @@ def test_what_is_not_there_is_said_with_the_way_out(opened, tmp_path):
 def test_a_backbone_carries_its_codec(opened, tmp_path):
     tensors = DiT(CONFIG).state_dict()
     record = codec_record(opened("vae-ema"))
-    assert set(record) == {"name", "fingerprint", "scale"}
+    assert set(record.to_json()) == {"name", "fingerprint", "scale"}
     write_tensors(tmp_path / "with.safetensors", tensors, dit_metadata(CONFIG, ScheduleSpec(), "faces", record))
     assert read_weights(tmp_path / "with.safetensors").codec == record
     write_tensors(tmp_path / "without.safetensors", tensors, dit_metadata(CONFIG, ScheduleSpec(), "faces"))

@@ -34,7 +34,7 @@ def test_a_loaded_patch_is_what_was_saved(finished):
     assert set(model.patch.state_dict()) == set(tensors)
     assert all(torch.equal(model.patch.state_dict()[name], value) for name, value in tensors.items())
     assert not any(p.requires_grad for p in model.patch.parameters())
-    assert backbone_digest(model.backbone) == model.backbone.digest == model.about["backbone"]["sha256"]
+    assert backbone_digest(model.backbone) == model.backbone.digest == model.record.backbone.sha256
 
 
 def test_a_checkpoint_is_a_patch_too(finished):

@@ -9,6 +9,7 @@ from torch import nn
 from dmpctl import files
 from dmpctl.errors import IntegrityError, UsageError
 from dmpctl.runs import checkpoint
+from dmpctl.runs.records import Description
 from tests.helpers import flip
 
 FILES = ("patch.safetensors", "patch.json", "trainer.safetensors", "trainer.json")
@@ -36,7 +37,7 @@ class Subject:
 
     def save(self, folder: Path, step: int, keep: int = 9) -> Path:
         weights = dict(self.module.state_dict())
-        return checkpoint.save(folder, "patch", weights, {"schema_version": 1}, self.state(step), keep)
+        return checkpoint.save(folder, "patch", weights, Description(schema_version=1), self.state(step), keep)
 
 
 def test_a_state_comes_back_bit_for_bit(tmp_path):

@@ -7,6 +7,7 @@ import torch
 
 from dmpctl.errors import UsageError
 from dmpctl.runs import checkpoint
+from dmpctl.runs.records import Description
 from dmpctl.runs.saver import Saver
 
 
@@ -25,7 +26,7 @@ def test_what_is_saved_is_the_moment_of_the_call(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "save", slow)
     weights, fixed = torch.arange(3.0), torch.full((2,), 7.0)
     with Saver(tmp_path, "patch", keep=3) as saver:
-        saver.save(state(4, weights), {"fixed": fixed}, {"schema_version": 1})
+        saver.save(state(4, weights), {"fixed": fixed}, Description(schema_version=1))
         weights += 100
         fixed += 100
         go.set()
@@ -44,7 +45,7 @@ def test_a_failure_is_raised_by_the_next_call(tmp_path, monkeypatch):
     def saved(steps: int, *, finish: bool) -> None:
         with Saver(tmp_path, "patch", keep=3) as saver:
             for step in range(steps):
-                saver.save(state(step, torch.zeros(1)), {}, {})
+                saver.save(state(step, torch.zeros(1)), {}, Description())
             if finish:
                 saver.finish()
 
@@ -56,5 +57,5 @@ def test_a_failure_is_raised_by_the_next_call(tmp_path, monkeypatch):
 def test_the_last_ones_stay_and_every_so_many(tmp_path):
     with Saver(tmp_path, "patch", keep=2, keep_every=4) as saver:
         for step in range(1, 10):
-            saver.save(state(step, torch.zeros(1)), {}, {})
+            saver.save(state(step, torch.zeros(1)), {}, Description())
     assert [checkpoint.step_of(path) for path in checkpoint.complete(tmp_path)] == [4, 8, 9]

@@ -260,7 +260,7 @@ def planted(losses: dict[float, float | None], calls: list):
     """In place of measuring: a loss that depends on the rate alone; None: it was not finite."""
 
     def measured(model, stage, side, tuning, device):
-        rate = model.about["method"]["prompt_lr"]
+        rate = model.record.method.prompt_lr
         calls.append((tuning, rate))
         if losses[rate] is None:
             raise NumericalError("planted")

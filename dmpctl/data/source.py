@@ -27,7 +27,7 @@ LOOKED_INTO = 100  # sub-folders that are looked into to tell what a folder hold
 
 
 def open_source(section: Data, size: int | None, channels: int | None, settings: Settings | None = None) -> Source:
-    """The source that `section.data` names: bundled, published (ffhq, coco, hf://...), or local images, parquet or tar.
+    """Returns the source that `section.data` names: bundled, published (ffhq, coco, hf://...), or local images, parquet or tar.
 
     `size` and `channels` are what the backbone wants; None: the section's own, and failing that the data's. `settings`: with
     the user's own rows of the registry, None: the shipped ones.

@@ -6,10 +6,11 @@ from dmpctl.errors import IntegrityError, UsageError
 from dmpctl.runs.records import CodecRecord
 from dmpctl.settings.model import Settings
 from dmpctl.store.locate import locate, named
+from dmpctl.store.shapes import LATENTS
 from dmpctl.types import Codec
 
 PIXELS = (1, 3)  # channels of a backbone that works on images as they are
-PUBLISHED = {4: "vae-ema"}  # by latent channels: what the published DiTs were trained with
+PUBLISHED = {4: LATENTS}  # by latent channels: what the published DiTs were trained with
 
 
 def codec_record(codec: Codec) -> CodecRecord:

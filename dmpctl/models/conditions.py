@@ -1,4 +1,4 @@
-"""What a backbone is told beside the timestep: classes as they are, or captions as the states of a text encoder.
+"""Conditions that a backbone takes beside the timestep: classes as they are, or captions as the states of a text encoder.
 
 Data gives a number to each image, its class or one of its captions; here the numbers become what the backbone takes.
 """
@@ -131,7 +131,7 @@ def captions_of(source: Source, index: int, most: int | None = None) -> tuple[st
 def training_conditions(
     spec: BackboneSpec, encoder: TextEncoder | None, source: Source, settings: Settings, progress: Progress, again: str
 ) -> tuple[Conditions | None, CaptionNumbers | None]:
-    """What training tells the backbone, and which number each image has in each epoch (None: its label)."""
+    """Returns the conditions that training gives to the backbone, and each image's number in each epoch (None: its label)."""
     if encoder is None:
         return (Labels(spec.null_class) if spec.num_classes else None), None
     each = [captions_of(source, index, settings.text.captions_per_image) for index in range(len(source))]
@@ -141,7 +141,7 @@ def training_conditions(
 
 @dataclass(frozen=True)
 class Prompts:
-    """What generated images shall show: image k has caption k modulo their count. `about`: how they were found, JSON-able."""
+    """The captions of generated images: image k has caption k modulo their count. `about`: how they were found, JSON-able."""
 
     captions: Captions
     texts: tuple[str, ...]

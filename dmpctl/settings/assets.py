@@ -82,12 +82,12 @@ class AssetRow(BaseModel):
 
     @property
     def label(self) -> str:
-        """What people call it: its name, or the address that was given instead of one."""
+        """The row as people call it: its name, or the address that was given instead of one."""
         return self.what if "://" in self.what else self.name
 
     @property
     def filename(self) -> str:
-        """What the file is called in the cache, for a row with `url` or by hand."""
+        """The name of the file in the cache, for a row with `url` or by hand."""
         return self.file or urlsplit(self.url or "").path.rsplit("/", 1)[-1]
 
     @property

@@ -50,7 +50,7 @@ def hub_dir() -> Path:
 
 
 class Fact(BaseModel):
-    """What is known of one file; `size` in bytes."""
+    """A file as it came; `size` in bytes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -96,12 +96,12 @@ class Index(BaseModel):
 
 
 def now() -> str:
-    """This moment, UTC, to the second."""
+    """Returns this moment, UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def read_index() -> Index:
-    """The index, empty where there is none; IntegrityError where it cannot be understood."""
+    """Returns the index, empty where there is none; IntegrityError where it cannot be understood."""
     path = cache_dir() / "index.json"
     if not path.is_file():
         return Index(entries={}, licences={})
@@ -114,7 +114,7 @@ def read_index() -> Index:
 
 @contextmanager
 def changing_index() -> Iterator[Index]:
-    """The index, to be changed and then written, while no other process does the same."""
+    """Yields the index, to be changed and then written, while no other process does the same."""
     with working_on(".index"):  # no row can be called so
         index = read_index()
         yield index

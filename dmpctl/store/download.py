@@ -18,8 +18,8 @@ from dmpctl.types import Progress, Report
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for. `rows`: the registry, and addresses as rows of their own; `names`: of rows, before their parts;
-    `typed`: the same as on the command line.
+    """The rows that a command asks for. `rows`: the registry, and addresses as rows of their own; `names`: of the wanted rows,
+    before their parts; `typed`: as on the command line.
     """
 
     settings: Settings
@@ -131,7 +131,7 @@ def verified(request: Request, progress: Progress) -> Report:
     """Hash everything that is there again; IntegrityError for the first file that has changed, and how many more."""
     rows = request.wanted or [row for row in request.rows.values() if not row.parts]
     there = [row for row in rows if present(row) is not None or row.name in read_index().entries]
-    good: list[dict[str, Any]] = []
+    good: list[dict[str, str]] = []
     bad: list[IntegrityError | MissingError] = []
     for row in there:
         progress.say(f"verifying {row.label}")
@@ -146,4 +146,4 @@ def verified(request: Request, progress: Progress) -> Report:
         rest = f", and {len(bad) - 1} more are not as they should be" if len(bad) > 1 else ""
         raise type(first)(f"{first.message}{rest}", first.hint)
     lines = (f"{len(good)} files are what they were",) if good else ("nothing was downloaded yet",)
-    return Report({"verified": good}, tuple({key: str(value) for key, value in row.items()} for row in good), lines)
+    return Report({"verified": good}, tuple(good), lines)

@@ -33,7 +33,7 @@ def target_of(row: AssetRow) -> Path:
 
 
 def entry_of(row: AssetRow) -> Fetched | None:
-    """What the index knows of a row, None if it was never fetched, or the row means something else now."""
+    """Returns the index's entry of a row, None if it was never fetched, or the row means something else now."""
     entry = read_index().entries.get(row.name)
     same = entry is not None and (entry.source, entry.wanted) == (row.source, row.patterns)
     return entry if same else None
@@ -48,7 +48,7 @@ def folder_of(row: AssetRow) -> Path:
 
 
 def files_of(row: AssetRow) -> list[Expected]:
-    """The files of a row, fetched or not; empty where nobody can tell which these are."""
+    """Returns the files of a row, fetched or not; empty where nobody can tell which these are."""
     entry, folder = entry_of(row), folder_of(row)
     facts = entry.files if entry is not None else {}
     own = row.file if row.repo is not None else f"{row.name}/{row.filename}"  # the file that the row's hash and size are of
@@ -67,7 +67,7 @@ def files_of(row: AssetRow) -> list[Expected]:
 
 
 def present(row: AssetRow) -> Path | None:
-    """Where the row lies, a file or a folder, if all of it is there with the right size, else None.
+    """Returns where the row lies, a file or a folder, if all of it is there with the right size, else None.
 
     A file that was put there by hand, or fetched from https, is held against the size of its row alone: one with another size
     than at first is damaged, which `verify` says, and not fetched again.
@@ -81,7 +81,7 @@ def present(row: AssetRow) -> Path | None:
 
 
 def cached(name: str, settings: Settings | None = None) -> Path | None:
-    """Where an asset lies if it was downloaded, None if not; nothing is read of it. `settings` None: shipped rows only.
+    """Returns where an asset lies if it was downloaded, None if not; nothing is read of it. `settings` None: shipped rows only.
 
     A file, or a folder: of a whole repository, or of all downloads for a row of several parts.
     """
@@ -92,7 +92,7 @@ def cached(name: str, settings: Settings | None = None) -> Path | None:
 
 
 def require(name: str, settings: Settings | None = None) -> Path:
-    """Where an asset lies, checked: by hash, or by size alone for data, which is large.
+    """Returns where an asset lies, checked: by hash, or by size alone for data, which is large.
 
     MissingError with the command that fetches it; IntegrityError if it is not what was fetched.
     """
@@ -108,7 +108,7 @@ def require(name: str, settings: Settings | None = None) -> Path:
 
 
 def at_hand(row: AssetRow) -> Path:
-    """Where a row lies, checked; fails as `require` does."""
+    """Returns where a row lies, checked; fails as `require` does."""
     path = present(row)
     if path is None:
         raise missing(row)
@@ -129,7 +129,7 @@ def command_for(rows: list[AssetRow]) -> str:
 
 
 def verify(row: AssetRow, deep: bool) -> dict[str, Fact]:
-    """The facts of all files of a row, by hash if `deep`, else by size; IntegrityError naming file, expected and actual.
+    """Returns the facts of all files of a row, checked by hash if `deep`, else by size; IntegrityError names what differs.
 
     What was not known before (a file put there by hand) is recorded, where the cache can be written.
     """
@@ -202,7 +202,7 @@ def _from_hub(row: AssetRow, progress: Progress) -> tuple[dict[str, Fact], str]:
 
 
 def provenance(row: AssetRow) -> dict[str, Any]:
-    """What is reported of a row: source, commit, hash, licence, and when that was accepted (None: it was not)."""
+    """Returns the report of a row: source, commit, hash, licence, and when that was accepted (None: it was not)."""
     entry, accepted = entry_of(row), read_index().licences.get(row.name)
     about = {"name": row.label, "source": row.source, "licence": row.licence, "non_commercial": row.non_commercial}
     about["accepted"] = accepted.accepted if accepted and accepted.licence == row.licence else None

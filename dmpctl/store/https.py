@@ -82,7 +82,7 @@ def fetch_file(row: AssetRow, target: Path, progress: Progress) -> Fact:
 
 
 def with_patience(name: str, attempt: Callable[[], T], progress: Progress, got: Callable[[], int] = lambda: 0) -> T:
-    """What `attempt()` gives, tried again after each `Again`, with growing pauses; MissingError when that does not help.
+    """Returns what `attempt()` gives, tried again after each `Again` with growing pauses; MissingError when that does not help.
 
     Failures count in a row: as soon as `got()` (bytes) has grown by some, the count begins anew.
     """
@@ -105,7 +105,7 @@ def with_patience(name: str, attempt: Callable[[], T], progress: Progress, got: 
 
 
 class _Version(BaseModel):
-    """Which version of a file a part is of. `validator` None: the server names none. `total` (bytes) None: it was not said."""
+    """The version of a file that a part is of. `validator` None: the server names none. `total` (bytes) None: it was not said."""
 
     url: str
     validator: str | None = None
@@ -113,7 +113,7 @@ class _Version(BaseModel):
 
 
 class _Part:
-    """What has come of a row's file so far, FILE.part, and FILE.part.json with its version."""
+    """The bytes that have come of a row's file so far, FILE.part, and FILE.part.json with its version."""
 
     def __init__(self, row: AssetRow, target: Path) -> None:
         self.row, self.url, self.target = row, row.url or "", target
@@ -231,7 +231,7 @@ class _Part:
 
 
 def _chunk(answer: Any) -> bytes:
-    """What has come by now, at most CHUNK bytes, empty at the end; Again where the connection breaks."""
+    """Returns the bytes that have come by now, at most CHUNK, empty at the end; Again where the connection breaks."""
     try:
         return bytes(answer.read1(CHUNK))
     except (OSError, http.client.HTTPException, ValueError) as error:
@@ -239,7 +239,7 @@ def _chunk(answer: Any) -> bytes:
 
 
 def retry_after(value: str | None) -> float | None:
-    """Seconds of a Retry-After header: a number, or a date; None where it says nothing."""
+    """Returns the seconds of a Retry-After header: a number, or a date; None where it says nothing."""
     if value is None:
         return None
     if value.strip().isdigit():

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from dmpctl.errors import DmpError, IntegrityError, MissingError, UsageError
 from dmpctl.files import FULL, make_folder, sha256_of, write_atomic
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 def fetch_repo(row: AssetRow, commit: str | None, progress: Progress) -> tuple[dict[str, Fact], str]:
-    """The row's files of one commit (None: the one that its revision names now), in the cache and checked; and that commit.
+    """Fetches the row's files of one commit (None: that of its revision now) into the cache; returns their facts and the commit.
 
     MissingError where there is nothing or it is gated, IntegrityError where a file has another hash, UsageError on a full
     disk.
@@ -88,7 +88,7 @@ def _checked(path: Path, file: "RepoSibling") -> Fact:
 
 
 def _git_hash(path: Path) -> str:
-    """What git calls a file of these bytes."""
+    """Returns the hash that git gives to a file of these bytes."""
     data = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
@@ -111,7 +111,7 @@ def _asked(row: AssetRow, call: Callable[[], T], progress: Progress) -> T:
 def failure(
     at: HubAddress, error: Exception, instead: str | None = None, shown: str | None = None, again: str = "run the same command"
 ) -> Exception:
-    """Our sentence for what the Hub's libraries raise, in downloads, in data and in `push`.
+    """Returns our sentence for an error of the Hub's libraries, in downloads, in data and in `push`.
 
     Again where it may pass; `error` itself where it is no matter of the Hub. `instead`: what else there is, None: nothing known.
     `shown`: what messages call it, None: its page. `again`: the command that fetches it.
@@ -176,12 +176,12 @@ def _stoppable() -> Iterator[threading.Event]:
 
 
 def _bar(task: ProgressTask, stopped: threading.Event) -> type:
-    """What the library takes for a tqdm: several bars count the same bytes, the furthest of them is shown."""
+    """Returns a tqdm as far as the library uses one: several bars count the same bytes, the furthest of them is shown."""
     lock, shown = threading.Lock(), 0
 
     class Bar:
         def __init__(self, *_: object, unit: str = "it", total: int | None = None, **__: object) -> None:
-            self.n, self.total, self.format_dict, self._bytes = 0, total, dict[str, Any](), unit == "B"
+            self.n, self.total, self.format_dict, self._bytes = 0, total, dict[str, object](), unit == "B"
 
         def update(self, n: float | None = 1) -> None:
             nonlocal shown

@@ -27,7 +27,7 @@ NAME_DATA = "say --data digits, give a folder of PNG/JPEG images, or a data set 
 
 
 def locate(word: str | Path, kind: Kind, settings: Settings | None = None) -> Path:
-    """The file or folder that `word` names, checked; for a run whatever path was given.
+    """Returns the file or folder that `word` names, checked; for a run whatever path was given.
 
     `settings`: with the user's own rows of the registry, None: the shipped ones. MissingError with the command that fetches
     it, or where nothing lies at a path; UsageError, with the nearest name, for a word that is no such thing; IntegrityError
@@ -49,7 +49,7 @@ def locate(word: str | Path, kind: Kind, settings: Settings | None = None) -> Pa
 
 
 def named(kind: Kind, settings: Settings | None = None) -> Registry:
-    """The rows of the registry that a word may name where a thing of this kind is asked for."""
+    """Returns the rows of the registry that a word may name where a thing of this kind is asked for."""
     match kind:
         case "backbone" | "weights":
             return registry_of(settings)
@@ -87,9 +87,9 @@ def _nothing(name: str, path: Path, kind: Kind) -> DmpError:
 
 
 def fetch_weights(word: str | Path, settings: Settings, progress: Progress) -> Path:
-    """The file that --weights names; an address is fetched into the cache, unless offline: MissingError.
+    """Returns the file that --weights names; an address is fetched into the cache first, unless offline: MissingError.
 
-    Its hash is recorded at first, and checked after.
+    Its hash is recorded at the first download, and checked after.
     """
     address = address_in(word)
     if address is not None and present(row_at(address)) is None:
@@ -143,24 +143,24 @@ class HubRows:
 
     @property
     def shown(self) -> str:
-        """What messages call it."""
+        """The data set as messages call it."""
         return printable(self.word if self.word.startswith(HUB) else f"{self.word} ({self.at.repo})")
 
     @property
     def name(self) -> str:
-        """What a run calls it."""
+        """The data set as a run calls it."""
         return self.at.repo if self.word.startswith(HUB) else self.word
 
     @property
     def command(self) -> str:
-        """What to run to fetch it."""
+        """The command that fetches it, for hints."""
         return "run the same command online" if self.word.startswith(HUB) else f"dmpctl download {self.word}"
 
 
 def locate_data(
     word: str, settings: Settings | None = None, streaming: bool = False
 ) -> Literal["digits"] | CocoFiles | HubRows | Path:
-    """The images that `word` names, bundled or elsewhere; published ones lie in the cache, unless they are streamed.
+    """Returns where the images lie that `word` names; published ones lie in the cache, unless they are streamed.
 
     `settings` and failures as for `locate`; UsageError, too, for a row of the user's that is no data.
     """
@@ -186,7 +186,7 @@ def locate_data(
 
 
 def lasting_data(word: str, settings: Settings | None) -> str:
-    """`word`, for a row of the user's own as what can be opened without it: a path, or an hf:// address.
+    """Returns a word for these images that means the same without the user's own rows: a path or an hf:// address for such a row.
 
     A row of a published name changes what is fetched under it, not how it is found. Failures as for `locate_data`.
     """

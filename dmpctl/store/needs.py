@@ -1,4 +1,4 @@
-"""What an experiment needs of the registry, from its settings file or from its run."""
+"""The rows of the registry that an experiment needs, found in its settings file or in its run."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,14 +12,13 @@ from dmpctl.settings.model import Settings
 from dmpctl.settings.options import COMMANDS
 from dmpctl.store.addresses import HUB, address_in, of_rows
 from dmpctl.store.registry import Registry, row_at
-from dmpctl.store.shapes import is_shape
+from dmpctl.store.shapes import LATENTS, is_shape
 
 WITH_ASSETS = ("pretrain", "patch", "sample", "fid")
-LATENTS = "vae-ema"  # what the latents of published shapes are, where nothing says otherwise
 
 
 def settings_in(experiment: Path) -> list[Settings]:
-    """The settings that a run has recorded, or that each command finds in a settings file."""
+    """Returns the settings that a run has recorded, or that each command finds in a settings file."""
     path = experiment.expanduser()
     if path.is_dir() or path.suffix == ".json":
         recorded = RunDir(path if path.is_dir() else path.parent).config()["settings"]
@@ -37,7 +36,7 @@ def settings_in(experiment: Path) -> list[Settings]:
 
 
 def needed(found: list[Settings], rows: Registry) -> list[AssetRow]:
-    """Rows that these settings name, what those need in turn, and Inception where distances will be measured in it."""
+    """Returns the rows that these settings name, those that they need in turn, and Inception where distances are taken in it."""
     wanted = {row.name: row for settings in found for row in _named(settings, rows)}
     if wanted and "inception" in rows and any(map(_measures_in_inception, found)):
         wanted["inception"] = rows["inception"]

@@ -5,6 +5,7 @@ SHAPES = {"DiT-S": (384, 12, 6), "DiT-B": (768, 12, 12), "DiT-L": (1024, 24, 16)
 FLOWS = {name.replace("DiT", "SiT"): shape for name, shape in SHAPES.items()}  # Ma et al. 2024, table 1
 PATCH_SIZES = (2, 4, 8)
 TEXT = "-text"
+LATENTS = "vae-ema"  # the row of the codec that published shapes were trained with
 
 
 def is_shape(word: str) -> bool:

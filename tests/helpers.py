@@ -20,6 +20,11 @@ from dmpctl.data.bundled import Digits
 from dmpctl.files import read_tensors, sha256_of
 from dmpctl.methods.dmp import dmp_shape
 from dmpctl.models.backbone import load_backbone
+from dmpctl.processes.accelerator import accelerator_for
+from dmpctl.processes.command import Command
+from dmpctl.processes.ranks import ranks_of
+from dmpctl.runs.records import Description
+from dmpctl.runs.rundir import RunDir
 from dmpctl.sampling.pictures import write_pngs
 from dmpctl.settings.layers import resolve
 from dmpctl.settings.methods import Dmp
@@ -27,6 +32,8 @@ from dmpctl.settings.model import Settings
 from dmpctl.settings.sections import Base
 from dmpctl.training.patch import patch
 from dmpctl.training.pretrain import pretrain
+from dmpctl.training.session import Session, inputs_of
+from dmpctl.training.trainer import Trainer
 from dmpctl.types import Report, Silent
 
 SOURCE = Path(dmpctl.__file__).parents[1]
@@ -72,6 +79,13 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
             make(path)
             done.touch()
     return path
+
+
+def trainer_of(session: Session[Description], settings: Settings, run: RunDir, kind: type[Trainer] = Trainer) -> Trainer:
+    """A session's trainer, as `train_in` makes it."""
+    accelerator = accelerator_for(settings)
+    command = Command(settings, Silent(), ranks_of(accelerator))
+    return kind(session.subject, inputs_of(session, run, command), run, command, accelerator)
 
 
 def run_cli(*args: object, cwd: Path, env: dict[str, str] | None = None, timeout: float = 240) -> Done:

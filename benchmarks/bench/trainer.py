@@ -13,13 +13,11 @@ from dmpctl.backbones.dit import DiT, DiTConfig, shape_config
 from dmpctl.backbones.dit_weights import digest_of
 from dmpctl.codecs.identity import Identity
 from dmpctl.models.backbone import Loaded, freeze
-from dmpctl.processes.accelerator import accelerator_for
 from dmpctl.runs.rundir import RunDir
 from dmpctl.runs.saver import Saver
 from dmpctl.training import patch
 from dmpctl.training.trainer import Trainer
-from dmpctl.types import Silent
-from tests.helpers import settings_for
+from tests.helpers import settings_for, trainer_of
 
 SIDE, COUNT = 32, 512
 
@@ -79,8 +77,8 @@ def measure(shape: str, batch: int, count: int, rounds: int, device: str, folder
     session = patch.session_of(settings, loaded, Identity(), source)
     run = RunDir(folder / "run")
     run.path.mkdir()
-    trainer = Timed(session.subject, loaded.spec, Identity(), source, settings, run, accelerator_for(settings))
-    held = trainer._noised(trainer._drawn(0, source.images()[:batch], source.labels()[:batch]))
+    trainer = trainer_of(session, settings, run, Timed)
+    held = trainer._noised(trainer.inputs.drawn(0, source.images()[:batch], source.labels()[:batch]))
     optimizer = torch.optim.AdamW(session.subject.module.param_groups())
 
     def bare() -> None:
@@ -94,7 +92,7 @@ def measure(shape: str, batch: int, count: int, rounds: int, device: str, folder
     def whole() -> None:
         train = trainer.settings.train.model_copy(update={"iters": trainer.step + count})
         trainer.settings = trainer.settings.model_copy(update={"train": train})
-        trainer.train(Silent(), "")
+        trainer.train()
 
     seconds = interleaved({"bare": bare, "trainer": whole}, rounds, device)
     lines = run.metrics()

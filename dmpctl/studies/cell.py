@@ -23,7 +23,7 @@ from dmpctl.models.patch_files import load_patch
 from dmpctl.models.patched import Patched
 from dmpctl.processes.accelerator import accelerator_for
 from dmpctl.runs import checkpoint
-from dmpctl.runs.records import PatchDescription
+from dmpctl.runs.records import Description, PatchDescription
 from dmpctl.runs.rundir import RunDir
 from dmpctl.settings.model import Settings
 from dmpctl.settings.sections import Base
@@ -218,7 +218,7 @@ def _train(cell: Cell, run: RunDir) -> dict[str, Any]:
     return {"added_parameters": cell.stage.loaded.spec.parameters, "added_percent": 100.0}
 
 
-def _session(cell: Cell) -> Session:
+def _session(cell: Cell) -> Session[Description]:
     stage, settings = cell.stage, cell.settings
     if cell.goes_on is None:
         return patch.session_of(settings, stage.loaded, stage.codec, cell.source)
@@ -226,7 +226,7 @@ def _session(cell: Cell) -> Session:
     return pretrain.session_of(settings, config, stage.loaded.spec.schedule, stage.codec, cell.goes_on.source, stage.text)
 
 
-def _begin_from(goes_on: GoingOn, cell: Cell, run: RunDir, session: Session) -> None:
+def _begin_from(goes_on: GoingOn, cell: Cell, run: RunDir, session: Session[Description]) -> None:
     """Put the backbone's checkpoint into a run that has none yet, by one rename."""
     if not (run.path / "config.json").is_file():
         run.begin("pretrain", session.science(cell.settings), cell.settings.to_dict(), {"goes_on_from": str(goes_on.checkpoint)})

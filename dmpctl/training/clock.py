@@ -1,7 +1,9 @@
-"""What is logged of a training beside its losses: means between two log lines, speed, data wait, peak memory."""
+"""Figures that are logged beside the losses: means between two log lines, speed, data wait, peak memory."""
 
+import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ class Averages:
         self._count = 0
 
     def add(self, figures: Mapping[str, Tensor]) -> None:
-        """One step's figures; none: a step that was skipped, which the means leave out."""
+        """Add one step's figures; none: a step that was skipped, which the means leave out."""
         for name, value in figures.items():
             self._sums[name] = self._sums.get(name, torch.zeros((), device=value.device)) + value.detach()
         self._count += bool(figures)
@@ -38,13 +40,17 @@ class Clock:
         self._start, self._wait, self._steps = time.perf_counter(), 0.0, 0
 
     def tick(self) -> None:
+        """Count one step."""
         self._steps += 1
 
-    def waiting(self) -> "_Wait":
-        return _Wait(self)
-
-    def add_wait(self, seconds: float) -> None:
-        self._wait += seconds
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time inside as waiting for data."""
+        since = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._wait += time.perf_counter() - since
 
     def take(self) -> dict[str, float]:
         """steps/sec, images/sec, share of time spent waiting for data, and peak memory in MiB; starts anew."""
@@ -61,21 +67,8 @@ class Clock:
         return figures
 
 
-class _Wait:
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-
-    def __enter__(self) -> None:
-        self._since = time.perf_counter()
-
-    def __exit__(self, *exc: object) -> None:
-        self._clock.add_wait(time.perf_counter() - self._since)
-
-
 def peak_memory_mib() -> float:
     """Peak memory of this process in MiB: of the GPU where one is used, else resident."""
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
-    import resource
-
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)

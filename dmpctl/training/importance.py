@@ -3,13 +3,12 @@
 from collections.abc import Callable, Mapping
 
 import torch
-from accelerate import Accelerator
 
 from dmpctl.diffusion.timesteps import TimestepDensity
 from dmpctl.errors import UsageError
 from dmpctl.files import read_json, write_json
+from dmpctl.processes.command import Command
 from dmpctl.runs.rundir import RunDir
-from dmpctl.settings.model import Settings
 from dmpctl.types import Progress
 
 SCHEMA_VERSION = 1
@@ -17,14 +16,12 @@ Profile = Callable[[torch.device, Progress], Mapping[int, float]]  # error of a 
 NAME = "timesteps.json"  # in the run directory
 
 
-def timestep_density(
-    run: RunDir, profile: Profile | None, steps: int, settings: Settings, accelerator: Accelerator, progress: Progress
-) -> TimestepDensity | None:
-    """None for uniform timesteps; else the density over `steps` that `profile` gives, the same after a resume.
+def timestep_density(run: RunDir, profile: Profile | None, steps: int, command: Command) -> TimestepDensity | None:
+    """None for uniform timesteps; else the density over `steps` that `profile` gave when the run was begun.
 
     UsageError where there is no frozen backbone to ask.
     """
-    if settings.objective.timestep_sampling == "uniform":
+    if command.settings.objective.timestep_sampling == "uniform":
         return None
     if profile is None:
         raise UsageError(
@@ -32,9 +29,9 @@ def timestep_density(
             "leave it out, or patch a trained backbone",
         )
     path = run.path / NAME
-    if accelerator.is_main_process and not path.is_file():
-        errors = profile(accelerator.device, progress)
+    if command.ranks.is_main and not path.is_file():
+        errors = profile(command.device, command.progress)
         write_json(path, {"schema_version": SCHEMA_VERSION, "errors": {str(t): error for t, error in errors.items()}})
-    accelerator.wait_for_everyone()
+    command.ranks.wait()
     errors = {int(t): float(error) for t, error in read_json(path, SCHEMA_VERSION)["errors"].items()}
     return TimestepDensity.from_errors(errors, steps)

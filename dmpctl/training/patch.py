@@ -14,14 +14,12 @@ from dmpctl.errors import IntegrityError
 from dmpctl.files import make_folder, read_json, write_json
 from dmpctl.measuring import before_after
 from dmpctl.measuring.paired_loss import error_profile
-from dmpctl.methods.full import FullPatch
-from dmpctl.methods.lora import LoraPatch
 from dmpctl.models.backbone import Loaded, is_planned, load_backbone, planned_model
 from dmpctl.models.build import build_codec, build_patch
 from dmpctl.models.codec import latent_record
 from dmpctl.models.conditions import captions_of, encoder_record, open_encoder
 from dmpctl.models.patch_files import backbone_digest, describe_patch, lasting_name, load_patch
-from dmpctl.models.patched import Patched, predict_patched, routing_of
+from dmpctl.models.patched import Patched
 from dmpctl.models.sources import open_data
 from dmpctl.models.speed import state_as_cast
 from dmpctl.processes.accelerator import accelerator_for
@@ -42,9 +40,7 @@ SCHEMA_VERSION = 1
 def patch(settings: Settings, progress: Progress) -> Report:
     """Train into the run directory, going on from its newest checkpoint; then compare with the backbone."""
     if settings.console.dry_run and is_planned(settings.base):
-        with torch.device("meta"):
-            shape = planned_model(settings.base)
-            return _parameters_only(settings, shape.spec.parameters, build_patch(shape, settings.method).added)
+        return _parameters_only(settings)
     settings = with_weights_here(settings, progress)
     loaded = load_backbone(settings.base, settings.data.data)
     codec = build_codec(loaded, settings)
@@ -97,7 +93,7 @@ def data_name(settings: Settings, loaded: Loaded) -> str:
     return lasting_name(settings.data.data or str(loaded.data))
 
 
-def session_of(settings: Settings, loaded: Loaded, codec: Codec, source: Source) -> Session:
+def session_of(settings: Settings, loaded: Loaded, codec: Codec, source: Source) -> Session[PatchDescription]:
     """The training of a fresh patch on this backbone."""
     loaded.model.recompute = settings.train.grad_checkpoint
     module = build_patch(loaded.model, settings.method, settings.run.seed)
@@ -105,20 +101,15 @@ def session_of(settings: Settings, loaded: Loaded, codec: Codec, source: Source)
     columns = settings.data.model_dump(include={"image_column", "label_column", "caption_column"}, exclude_none=True)
     data = DataRecord(name=data_name(settings, loaded), fingerprint=source.fingerprint, columns=columns or None)
     described = describe_patch(loaded, settings.base, settings.method, module, data, latent_record(codec), encoder_record(text))
-    predict = partial(predict_patched, loaded.model, module.time_only)
-    route = partial(routing_of, loaded.model, module.time_only)
-    network = module.changed if isinstance(module, FullPatch | LoraPatch) else loaded.model
-    groups, noise, whole = module.param_groups(), module.noise_shape(), not isinstance(module, LoraPatch)
-    subject = Subject("patch", module, network, groups, predict, route, module.penalty, noise, described, whole)
-    digests = {"backbone_sha256": loaded.digest, "data_fingerprint": source.fingerprint}
-    profile = partial(error_profile, Patched(loaded, codec=codec, text=text), source, settings.run.seed)
-    return Session("patch", subject, loaded.spec, codec, source, digests, {"backbone": loaded.origin}, profile=profile, text=text)
-
-
-def description_of(session: Session) -> PatchDescription:
-    """Returns what patch.json will say of the patch that is trained here."""
-    assert isinstance(session.subject.described, PatchDescription)  # `session_of` has put it there
-    return session.subject.described
+    return Session(
+        Subject(loaded.model, module, described),
+        codec,
+        source,
+        text,
+        digests={"backbone_sha256": loaded.digest, "data_fingerprint": source.fingerprint},
+        facts={"backbone": loaded.origin},
+        profile=partial(error_profile, Patched(loaded, codec=codec, text=text), source, settings.run.seed),
+    )
 
 
 def refuse_changed_backbone(loaded: Loaded, expected: str | None = None) -> None:
@@ -133,24 +124,21 @@ def refuse_changed_backbone(loaded: Loaded, expected: str | None = None) -> None
         )
 
 
-def _parameters_only(settings: Settings, backbone: int, added: int) -> Report:
-    """What a shape name alone can tell: how much a patch would add."""
+def _parameters_only(settings: Settings) -> Report:
+    """All that a shape name alone can tell: how much a patch would add."""
+    with torch.device("meta"):
+        shape = planned_model(settings.base)
+        base, backbone, added = settings.base.base, shape.spec.parameters, build_patch(shape, settings.method).added
     share = 100 * added / backbone
-    line = f"{settings.base.base}: {backbone:,} parameters, patch {added:,} (+{share:.2f} %)"
-    missing = f"no weights were named, so nothing else was checked: a real run needs --weights FILE for {settings.base.base}"
-    data = {
-        "dry_run": True,
-        "ready": False,
-        "base": settings.base.base,
-        "backbone_parameters": backbone,
-        "added_parameters": added,
-        "added_percent": round(share, 4),
-    }
+    data = {"dry_run": True, "ready": False, "base": base, "backbone_parameters": backbone}
+    data |= {"added_parameters": added, "added_percent": round(share, 4)}
+    line = f"{base}: {backbone:,} parameters, patch {added:,} (+{share:.2f} %)"
+    missing = f"no weights were named, so nothing else was checked: a real run needs --weights FILE for {base}"
     return Report(data, (), (line, missing, "dry run: nothing was written"))
 
 
-def _planned(settings: Settings, path: Path, session: Session) -> Report:
-    described, source = description_of(session), session.source
+def _planned(settings: Settings, path: Path, session: Session[PatchDescription]) -> Report:
+    described, source = session.subject.described, session.source
     backbone = described.backbone
     data = {"dry_run": True, "ready": True, "run": str(path), "images": len(source), "iters": settings.train.iters}
     data |= described.to_json()
@@ -164,9 +152,9 @@ def _planned(settings: Settings, path: Path, session: Session) -> Report:
     return Report(data, (row,), ("dry run: nothing was written",))
 
 
-def _report(settings: Settings, run: RunDir, session: Session, trained: Trained, progress: Progress) -> Report:
+def _report(settings: Settings, run: RunDir, session: Session[PatchDescription], trained: Trained, progress: Progress) -> Report:
     """The table that ends the command. The comparison is made once: a complete run shows what it has recorded."""
-    patched, described = replace(load_patch(run.path), codec=session.codec, text=session.text), description_of(session)
+    patched, described = replace(load_patch(run.path), codec=session.codec, text=session.text), session.subject.described
     data: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "run": str(run.path), "step": patched.step}
     data |= {"patch_sha256": patched.patch_sha256, "train_seconds": round(trained.seconds, 1)}
     data |= {"added_parameters": described.added_parameters, "added_percent": described.added_percent}

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
 from dmpctl.backbones.dit import DiT, DiTConfig
 from dmpctl.backbones.dit_weights import digest_of
@@ -25,7 +24,7 @@ from dmpctl.settings.model import Settings
 from dmpctl.store.locate import lasting_data
 from dmpctl.training.session import Session, Trained, train_in
 from dmpctl.training.subject import Subject
-from dmpctl.types import Codec, ParamGroup, Progress, Report, Routings, ScheduleSpec, Source, TextSpec
+from dmpctl.types import Codec, Progress, Report, ScheduleSpec, Source, TextSpec
 
 
 def config_for(settings: Settings, codec: Codec, source: Source) -> DiTConfig:
@@ -51,24 +50,6 @@ def config_for(settings: Settings, codec: Codec, source: Source) -> DiTConfig:
     )
 
 
-def predict(module: nn.Module, x_t: Tensor, t: Tensor, cond: Tensor | None, gate_noise: Tensor | None) -> tuple[Tensor, Routings]:
-    """A backbone alone: no gates."""
-    return module(x_t, t, cond), None
-
-
-def no_routing(module: nn.Module, t: Tensor, cond: Tensor | None, gate_noise: Tensor | None) -> None:
-    """A backbone alone: no gates."""
-
-
-def no_penalty(routing: Routings) -> dict[str, Tensor]:
-    """A backbone alone has nothing to balance."""
-    return {}
-
-
-def default_run(settings: Settings, source: Source) -> Path:
-    return settings.run.run or Path("runs") / f"pretrain-{Path(source.name).name}"
-
-
 def pretrain(settings: Settings, progress: Progress) -> Report:
     """Train a backbone into its run directory, going on from the newest checkpoint; a finished run says so."""
     if settings.data.data is None:
@@ -79,7 +60,7 @@ def pretrain(settings: Settings, progress: Progress) -> Report:
     source = open_source(settings.data, settings.data.size, settings.data.channels, settings)
     config = config_for(settings, codec, source)
     text = open_encoder(settings, None, None) if settings.shape.text_conditional else None
-    path = default_run(settings, source).expanduser().absolute()
+    path = (settings.run.run or Path("runs") / f"pretrain-{Path(source.name).name}").expanduser().absolute()
     session = session_of(settings, config, ScheduleSpec(settings.shape.schedule), codec, source, text)
     if settings.console.dry_run:
         return _planned(session, path)
@@ -89,17 +70,9 @@ def pretrain(settings: Settings, progress: Progress) -> Report:
 
 
 def session_of(
-    settings: Settings,
-    config: DiTConfig,
-    schedule: ScheduleSpec,
-    codec: Codec,
-    source: Source,
-    text: TextEncoder | None = None,
-) -> Session:
+    settings: Settings, config: DiTConfig, schedule: ScheduleSpec, codec: Codec, source: Source, text: TextEncoder | None = None
+) -> Session[BackboneDescription]:
     """The training of a fresh backbone on latents of these images; with `text` on their captions, as PixArt's transformer."""
-    generator = torch.Generator().manual_seed(seed_of(settings.run.seed, "initialise"))
-    codec_record, text_record = latent_record(codec), encoder_record(text)
-    name = lasting_name(settings.data.data or source.name)
     model: DiT | PixArt
     if text is None:
         model = DiT(config, schedule)
@@ -107,44 +80,46 @@ def session_of(
         with torch.random.fork_rng(devices=[]):  # diffusers draws a start of its own, which is then drawn over
             network = fresh(config, TextSpec(text.max_length, text.width))
         model = PixArt(network, schedule, text.max_length)
-    model.initialise(generator)
-    metadata = metadata_of(Loaded(model, "", "", name, codec_record, text_record))
-    described = BackboneDescription(
-        schema_version=1, **facts_of(model), data=source.name, images=len(source), codec=codec_record, text=text_record
-    )
+    model.initialise(torch.Generator().manual_seed(seed_of(settings.run.seed, "initialise")))
     model.recompute = settings.train.grad_checkpoint
-    groups: list[ParamGroup] = [{"name": "backbone", "params": list(model.parameters()), "lr": settings.pretrain.lr}]
-    subject = Subject("backbone", model.train(), model, groups, predict, no_routing, no_penalty, None, described)
-    facts = described.to_json()
-    del facts["schema_version"]
-    digests = {"data_fingerprint": source.fingerprint}
-    return Session("pretrain", subject, model.spec, codec, source, digests, facts, metadata, text=text)
+    described = BackboneDescription(
+        schema_version=1,
+        **facts_of(model),
+        data=source.name,
+        images=len(source),
+        codec=latent_record(codec),
+        text=encoder_record(text),
+    )
+    name = lasting_name(settings.data.data or source.name)
+    return Session(
+        Subject(model.train(), None, described, settings.pretrain.lr),
+        codec,
+        source,
+        text,
+        digests={"data_fingerprint": source.fingerprint},
+        facts={key: value for key, value in described.to_json().items() if key != "schema_version"},
+        metadata=metadata_of(Loaded(model, "", "", name, described.codec, described.text)),
+    )
 
 
-def _planned(session: Session, path: Path) -> Report:
-    parameters, facts = session.spec.parameters, session.facts
+def _planned(session: Session[BackboneDescription], path: Path) -> Report:
+    parameters, images = session.spec.parameters, session.subject.described.images
     return Report(
-        {"dry_run": True, "run": str(path), "parameters": parameters, **facts},
-        ({"run": str(path), "parameters": f"{parameters:,}", "images": str(facts["images"])},),
+        {"dry_run": True, "run": str(path), "parameters": parameters, **session.facts},
+        ({"run": str(path), "parameters": f"{parameters:,}", "images": str(images)},),
         ("dry run: nothing was written",),
     )
 
 
-def _finished(run: RunDir, session: Session, trained: Trained) -> Report:
-    digest = digest_of(read_tensors(run.path / "backbone.safetensors")[0])
-    data = {
-        "run": str(run.path),
-        "step": trained.step,
-        "seconds": round(trained.seconds, 1),
-        "parameters": session.spec.parameters,
-        "backbone_sha256": digest,
-        **session.facts,
-    }
+def _finished(run: RunDir, session: Session[BackboneDescription], trained: Trained) -> Report:
+    path, parameters = run.path / "backbone.safetensors", session.spec.parameters
+    data = {"run": str(run.path), "step": trained.step, "seconds": round(trained.seconds, 1), "parameters": parameters}
+    data |= {"backbone_sha256": digest_of(read_tensors(path)[0]), **session.facts}
     row = {
         "step": str(trained.step),
-        "parameters": f"{session.spec.parameters:,}",
+        "parameters": f"{parameters:,}",
         "seconds": f"{trained.seconds:.0f}",
-        "backbone": str(run.path / "backbone.safetensors"),
+        "backbone": str(path),
     }
     how = "the run was complete already" if trained.was_complete else "done"
     return Report(data, (row,), (f"{how}: patch it with: dmpctl patch --base {run.path}",))

@@ -1,9 +1,10 @@
 """One training in its run directory: refuse another experiment, go on from the newest checkpoint, train, publish."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic
 
 from accelerate import Accelerator
 
@@ -12,38 +13,46 @@ from dmpctl.codecs.text import TextEncoder
 from dmpctl.images.stored import left_out_of, left_out_words
 from dmpctl.models.conditions import training_conditions
 from dmpctl.models.encode import training_source
-from dmpctl.processes.command import again_command
+from dmpctl.processes.command import Command
 from dmpctl.processes.ranks import ranks_of
 from dmpctl.runs import checkpoint
+from dmpctl.runs.records import Description
 from dmpctl.runs.rundir import RunDir
 from dmpctl.settings.model import Settings
 from dmpctl.training.importance import Profile, timestep_density
-from dmpctl.training.subject import Subject
+from dmpctl.training.inputs import InputMaker
+from dmpctl.training.subject import D_co, Subject
 from dmpctl.training.trackers import refuse_missing
 from dmpctl.training.trainer import Trainer
 from dmpctl.types import BackboneSpec, Codec, Progress, Source
 
 
 @dataclass(frozen=True)
-class Session:
-    """What `dmpctl command` trains.
+class Session(Generic[D_co]):
+    """One training: its subject, and the images and captions that it is trained on.
 
-    `digests` (sha256 of what the settings name) are part of the experiment; `facts` are only recorded. `metadata` goes
-    into the finished safetensors file, so that it describes itself; None: nothing. `profile` measures the mean squared
-    epsilon error of the frozen backbone at some timesteps; None: there is none. `text` reads the captions of the data, None:
-    the backbone takes none.
+    `digests` (sha256 of what the settings name) are part of the experiment; `facts` are only recorded. `metadata` goes into
+    the finished safetensors file, so that it describes itself; None: nothing. `profile` measures the mean squared epsilon
+    error of the frozen backbone at some timesteps; None: there is none. `text` reads captions, None: the backbone takes none.
     """
 
-    command: str
-    subject: Subject
-    spec: BackboneSpec
+    subject: Subject[D_co]
     codec: Codec
     source: Source
+    text: TextEncoder | None
     digests: Mapping[str, str]
-    facts: Mapping[str, Any]
+    facts: Mapping[str, object]
     metadata: Mapping[str, str] | None = None
     profile: Profile | None = None
-    text: TextEncoder | None = None
+
+    @property
+    def command(self) -> str:
+        """The command that trains such a subject."""
+        return "patch" if self.subject.kind == "patch" else "pretrain"
+
+    @property
+    def spec(self) -> BackboneSpec:
+        return self.subject.model.spec
 
     @property
     def identities(self) -> dict[str, str]:
@@ -81,48 +90,58 @@ class Trained:
         return self.start >= self.step
 
 
-def train_in(run: RunDir, session: Session, settings: Settings, accelerator: Accelerator, progress: Progress) -> Trained:
+def train_in(
+    run: RunDir, session: Session[Description], settings: Settings, accelerator: Accelerator, progress: Progress
+) -> Trained:
     """Train to --iters inside an open run, and put the finished weights into its root.
 
     UsageError if the run holds another experiment; Interrupted after saving on a signal.
     """
-    ranks, science = ranks_of(accelerator), session.science(settings)
-    ranks.wait()  # until the main process has the lock
-    run.refuse_other(session.command, science, settings.run.allowed)
+    command = Command(settings, progress, ranks_of(accelerator))
+    command.ranks.wait()  # until the main process has the lock
+    run.refuse_other(session.command, session.science(settings), settings.run.allowed)
     refuse_missing(settings.save.track)
-    source = training_source(settings, session.source, session.codec, accelerator.device, progress, again_command())
-    density = timestep_density(run, session.profile, session.spec.schedule.steps, settings, accelerator, progress)
-    told, numbers = training_conditions(session.spec, session.text, session.source, settings, progress, again_command())
-    trainer = Trainer(session.subject, session.spec, session.codec, source, settings, run, accelerator, density, told, numbers)
+    trainer = Trainer(session.subject, inputs_of(session, run, command), run, command, accelerator)
     began = time.perf_counter()
     start, damaged = trainer.resume()
     for line in damaged:
         progress.say(f"warning: {line}; going on from step {start}")
     if start < settings.train.iters:
-        for line in (*left_out_words(session.source), *run.differences(settings.to_dict())):
-            progress.say(line)
-        facts = {
-            "device": str(accelerator.device),
-            "processes": ranks.world,
-            "start_step": start,
-            **({"damaged": damaged} if damaged else {}),
-            **session.facts,
-            **session.identities,
-            **left_out_of(session.source),
-        }
-        ranks.wait()  # all have read what was there
-        if ranks.is_main:
-            run.begin(session.command, science, settings.to_dict(), facts)
-            trainer.trackers.start(settings.save.track, run, science, progress)
-        known = left_out_of(session.source)
-        try:
-            trainer.train(progress, again_command())
-        finally:
-            found = left_out_of(session.source)
-            if ranks.is_main and found != known:  # broken behind a good header
-                run.amend(found)
-    if ranks.is_main:
+        with _recorded(session, run, trainer, damaged):
+            trainer.train()
+    if command.ranks.is_main:
         checkpoint.publish(checkpoint.complete(run.checkpoints)[-1], session.subject.kind, run.path, session.metadata)
-    ranks.wait()
-    seconds = time.perf_counter() - began if start < trainer.step else 0.0
-    return Trained(start, trainer.step, seconds)
+    command.ranks.wait()
+    return Trained(start, trainer.step, time.perf_counter() - began if start < trainer.step else 0.0)
+
+
+def inputs_of(session: Session[Description], run: RunDir, command: Command) -> InputMaker:
+    """The inputs of a session, once its latents and captions are encoded and its density of timesteps is measured."""
+    settings, progress, spec = command.settings, command.progress, session.spec
+    source = training_source(settings, session.source, session.codec, command.device, progress, command.again)
+    density = timestep_density(run, session.profile, spec.schedule.steps, command)
+    conditions, numbers = training_conditions(spec, session.text, session.source, settings, progress, command.again)
+    noise = session.subject.gate_noise_shape
+    return InputMaker(source, session.codec, spec, settings, command.ranks, noise, conditions, numbers, density)
+
+
+@contextmanager
+def _recorded(session: Session[Description], run: RunDir, trainer: Trainer, damaged: list[str]) -> Iterator[None]:
+    """Around training: says what a resume changes, and writes what this session begins with and which images it leaves out."""
+    command, known = trainer.command, left_out_of(session.source)
+    settings, ranks = command.settings, command.ranks
+    for line in (*left_out_words(session.source), *run.differences(settings.to_dict())):
+        command.progress.say(line)
+    facts = {"device": str(command.device), "processes": ranks.world, "start_step": trainer.step}
+    facts |= {**({"damaged": damaged} if damaged else {}), **session.facts, **session.identities, **known}
+    ranks.wait()  # all have read what was there
+    if ranks.is_main:
+        science = session.science(settings)
+        run.begin(session.command, science, settings.to_dict(), facts)
+        trainer.trackers.start(settings.save.track, run, science)
+    try:
+        yield
+    finally:
+        found = left_out_of(session.source)
+        if ranks.is_main and found != known:  # broken behind a good header
+            run.amend(found)

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from pydantic import BaseModel
 
 from dmpctl.errors import MissingError
 from dmpctl.files import read_json, write_json
@@ -27,20 +28,17 @@ PROJECT = "dmpctl"
 class Trackers:
     """The trackers of one run on its main process; none by default. They may fail, training goes on without them."""
 
-    def __init__(self) -> None:
-        self._open: dict[str, GeneralTracker] = {}
-        self._sent = 0
-        self._progress: Progress | None = None
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self._open, self._sent = progress, dict[str, GeneralTracker](), 0
 
-    def start(self, names: str | None, run: RunDir, settings: Mapping[str, Any], progress: Progress) -> None:
+    def start(self, names: str | None, run: RunDir, settings: Mapping[str, Any]) -> None:
         """Begin, or go on, in the trackers that are named (None: none) with flat JSON-able `settings`."""
-        self._progress = progress
         if names is None:
             return
-        known = seen_before(run)
-        self._sent = int(known["step"])
+        known = sent_before(run)
+        self._sent = known.step
         for name in dict.fromkeys(names.split(",")):
-            self._guarded(name, partial(self._start, name, run, known["id"], settings))
+            self._guarded(name, partial(self._start, name, run, known.id, settings))
 
     def _start(self, name: str, run: RunDir, identity: str, settings: Mapping[str, Any]) -> None:
         options: dict[str, dict[str, Any]] = {
@@ -51,7 +49,8 @@ class Trackers:
         tracker = LOGGER_TYPE_TO_CLASS[name](PROJECT, **options[name])
         tracker.start()
         if self._sent == 0:
-            tracker.store_init_configuration({key: value if _plain(value) else str(value) for key, value in settings.items()})
+            plain = {key: value if isinstance(value, int | float | str | bool) else str(value) for key, value in settings.items()}
+            tracker.store_init_configuration(plain)
         self._open[name] = tracker
 
     def log(self, line: Mapping[str, Any]) -> None:
@@ -79,13 +78,8 @@ class Trackers:
                 act()
         except Exception as error:
             self._open.pop(name, None)
-            if self._progress is not None:
-                what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-                self._progress.say(f"warning: {name} failed and is left out ({what}); metrics.jsonl has everything")
-
-
-def _plain(value: Any) -> bool:
-    return isinstance(value, int | float | str | bool)
+            what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            self._progress.say(f"warning: {name} failed and is left out ({what}); metrics.jsonl has everything")
 
 
 def refuse_missing(names: str | None) -> None:
@@ -95,14 +89,21 @@ def refuse_missing(names: str | None) -> None:
             raise MissingError(f"--track {name}: its package is not installed", f"python -m pip install 'dmpctl[{name}]'")
 
 
-def seen_before(run: RunDir) -> dict[str, Any]:
+class Sent(BaseModel, frozen=True):
     """trackers.json: the `id` that the run has in trackers, and the last `step` that they were sent."""
+
+    schema_version: int = SCHEMA_VERSION
+    id: str
+    step: int = 0
+
+
+def sent_before(run: RunDir) -> Sent:
+    """Reads trackers.json; without trackers.json a new `id` at step 0."""
     path = run.path / NAME
-    return read_json(path, SCHEMA_VERSION) if path.is_file() else {"id": uuid.uuid4().hex[:8], "step": 0}
+    return Sent(**read_json(path, SCHEMA_VERSION)) if path.is_file() else Sent(id=uuid.uuid4().hex[:8])
 
 
 def remember(run: RunDir) -> None:
     """Write down what trackers were sent, before metrics.jsonl is cut back to a checkpoint."""
-    known = seen_before(run)
-    step = max(run.last_logged(), int(known["step"]))
-    write_json(run.path / NAME, {"schema_version": SCHEMA_VERSION, "id": known["id"], "step": step})
+    known = sent_before(run)
+    write_json(run.path / NAME, known.model_copy(update={"step": max(run.last_logged(), known.step)}).model_dump())

@@ -1,10 +1,10 @@
-"""The training loop, the same for a fresh backbone and for a patch on a frozen one.
+"""The training loop, one for a fresh backbone and for a patch on a frozen one.
 
 Everything random is a function of (seed, step, sample): resumed equals uninterrupted, bit for bit on a CPU.
 """
 
 import math
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 
@@ -12,30 +12,24 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from dmpctl.batches.caption_states import CaptionNumbers
 from dmpctl.batches.latents import unpack
-from dmpctl.batches.loader import StepBatches, batches, order_of
-from dmpctl.codecs.identity import Identity
 from dmpctl.diffusion.objective import HybridObjective
-from dmpctl.diffusion.schedule import FlowSchedule, schedule_of
-from dmpctl.diffusion.timesteps import TimestepDensity
+from dmpctl.diffusion.schedule import schedule_of
 from dmpctl.errors import NumericalError, UsageError
-from dmpctl.models.conditions import Conditions
 from dmpctl.models.speed import cast_frozen, compile_blocks
-from dmpctl.processes.ranks import ranks_of
+from dmpctl.processes.command import Command
 from dmpctl.processes.sharded import is_sharded, whole
 from dmpctl.processes.stop import Stop, interrupted
-from dmpctl.rng import StepDraws
 from dmpctl.runs import checkpoint
+from dmpctl.runs.records import Description
 from dmpctl.runs.rundir import RunDir
 from dmpctl.runs.saver import Saver
-from dmpctl.settings.model import Settings
 from dmpctl.training.clock import Averages, Clock
 from dmpctl.training.fsdp import shard
-from dmpctl.training.inputs import Inputs, one_ahead
+from dmpctl.training.inputs import InputMaker, Inputs, one_ahead
 from dmpctl.training.subject import Subject
 from dmpctl.training.trackers import Trackers, remember
-from dmpctl.types import BackboneSpec, Codec, Moments, Progress, ProgressTask, Routings, Source
+from dmpctl.types import Moments, ProgressTask, Routings
 
 
 @dataclass(frozen=True)
@@ -60,50 +54,34 @@ class Trainer:
     """Trains one subject inside an open run directory, from its newest checkpoint if there is one."""
 
     def __init__(
-        self,
-        subject: Subject,
-        spec: BackboneSpec,
-        codec: Codec,
-        source: Source,
-        settings: Settings,
-        run: RunDir,
-        accelerator: Accelerator,
-        density: TimestepDensity | None = None,
-        conditions: Conditions | None = None,
-        numbers: CaptionNumbers | None = None,
+        self, subject: Subject[Description], inputs: InputMaker, run: RunDir, command: Command, accelerator: Accelerator
     ) -> None:
-        """`density`: of timesteps, None: uniform. `conditions`: what the backbone is told, None: nothing; `numbers`: which of
-        them each image has, None: its label.
-        """
-        self.conditions, self.numbers = conditions, numbers
-        self.subject, self.spec, self.codec, self.source = subject, spec, codec, source
-        self.settings, self.run, self.accelerator = settings, run, accelerator
-        train, self.ranks = settings.train, ranks_of(accelerator)
-        self.device = accelerator.device
-        cast_frozen(subject.network, settings)
-        groups = shard(subject, self.ranks) if train.fsdp else subject.groups
-        optimizer = torch.optim.AdamW(
-            [dict(group) for group in groups], betas=(train.beta1, train.beta2), weight_decay=train.weight_decay
-        )
+        """Prepare all but the weights of a checkpoint; UsageError where the settings do not fit the subject or the processes."""
+        self.subject, self.inputs, self.run, self.accelerator = subject, inputs, run, accelerator
+        self.command, self.settings, self.ranks, self.device = command, command.settings, command.ranks, accelerator.device
+        train, parts = self.settings.train, self.ranks.world * self.settings.train.grad_accum
+        cast_frozen(subject.network, self.settings)
+        if train.fsdp:
+            shard(subject, self.ranks)
+        groups, betas = [dict(group) for group in subject.param_groups()], (train.beta1, train.beta2)
+        optimizer = torch.optim.AdamW(groups, betas=betas, weight_decay=train.weight_decay)
         self.rates = [group["lr"] for group in optimizer.param_groups]
         if is_sharded(subject.module):  # nothing of it is left for accelerate to wrap
             self.module, self.optimizer = subject.module, accelerator.prepare_optimizer(optimizer)
         else:
             self.module, self.optimizer = accelerator.prepare(subject.module, optimizer)
-        compile_blocks(subject.network, settings.launch)
+        compile_blocks(subject.network, self.settings.launch)
         self.parameters = {n: p for n, p in subject.module.named_parameters() if p.requires_grad}
         self.ema = {n: p.detach().clone() for n, p in self.parameters.items()} if train.ema else {}
-        self.schedule = schedule_of(spec.schedule).to(self.device)
-        self.objective = HybridObjective(self.schedule, spec.learned_sigma, settings.objective)
-        self.density = None if density is None else density.to(self.device)
-        parts = self.ranks.world * train.grad_accum
+        self.schedule = schedule_of(inputs.spec.schedule).to(self.device)
+        self.objective = HybridObjective(self.schedule, inputs.spec.learned_sigma, self.settings.objective)
+        self.density = None if inputs.density is None else inputs.density.to(self.device)
         if train.batch_size % parts:
             raise UsageError(
                 f"a batch of {train.batch_size} does not divide over {self.ranks.world} processes x {train.grad_accum} parts",
                 f"take a --batch-size that is a multiple of {parts}, another --num-processes or --grad-accum",
             )
-        self.draws = StepDraws(settings.run.seed, train.batch_size, self.ranks.rank, self.ranks.world)
-        self.step, self.bad_steps, self.trackers = 0, 0, Trackers()
+        self.step, self.bad_steps, self.trackers = 0, 0, Trackers(command.progress)
 
     def resume(self) -> tuple[int, list[str]]:
         """Go back to the newest checkpoint that is whole: its step (0 if there is none), and what is wrong with newer ones."""
@@ -123,17 +101,19 @@ class Trainer:
             self.run.cut_metrics(self.step)
         return self.step, wrong
 
-    def train(self, progress: Progress, again: str) -> None:
-        """Train to `--iters`, saving on the way; `again` is the command that goes on after an interruption.
+    def train(self) -> None:
+        """Train to `--iters`, saving on the way.
 
         Raises Interrupted after saving on a signal, NumericalError after too many steps in a row that are not finite:
         among those no checkpoint is due, so that the last one is from before.
         """
         settings, averages = self.settings, Averages()
         save, iters = settings.save, settings.train.iters
-        shown = progress.track(f"training the {self.subject.kind}", iters, self.step)
+        shown = self.command.progress.track(f"training the {self.subject.kind}", iters, self.step)
         saver = Saver(self.run.checkpoints, self.subject.kind, save.keep_last, save.keep_every)
-        inputs = self._inputs() if self.device.type == "cpu" else one_ahead(self._inputs())  # a CPU has no time to spare
+        inputs = self.inputs.from_step(self.step)
+        if self.device.type != "cpu":  # which has no time to spare
+            inputs = one_ahead(inputs)
         with Stop() as stop, shown as task, saver, closing(inputs) as stream:
             clock = Clock(settings.train.batch_size)
             while self.step < iters:
@@ -154,51 +134,13 @@ class Trainer:
                     saver.finish()
                     self.trackers.finish()
                     self.ranks.wait()
-                    raise interrupted(number, f"saved at step {self.step}", f"go on with: {again}")
+                    raise interrupted(number, f"saved at step {self.step}", f"go on with: {self.command.again}")
             saver.finish()
         self.trackers.finish()
         self.ranks.wait()
 
-    def _inputs(self) -> Generator[Inputs, None, None]:
-        """The inputs of this step and all later ones; each kind of noise has a stream of its own."""
-        data, train, ranks = self.settings.data, self.settings.train, self.ranks
-        mirror = self.source.mirror if data.hflip is None else data.hflip
-        seed, start = self.settings.run.seed, self.step
-        order = StepBatches(len(self.source), train.batch_size, seed, start, ranks.rank, ranks.world, order_of(self.source))
-        with closing(batches(self.source, order, mirror, data.num_workers, self.numbers)) as stream:
-            for step, (images, labels) in enumerate(stream, start):
-                yield self._drawn(step, images, labels)
-
-    def _drawn(self, step: int, images: Tensor, labels: Tensor) -> Inputs:
-        shape, gates = self.spec.latent_shape, self.subject.gate_noise_shape
-        exact = isinstance(self.codec, Identity) and not images.is_floating_point()
-        return Inputs(
-            images,
-            None if exact else self.draws.at(step, "latent").normal(*shape),
-            self._timesteps(step),
-            self.draws.at(step, "noise").normal(*shape),
-            self._told(step, labels),
-            None if gates is None else self.draws.at(step, "gate").normal(*gates),
-        )
-
-    def _timesteps(self, step: int) -> Tensor:
-        """int64 [B], uniform or of the density; of a flow floating, uniform between the two ends."""
-        draws = self.draws.at(step, "timestep")
-        if self.density is not None:
-            return self.density.draw(draws.uniform())
-        steps = self.spec.schedule.steps
-        return draws.uniform() * steps if isinstance(self.schedule, FlowSchedule) else draws.integers(steps)
-
-    def _told(self, step: int, labels: Tensor) -> Tensor | None:
-        """What the backbone is told of each sample, for some of them that there is nothing to tell."""
-        if self.conditions is None:
-            return None
-        dropped = self.draws.at(step, "label").uniform() < self.settings.objective.class_dropout
-        null = self.conditions.null
-        return self.conditions.of(labels if null is None else torch.where(dropped, null, labels))
-
     def _noised(self, inputs: Inputs) -> Noised:
-        """The batch on the device: latents, and what becomes of them at their timesteps."""
+        """The batch on the device: latents, drawn from their moments, and noised to their timesteps."""
         here = inputs.to(self.device)
         moments = self._moments(here.images)
         x0 = moments.mean
@@ -207,8 +149,8 @@ class Trainer:
         return Noised(x0, self.schedule.add_noise(x0, here.t, here.noise), here.t, here.noise, here.cond, here.gate_noise)
 
     def _moments(self, images: Tensor) -> Moments:
-        """Posterior of a batch of images, or of what they were encoded into before (`data.latents`)."""
-        return unpack(images) if images.is_floating_point() else self.codec.encode(images)
+        """Posterior of a batch of images, or of the moments that they were encoded into before (`batches.latents`)."""
+        return unpack(images) if images.is_floating_point() else self.inputs.codec.encode(images)
 
     def _one_step(self, inputs: Inputs, stop: Stop) -> tuple[dict[str, Tensor], int]:
         """One optimizer step: scalars to log, and the signal that some process got (0: none).
@@ -237,7 +179,7 @@ class Trainer:
         return figures, number
 
     def _backward(self, batch: Noised) -> dict[str, Tensor]:
-        """Gradients of the global batch's loss, in --grad-accum parts; the loss and what it is made of, to log."""
+        """Gradients of the global batch's loss, in --grad-accum parts; returns the loss and its terms, to log."""
         parts, subject = batch.parts(self.settings.train.grad_accum), self.subject
         figures: dict[str, Tensor] = {}
         if len(parts) > 1:  # balance is of all samples, so their gates are made once more, without a block
@@ -269,7 +211,7 @@ class Trainer:
         return sum(balance.values(), torch.zeros((), device=self.device))
 
     def _penalty(self, balance: Mapping[str, Tensor]) -> Tensor:
-        """What is differentiated: gradients are averaged over the processes, and each has those of its own samples only."""
+        """The term to differentiate: gradients are averaged over the processes, and each has those of its own samples only."""
         return self._total(balance) * self.ranks.world
 
     def _rate_factor(self) -> float:
@@ -295,9 +237,7 @@ class Trainer:
             self.accelerator.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.bad_steps >= self.settings.train.max_bad_steps:
-            run, size, ranks = self.settings.run, self.settings.train.batch_size, self.ranks
-            order = StepBatches(len(self.source), size, run.seed, self.step, ranks.rank, ranks.world, order_of(self.source))
-            samples = order.at(self.step)[1][:8].tolist()
+            samples = self.inputs.order(self.step).at(self.step)[1][:8].tolist()
             where = f"last at step {self.step} with timesteps {batch.t[:8].tolist()} of samples {samples}"
             raise NumericalError(
                 f"the loss or its gradient was not finite {self.bad_steps} steps in a row, {where}",

@@ -16,7 +16,6 @@ from dmpctl.models.backbone import load_backbone
 from dmpctl.models.build import build_patch
 from dmpctl.models.patch_files import load_patch, load_result
 from dmpctl.models.patched import predict_patched
-from dmpctl.processes.accelerator import accelerator_for
 from dmpctl.runs import checkpoint
 from dmpctl.runs.rundir import RunDir
 from dmpctl.runs.saver import Saver
@@ -24,9 +23,20 @@ from dmpctl.sampling import generate
 from dmpctl.settings.methods import Dmp
 from dmpctl.settings.sections import Base
 from dmpctl.training import patch, pretrain
-from dmpctl.training.trainer import Trainer
 from dmpctl.types import Silent
-from tests.helpers import BUNDLED, SHAPE, SMALL, files, patch_run, pretrain_run, same_but_time, settings_for, tensors_of, tree
+from tests.helpers import (
+    BUNDLED,
+    SHAPE,
+    SMALL,
+    files,
+    patch_run,
+    pretrain_run,
+    same_but_time,
+    settings_for,
+    tensors_of,
+    trainer_of,
+    tree,
+)
 
 CPU = torch.device("cpu")
 PUBLISHED = ("patch.safetensors", "backbone.safetensors")
@@ -73,11 +83,11 @@ def test_2_training_touches_the_patch_and_nothing_else(tmp_path, given):
     module = session.subject.module
     untrained = {name: value.clone() for name, value in module.state_dict().items()}
     with RunDir(tmp_path / "run") as run:
-        trainer = Trainer(session.subject, loaded.spec, session.codec, source, settings, run, accelerator_for(settings))
+        trainer = trainer_of(session, settings, run)
         optimised = [p for group in trainer.optimizer.param_groups for p in group["params"]]
         assert len(optimised) == len({id(p) for p in optimised})
         assert {id(p) for p in optimised} == {id(p) for p in module.parameters() if p.requires_grad}
-        trainer.train(Silent(), "")
+        trainer.train()
     after = loaded.model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)

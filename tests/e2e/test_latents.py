@@ -9,8 +9,8 @@ from dmpctl.backbones.dit import DiT, DiTConfig
 from dmpctl.codecs.vae import Vae
 from dmpctl.models.encode import build_latents
 from dmpctl.processes.accelerator import accelerator_for
+from dmpctl.runs.records import Description
 from dmpctl.runs.rundir import RunDir
-from dmpctl.training.pretrain import no_penalty, no_routing, predict
 from dmpctl.training.session import Session, train_in
 from dmpctl.training.subject import Subject
 from dmpctl.training.trainer import Trainer
@@ -57,9 +57,7 @@ def trained(run, source, codec, **given):
     config = DiTConfig(SIDE, 4, 2, 16, 2, 2, source.num_classes)
     model = DiT(config).train()
     model.initialise(torch.Generator().manual_seed(0))
-    group = {"params": list(model.parameters()), "lr": 1e-3}
-    subject = Subject("backbone", model, model, [group], predict, no_routing, no_penalty, None, {"schema_version": 1})
-    session = Session("pretrain", subject, model.spec, codec, source, {}, {})
+    session = Session(Subject(model, None, Description(schema_version=1), lr=1e-3), codec, source, None, {}, {})
     with RunDir(run) as opened:
         train_in(opened, session, settings, accelerator_for(settings), Silent())
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -353,21 +353,19 @@ import sys
 from pathlib import Path
 from dmpctl.training import patch
 from dmpctl.models.backbone import load_backbone
-from dmpctl.processes.accelerator import accelerator_for
 from dmpctl.runs.rundir import RunDir
-from dmpctl.training.trainer import Trainer
 from dmpctl.codecs.identity import Identity
 from dmpctl.data.bundled import Digits
-from tests.helpers import SMALL, settings_for
+from tests.helpers import SMALL, settings_for, trainer_of
 
 settings = settings_for("patch", run=Path(sys.argv[1]), **SMALL)
-accelerator, loaded = accelerator_for(settings), load_backbone(settings.base)
+loaded = load_backbone(settings.base)
 session = patch.session_of(settings, loaded, Identity(), Digits())
-trainer = Trainer(session.subject, loaded.spec, session.codec, session.source, settings, RunDir(settings.run.run), accelerator)
+trainer = trainer_of(session, settings, RunDir(settings.run.run))
 reduced = trainer.module._get_ddp_logging_data()["total_parameter_size_bytes"]
 own = sum(p.numel() * p.element_size() for p in session.subject.module.parameters() if p.requires_grad)
 assert not any(p.requires_grad for p in loaded.model.parameters())
-sys.stdout.write(f"{accelerator.num_processes} {reduced} {own}\\n")  # whole: print writes the end of the line by itself
+sys.stdout.write(f"{trainer.ranks.world} {reduced} {own}\\n")  # whole: print writes the end of the line by itself
 """
 
 

@@ -6,8 +6,7 @@ from threading import Event, current_thread
 import pytest
 
 from dmpctl.files import sha256_of
-from dmpctl.training import trainer as train
-from dmpctl.training.inputs import one_ahead
+from dmpctl.training.inputs import InputMaker, one_ahead
 from tests.helpers import patch_run
 
 WAIT = 30  # sec, where a test would hang otherwise
@@ -84,7 +83,8 @@ def test_a_patch_is_the_same_with_inputs_that_are_made_ahead(tmp_path, monkeypat
         made.append(items)
         return one_ahead(items)
 
-    monkeypatch.setattr(train.Trainer, "_inputs", lambda self, inputs=train.Trainer._inputs: ahead(inputs(self)))
+    made_now = InputMaker.from_step
+    monkeypatch.setattr(InputMaker, "from_step", lambda self, start: ahead(made_now(self, start)))
     patch_run(tmp_path / "two", **given)
     assert len(made) == 1
     assert sha256_of(tmp_path / "one" / "patch.safetensors") == sha256_of(tmp_path / "two" / "patch.safetensors")

@@ -52,8 +52,8 @@ def test_a_tracker_that_fails_is_said_once_and_left_out(tmp_path, monkeypatch):
 
     monkeypatch.setitem(trackers.LOGGER_TYPE_TO_CLASS, "wandb", Failing)
     with RunDir(tmp_path / "run") as run:
-        tracked = Trackers()
-        tracked.start("wandb,tensorboard", run, {"lr": 0.1}, Said())
+        tracked = Trackers(Said())
+        tracked.start("wandb,tensorboard", run, {"lr": 0.1})
         tracked.log({"step": 1, "loss": 2.0, "lr": [0.1]})
         tracked.finish()
     assert said == ["warning: wandb failed and is left out (ConnectionError: no such host); metrics.jsonl has everything"]

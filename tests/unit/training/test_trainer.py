@@ -10,7 +10,7 @@ from dmpctl.batches.loader import StepBatches
 from dmpctl.errors import IntegrityError, NumericalError, UsageError
 from dmpctl.files import sha256_of
 from dmpctl.runs import checkpoint
-from dmpctl.training import patch
+from dmpctl.training import subject
 from dmpctl.training.clock import Averages
 from tests.helpers import flip, patch_run, tensors_of, tree
 
@@ -79,10 +79,10 @@ def test_a_line_is_the_mean_since_the_last(tmp_path, finished):
 
 
 class Spoiled:
-    """Stands in for patch.predict_patched: spoils the prediction of some steps."""
+    """Stands in for subject.predict_patched: spoils the prediction of some steps."""
 
     def __init__(self, spoil, *steps: int) -> None:
-        self.predict, self.spoil, self.steps, self.step = patch.predict_patched, spoil, steps, 0
+        self.predict, self.spoil, self.steps, self.step = subject.predict_patched, spoil, steps, 0
 
     def __call__(self, *args):
         prediction, routing = self.predict(*args)
@@ -101,7 +101,7 @@ def infinite_gradient(prediction):
 
 @pytest.mark.parametrize("spoil", [not_a_number, infinite_gradient])
 def test_a_step_that_is_not_finite_is_skipped(tmp_path, monkeypatch, spoil):
-    monkeypatch.setattr(patch, "predict_patched", Spoiled(spoil, 3, 4))
+    monkeypatch.setattr(subject, "predict_patched", Spoiled(spoil, 3, 4))
     patch_run(tmp_path / "run", save_every=1, log_every=2, keep_last=9, max_bad_steps=3, ema=0.0)
     before, after = raw_weights(tmp_path / "run", 2), raw_weights(tmp_path / "run", 5)
     assert not any(torch.equal(before[name], after[name]) for name in ("prompt_embeddings", "gate.weight"))
@@ -113,14 +113,14 @@ def test_a_step_that_is_not_finite_is_skipped(tmp_path, monkeypatch, spoil):
 
 
 def test_the_mean_leaves_skipped_steps_out(tmp_path, monkeypatch, finished):
-    monkeypatch.setattr(patch, "predict_patched", Spoiled(not_a_number, 2))
+    monkeypatch.setattr(subject, "predict_patched", Spoiled(not_a_number, 2))
     patch_run(tmp_path / "run", iters=2, log_every=2, prompt_lr=0.05, gate_lr=0.05, ema=0.0)
     assert lines(tmp_path / "run")[0]["loss"] == lines(finished)[0]["loss"]
 
 
 @pytest.mark.parametrize("spoil", [not_a_number, infinite_gradient])
 def test_too_many_in_a_row_end_the_run_with_a_good_checkpoint(tmp_path, monkeypatch, spoil):
-    monkeypatch.setattr(patch, "predict_patched", Spoiled(spoil, 1, *range(4, 20)))
+    monkeypatch.setattr(subject, "predict_patched", Spoiled(spoil, 1, *range(4, 20)))
     with pytest.raises(NumericalError, match=r"not finite 3 steps in a row, last at step 5 with timesteps \[\d+, ") as failure:
         patch_run(tmp_path / "run", iters=20, save_every=1, max_bad_steps=3)
     assert failure.value.exit_code == 5

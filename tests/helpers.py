@@ -18,8 +18,8 @@ import dmpctl
 from dmpctl.backbones.dit import DiT
 from dmpctl.data.bundled import Digits
 from dmpctl.files import read_tensors, sha256_of
-from dmpctl.methods.dmp import dmp_shape
 from dmpctl.models.backbone import load_backbone
+from dmpctl.models.build import build_patch
 from dmpctl.processes.accelerator import accelerator_for
 from dmpctl.processes.command import Command
 from dmpctl.processes.ranks import ranks_of
@@ -40,7 +40,7 @@ SOURCE = Path(dmpctl.__file__).parents[1]
 SMALL = {"iters": 6, "batch_size": 8, "log_every": 1, "save_every": 3, "keep_last": 5, "cpu": True}
 SHAPE = {"hidden_size": 16, "depth": 2, "num_heads": 2}
 BUNDLED = load_backbone(Base()).model.config  # whatever shape it has: no test knows its numbers
-BUNDLED_PATCH = dmp_shape(DiT(BUNDLED).spec, Dmp())
+BUNDLED_PATCH = build_patch(DiT(BUNDLED), Dmp()).added
 TIMING = ("steps_per_sec", "images_per_sec", "data_wait", "peak_memory_mib")
 
 

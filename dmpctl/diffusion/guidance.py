@@ -4,7 +4,7 @@ Shapes: B batch, C/H/W channels, height, width of what is noised.
 """
 
 from collections.abc import Callable
-from typing import Literal, assert_never
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ def guide(
     """The denoiser null + scale * (cond - null) for conditions `cond` [B, ...] (None: unconditional), `null` [1, ...].
 
     One forward of 2B per call, of B where `scale` is 1. Guided are the first 3 channels of epsilon
-    (published DiT) or all of them; what remains, variance half included, is the conditional prediction's.
+    (published DiT) or all of them; the rest, variance half included, is the conditional prediction's.
     UsageError for a scale other than 1 without conditions or without a null one.
     """
     if scale == 1:
@@ -32,19 +32,8 @@ def guide(
 
     def guided(x: Tensor, t: Tensor) -> Tensor:
         prediction, null = predict(x.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
-        count = _guided_channels(channels, x.shape[1])
+        count = min(3, x.shape[1]) if channels == "3" else x.shape[1]
         eps, null_eps = prediction[:, :count], null[:, :count]
         return torch.cat([null_eps + scale * (eps - null_eps), prediction[:, count:]], dim=1)
 
     return guided
-
-
-def _guided_channels(channels: Literal["3", "all"], available: int) -> int:
-    """How many of the `available` channels of epsilon are guided."""
-    match channels:
-        case "3":
-            return min(3, available)
-        case "all":
-            return available
-        case _:
-            assert_never(channels)

@@ -7,7 +7,7 @@ Shapes: B batch, C/H/W channels, height, width. States are float32 whatever the 
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, assert_never, get_args
 
 import torch
 from torch import Tensor
@@ -16,9 +16,10 @@ from dmpctl.diffusion.schedule import FlowSchedule, NoiseSchedule, Schedule, res
 from dmpctl.errors import NumericalError, UsageError
 from dmpctl.types import Denoiser, Draw
 
-Sampler = Literal["ddpm", "ddim", "dpm-solver++", "unipc", "euler", "heun", "euler-maruyama"]
+FlowSampler = Literal["euler", "heun", "euler-maruyama"]
+Sampler = Literal["ddpm", "ddim", "dpm-solver++", "unipc"] | FlowSampler
 Predict = Callable[[Tensor, float], tuple[Tensor, Tensor | None]]  # x, original t -> epsilon or velocity, variance half or None
-FLOW_SAMPLERS = ("euler", "heun", "euler-maruyama")
+FLOW_SAMPLERS = get_args(FlowSampler)
 LAST_STEP = 0.04  # of Euler-Maruyama's path, taken without noise (Ma et al. 2024, appendix)
 
 LOWEST_LAMBDA = -5.1  # log(alpha / sigma) below which the solvers are unstable (cosine schedules), as diffusers advises
@@ -48,10 +49,17 @@ def sample(
 
     flow = isinstance(schedule, FlowSchedule)
     refuse_other_kind(sampler, flow)
-    if isinstance(schedule, FlowSchedule):
-        states = _along_flow(predict, draw, x, schedule, steps, sampler)
-    else:
-        states = _of_diffusion(predict, draw, x, schedule, steps, sampler, eta)
+    match schedule, sampler:
+        case NoiseSchedule(), "ddpm":
+            states = _ddpm(predict, draw, x, schedule, steps)
+        case NoiseSchedule(), "ddim":
+            states = _ddim(predict, draw, x, schedule, steps, eta)
+        case NoiseSchedule(), "dpm-solver++" | "unipc":
+            states = _solved(predict, x, schedule, steps, sampler)
+        case FlowSchedule(), "euler" | "heun" | "euler-maruyama":
+            states = _along_flow(predict, draw, x, schedule, steps, sampler)
+        case _:
+            raise ValueError(f"{sampler} does not go with this schedule")
     for done, state in enumerate(states, start=1):
         x = state
         if on_step is not None:
@@ -63,20 +71,6 @@ def sample(
             "check the weights, lower --cfg, or use --precision no",
         )
     return x
-
-
-def _of_diffusion(
-    predict: Predict, draw: Draw, x: Tensor, schedule: NoiseSchedule, steps: int, sampler: Sampler, eta: float
-) -> Iterator[Tensor]:
-    match sampler:
-        case "ddpm":
-            return _ddpm(predict, draw, x, schedule, steps)
-        case "ddim":
-            return _ddim(predict, draw, x, schedule, steps, eta)
-        case "dpm-solver++" | "unipc":
-            return _solved(predict, x, schedule, steps, sampler)
-        case _:
-            raise ValueError(f"{sampler} is no sampler of a diffusion")
 
 
 def refuse_other_kind(sampler: str, flow: bool) -> None:
@@ -146,7 +140,7 @@ def _solved(
 
 
 def _along_flow(
-    predict: Predict, draw: Draw, x: Tensor, schedule: FlowSchedule, steps: int, sampler: Sampler
+    predict: Predict, draw: Draw, x: Tensor, schedule: FlowSchedule, steps: int, sampler: FlowSampler
 ) -> Iterator[Tensor]:
     """The probability flow dx = v ds from noise (level 1) to images (0), `steps` even steps (Ma et al. 2024, eq. 3).
 
@@ -174,5 +168,5 @@ def _along_flow(
                 else:
                     x = x + step * v
             case _:
-                raise ValueError(f"{sampler} is no sampler of a flow")
+                assert_never(sampler)
         yield x

@@ -32,14 +32,13 @@ NOISE_FLOOR = 0.01  # smallest standard deviation of the gate noise (Shazeer et 
 
 @dataclass(frozen=True)
 class DmpShape(PromptShape):
-    """Sizes of a patch: its prompts; `kept` is k of the top-k gate (all there are: soft); `gate`: which gates there are.
+    """Sizes of a patch: its prompts; `kept` is k of the top-k gate (all there are: soft).
 
     `seen`: numbers of c, which the gate looks at; None: as many as a prompt's.
     """
 
     kept: int
     seen: int | None = field(default=None, kw_only=True)
-    gate: Literal["shared", "per-site", "none"] = field(default="shared", kw_only=True)
 
     @property
     def cond_width(self) -> int:
@@ -51,19 +50,6 @@ class DmpShape(PromptShape):
         """K, the number of things that the gate chooses among: N prompts, or E whole sets."""
         return self.sets or self.prompts
 
-    def parameters(self) -> int:
-        """L·N·D + (D+1)·N + N: prompts and gate, as the paper counts them (W_noise is not needed after training)."""
-        match self.gate:
-            case "shared":
-                gate = (self.cond_width + 2) * self.choices
-            case "per-site":
-                gate = self.sites * (self.cond_width + 1) * self.choices
-            case "none":
-                gate = 0
-            case _:
-                assert_never(self.gate)
-        return super().parameters() + gate
-
 
 def dmp_shape(spec: BackboneSpec, settings: Dmp, blocks: Sequence[int] | None = None) -> DmpShape:
     """Sizes that `settings` ask for on a backbone, or on these of its blocks; raises UsageError where the two do not fit."""
@@ -72,11 +58,8 @@ def dmp_shape(spec: BackboneSpec, settings: Dmp, blocks: Sequence[int] | None = 
     kept = 1 if settings.gate == "hard" else settings.topk or choices
     if kept > choices:
         raise UsageError(f"--topk {kept} is more than the {choices} {what}")
-    gate: Literal["shared", "per-site", "none"] = "per-site" if settings.gate_per_site else "shared"
-    gate = "none" if settings.gate == "uniform" else gate
     sizes = vars(shape) | {"sets": settings.prompt_sets, "rank": settings.prompt_rank}
-    seen = None if spec.cond_width in (None, shape.width) else spec.cond_width
-    return DmpShape(**sizes, kept=kept, gate=gate, seen=seen)
+    return DmpShape(**sizes, kept=kept, seen=None if spec.cond_width in (None, shape.width) else spec.cond_width)
 
 
 class DmpPatch(PromptPatch):
@@ -95,9 +78,13 @@ class DmpPatch(PromptPatch):
         self.scale = settings.gate_scale or 1.0
         self._trained = settings.gate not in ("uniform", "random")  # whether the gate is
         self._noisy = self._trained and settings.gate_noise
-        self.gate = _gate(shape)
-        if settings.gate == "random" and isinstance(self.gate, SharedGate):
-            self.gate.freeze_at_random(seed)
+        self.gate: SharedGate | PerSiteGate | None = None
+        if settings.gate_per_site:
+            self.gate = PerSiteGate(shape.sites, shape.cond_width, shape.choices)
+        elif settings.gate != "uniform":
+            self.gate = SharedGate(shape.blocks, shape.cond_width, shape.choices)
+            if settings.gate == "random":
+                self.gate.freeze_at_random(seed)
         if self._trained:
             self.w_noise = nn.Parameter(torch.zeros(shape.cond_width, shape.choices), requires_grad=self._noisy)
 
@@ -105,6 +92,11 @@ class DmpPatch(PromptPatch):
     def time_only(self) -> bool:
         """Whether the gate sees t_emb alone, else t_emb + y_emb; unless --gate-input says: in `prepend`."""
         return (self.settings.gate_input or ("t" if self.settings.position == "prepend" else "t+y")) == "t"
+
+    @property
+    def added(self) -> int:
+        """L·N·D + (D+1)·N + N: prompts and gate, as the paper counts them (w_noise is not needed after training)."""
+        return sum(tensor.numel() for name, tensor in self.named_parameters() if name != "w_noise")
 
     def noise_shape(self) -> tuple[int, ...] | None:
         """One sample's gate noise [L, K]; None with --no-gate-noise and for a gate that is not trained."""
@@ -178,16 +170,3 @@ class DmpPatch(PromptPatch):
         if routing.load is not None:
             losses["load"] = self.settings.load_weight * squared_cv(routing.load).mean()
         return losses
-
-
-def _gate(shape: DmpShape) -> SharedGate | PerSiteGate | None:
-    """The gate that a shape asks for, zero; None where all weights are alike."""
-    match shape.gate:
-        case "shared":
-            return SharedGate(shape.blocks, shape.cond_width, shape.choices)
-        case "per-site":
-            return PerSiteGate(shape.sites, shape.cond_width, shape.choices)
-        case "none":
-            return None
-        case _:
-            assert_never(shape.gate)

@@ -28,7 +28,8 @@ class LoraPatch(ChangedBackbone):
 
     def __init__(self, backbone: nn.Module, settings: Lora, seed: int = 0) -> None:
         """UsageError for a rank that no target layer can have."""
-        ends = target_ends(cast(Backbone, backbone), settings)
+        linears = cast(Backbone, backbone).linears
+        ends = tuple(dict.fromkeys(end for target in settings.targets.split(",") for end in linears[target]))
         refuse_rank(backbone, ends, settings.rank)
         changed = injected(over_the_same_tensors(backbone), ends, settings, seed)
         super().__init__(changed, settings.lr)
@@ -45,11 +46,6 @@ class LoraPatch(ChangedBackbone):
             weight = tensors[f"{name}.weight"]
             tensors[f"{name}.weight"] = (weight.float() + layer.get_delta_weight(ADAPTER)).to(weight.dtype)
         return tensors
-
-
-def target_ends(backbone: Backbone, settings: Lora) -> tuple[str, ...]:
-    """How the names of the target layers end, without repetition."""
-    return tuple(dict.fromkeys(end for target in settings.targets.split(",") for end in backbone.linears[target]))
 
 
 def refuse_rank(backbone: nn.Module, ends: tuple[str, ...], rank: int) -> None:

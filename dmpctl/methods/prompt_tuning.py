@@ -44,11 +44,6 @@ class PromptPatch(PatchBase):
                 parameter.copy_(start_normal(seed, purpose, std, *shape))
         return parameter
 
-    @property
-    def added(self) -> int:
-        """L·N·D, more with sets, less with a rank."""
-        return self.shape.parameters()
-
     def all_prompts(self) -> Tensor:
         """Prompts [L, (E,) N, D] of all patched blocks; call it where autocast is off."""
         return self.prompt_embeddings if self.shape.rank is None else self.prompt_rows @ self.prompt_columns

@@ -44,11 +44,6 @@ class PromptShape:
         """Axes that the matrices of prompts are stacked: (L,), with sets (L, E)."""
         return (self.sites,) if self.sets is None else (self.sites, self.sets)
 
-    def parameters(self) -> int:
-        """L·N·D; with sets E times as many; with rank r a matrix is r·(N + D) numbers."""
-        matrix = self.prompts * self.width if self.rank is None else self.rank * (self.prompts + self.width)
-        return self.sites * (self.sets or 1) * matrix
-
 
 def prompt_shape(spec: BackboneSpec, settings: PromptMethod, blocks: Sequence[int] | None = None) -> PromptShape:
     """Sizes that `settings` ask for on a backbone, without sets and rank; UsageError where the two do not fit.

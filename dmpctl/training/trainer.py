@@ -29,7 +29,7 @@ from dmpctl.training.fsdp import shard
 from dmpctl.training.inputs import InputMaker, Inputs, one_ahead
 from dmpctl.training.subject import Subject
 from dmpctl.training.trackers import Trackers, remember
-from dmpctl.types import Moments, ProgressTask, Routings
+from dmpctl.types import ProgressTask, Routings
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,12 @@ class Trainer:
         if train.fsdp:
             shard(subject, self.ranks)
         groups, betas = [dict(group) for group in subject.param_groups()], (train.beta1, train.beta2)
-        optimizer = torch.optim.AdamW(groups, betas=betas, weight_decay=train.weight_decay)
-        self.rates = [group["lr"] for group in optimizer.param_groups]
+        self.plain = torch.optim.AdamW(groups, betas=betas, weight_decay=train.weight_decay)  # its state has parameters as keys
+        self.rates = [group["lr"] for group in self.plain.param_groups]
         if is_sharded(subject.module):  # nothing of it is left for accelerate to wrap
-            self.module, self.optimizer = subject.module, accelerator.prepare_optimizer(optimizer)
+            self.module, self.optimizer = subject.module, accelerator.prepare_optimizer(self.plain)
         else:
-            self.module, self.optimizer = accelerator.prepare(subject.module, optimizer)
+            self.module, self.optimizer = accelerator.prepare(subject.module, self.plain)
         compile_blocks(subject.network, self.settings.launch)
         self.parameters = {n: p for n, p in subject.module.named_parameters() if p.requires_grad}
         self.ema = {n: p.detach().clone() for n, p in self.parameters.items()} if train.ema else {}
@@ -88,7 +88,7 @@ class Trainer:
         state, wrong = checkpoint.newest(self.run.checkpoints)
         self.ranks.wait()
         if state is not None:
-            checkpoint.restore(state, self.subject.module, self._plain_optimizer(), self.ema)
+            checkpoint.restore(state, self.subject.module, self.plain, self.ema)
             if self.accelerator.scaler is not None and state.scaler:
                 self.accelerator.scaler.load_state_dict(state.scaler)
             self.step = state.step
@@ -142,15 +142,12 @@ class Trainer:
     def _noised(self, inputs: Inputs) -> Noised:
         """The batch on the device: latents, drawn from their moments, and noised to their timesteps."""
         here = inputs.to(self.device)
-        moments = self._moments(here.images)
+        cached = here.images.is_floating_point()  # moments that the images were encoded into before (batches.latents)
+        moments = unpack(here.images) if cached else self.inputs.codec.encode(here.images)
         x0 = moments.mean
         if moments.logvar is not None and here.latent_noise is not None:
             x0 = x0 + (0.5 * moments.logvar).exp() * here.latent_noise
         return Noised(x0, self.schedule.add_noise(x0, here.t, here.noise), here.t, here.noise, here.cond, here.gate_noise)
-
-    def _moments(self, images: Tensor) -> Moments:
-        """Posterior of a batch of images, or of the moments that they were encoded into before (`batches.latents`)."""
-        return unpack(images) if images.is_floating_point() else self.inputs.codec.encode(images)
 
     def _one_step(self, inputs: Inputs, stop: Stop) -> tuple[dict[str, Tensor], int]:
         """One optimizer step: scalars to log, and the signal that some process got (0: none).
@@ -262,9 +259,4 @@ class Trainer:
 
     def _state(self) -> checkpoint.TrainerState:
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}
-        return checkpoint.capture(self.step, self.subject.module, self._plain_optimizer(), self.ema, scaler)
-
-    def _plain_optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer inside accelerate's wrapper, whose state is keyed by the parameters themselves."""
-        plain: torch.optim.Optimizer = self.optimizer.optimizer
-        return plain
+        return checkpoint.capture(self.step, self.subject.module, self.plain, self.ema, scaler)

@@ -12,7 +12,7 @@ from dmpctl.files import sha256_of
 from dmpctl.measuring import paired_loss
 from tests.helpers import BUNDLED, BUNDLED_PATCH, colour_folder, files, run_cli, same_but_time, tree
 
-SHARE = f"(+{100 * BUNDLED_PATCH.parameters() / BUNDLED.parameters():.2f} %)"
+SHARE = f"(+{100 * BUNDLED_PATCH / BUNDLED.parameters():.2f} %)"
 
 PATCH = ("--iters", 6, "--batch-size", 8, "--save-every", 3, "--log-every", 2, "--eval-images", 80, "--steps", 4, "--cpu")
 SHAPE = ("--hidden-size", 16, "--depth", 2, "--num-heads", 2, "--batch-size", 8, "--log-every", 2, "--cpu")
@@ -79,7 +79,7 @@ def test_patch_sample_fid_and_gates_with_a_path_alone(tmp_path, monkeypatch, cli
     found = listed(first.out)
     run = Path(found["run"])
     assert run == tmp_path / "runs" / "digits"
-    assert (found["step"], found["added_parameters"]) == (6, BUNDLED_PATCH.parameters())
+    assert (found["step"], found["added_parameters"]) == (6, BUNDLED_PATCH)
     assert found["protocol"]["images"] == 80
     assert found["patch_sha256"] == sha256_of(run / "patch.safetensors")
     assert [line["step"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())] == [2, 4, 6]
@@ -224,7 +224,7 @@ def test_a_dry_run_writes_nothing(tmp_path, monkeypatch, cli):
     planned = cli("patch", "--dry-run", "--json")
     assert planned.code == 0
     found = listed(planned.out)
-    assert (found["ready"], found["images"], found["added_parameters"]) == (True, 1797, BUNDLED_PATCH.parameters())
+    assert (found["ready"], found["images"], found["added_parameters"]) == (True, 1797, BUNDLED_PATCH)
     assert found["run"] == str(tmp_path / "runs" / "digits")
     assert cli("pretrain", "--data", "digits", "--dry-run").code == 0
     assert tree(tmp_path) == {}

@@ -12,7 +12,7 @@ from dmpctl.images.captions import drawn
 from dmpctl.types import TextSpec
 
 KIND = "conditions"
-NULL = ""  # the caption that says nothing, for guidance; cached behind all others
+NULL = ""  # the null caption, for guidance; cached behind all others
 
 
 class CaptionNumbers:
@@ -47,7 +47,7 @@ def captions_fingerprint(captions: Sequence[str]) -> str:
 def condition_shards(
     root: Path, encoder: str, revision: str, states: TextSpec, captions: Sequence[str], per_shard: int | None = None
 ) -> Shards:
-    """Where the states of these captions lie, and of the null caption after them. `per_shard` None: what suits their size.
+    """The shards of the states of these captions, and of the null caption after them. `per_shard` None: as suits their size.
 
     `encoder`: the name of what makes the states, `revision` the sha256 of its files.
     """

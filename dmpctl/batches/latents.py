@@ -26,7 +26,7 @@ def pack(moments: Moments, dtype: torch.dtype) -> Tensor:
 
 
 def unpack(packed: Tensor) -> Moments:
-    """Moments, float32 [B, C, h, w] each, of what `pack` made."""
+    """Moments, float32 [B, C, h, w] each, that `pack` put together."""
     mean, logvar = packed.to(torch.float32).chunk(2, 1)
     return Moments(mean, logvar)
 
@@ -34,7 +34,7 @@ def unpack(packed: Tensor) -> Moments:
 def latent_shards(
     root: Path, source: Source, codec: Codec, flip: bool, dtype: torch.dtype = torch.float16, per_shard: int | None = None
 ) -> Shards:
-    """Where the moments of these images lie; `flip`: those of their mirrors too. `per_shard` None: what suits their size.
+    """The shards of these images' moments; `flip`: and of their mirrors'. `per_shard` None: as suits their size.
 
     The key is all that decides them (R21). UsageError where the codec does not take such images.
     """

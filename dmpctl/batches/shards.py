@@ -20,7 +20,7 @@ from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.files import locked, make_folder, read_json, sha256_of, sha256_of_json, write_json, write_tensors, writing
 
 SCHEMA_VERSION = 1
-MOST_ITEMS, MOST_BYTES = 4096, 2**26  # of one shard: what an interruption can cost, and what is held in memory
+MOST_ITEMS, MOST_BYTES = 4096, 2**26  # of one shard: as much as an interruption can cost, and as is held in memory
 
 
 def per_shard_of(item_bytes: int) -> int:

@@ -1,4 +1,4 @@
-"""What training minimises: weighted MSE of epsilon, plus the variational bound where the variance is learned.
+"""The loss that training minimises: weighted MSE of epsilon, plus the variational bound where the variance is learned.
 
 Nichol and Dhariwal 2021 (arXiv 2102.09672), section 3, as in ADM and DiT: the mean is detached in the bound and the bound
 is not rescaled. Shapes: B batch, C/H/W channels, height, width. Everything is computed in float32.

@@ -20,7 +20,7 @@ class NoiseSchedule:
     """q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I) for given betas, and its posterior q(x_{t-1} | x_t, x_0).
 
     Float64 tables [S], always on the CPU: `betas`, `alphas_cumprod` (abar), `alphas_cumprod_prev`, `posterior_variance`,
-    `posterior_log_variance_clipped`. `timesteps` [S] int64 (CPU): what a backbone calls each t; the identity unless respaced.
+    `posterior_log_variance_clipped`. `timesteps` [S] int64 (CPU): a backbone's numbers of them; the identity unless respaced.
     """
 
     def __init__(self, betas: Tensor, timesteps: Tensor | None = None) -> None:
@@ -95,7 +95,7 @@ class NoiseSchedule:
         return self._at("signal", t) * x0 + self._at("noise", t) * noise
 
     def target(self, x0: Tensor, noise: Tensor) -> Tensor:
-        """What is predicted: the noise."""
+        """The quantity that is predicted: the noise."""
         return noise
 
     def predict_x0(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ class FlowSchedule:
         return self.steps
 
     def to(self, device: torch.device | str) -> "FlowSchedule":
-        """Itself: it has no tables."""
+        """This schedule: it has no tables to move."""
         return self
 
     def level(self, t: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ class FlowSchedule:
         return (1 - s) * x0 + s * noise
 
     def target(self, x0: Tensor, noise: Tensor) -> Tensor:
-        """What is predicted: the velocity."""
+        """The quantity that is predicted: the velocity."""
         return x0 - noise
 
 

@@ -43,7 +43,7 @@ class TimestepDensity:
         return cls(cumulative, (1 / (steps * share)).float())
 
     def to(self, device: torch.device | str) -> TimestepDensity:
-        """The same with its weights on `device`; timesteps are drawn on the CPU."""
+        """This density with its weights on `device`; timesteps are drawn on the CPU."""
         return TimestepDensity(self.cumulative, self.weights.to(device))
 
     def draw(self, uniform: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""What produces the edit: one file per method."""
+"""Methods, which produce the edit: one file each."""

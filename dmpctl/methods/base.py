@@ -9,7 +9,7 @@ from dmpctl.types import Backbone, ParamGroup, Plan, Routings
 
 
 class PatchBase(nn.Module, ABC):
-    """A `types.Patch` that has no gate and changes no weight of the backbone: what a method has beyond that, it overrides."""
+    """A `types.Patch` without a gate that changes no weight of the backbone; a method overrides where it differs."""
 
     @property
     def time_only(self) -> bool:

@@ -60,7 +60,7 @@ def refuse_rank(backbone: nn.Module, ends: tuple[str, ...], rank: int) -> None:
 
 
 def over_the_same_tensors(backbone: nn.Module) -> nn.Module:
-    """Modules of its own over the backbone's tensors: what moves or replaces a tensor in one does so in the other."""
+    """Other modules over the backbone's own tensors: one that is moved or replaced here is so there, too."""
     shared = [held for module in backbone.modules() for held in (module._parameters, module._buffers)]
     return copy.deepcopy(backbone, {id(held): held for held in shared})
 

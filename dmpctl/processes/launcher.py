@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,6 +25,11 @@ from dmpctl.processes.notes import Assignment, Outcome, outcomes
 from dmpctl.processes.ranks import launched
 from dmpctl.processes.stop import hold_signals, let_signals_in
 from dmpctl.settings.launch import Launch
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    Failures = dict[int, ProcessFailure]  # by rank
 
 GRACE = 8.0  # sec that the others have to end after one has failed, before they are killed
 POLL = 0.2  # sec between two looks at the processes
@@ -63,7 +68,7 @@ def run_in(processes: int, work: Assignment) -> int:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _started(launch: Launch, processes: int, folder: Path) -> "dict[int, Any] | signal.Signals":
+def _started(launch: Launch, processes: int, folder: Path) -> "Failures | signal.Signals":
     """Start them and wait: those that failed by rank ({}: none did), or the signal that came."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -104,7 +109,7 @@ def _started(launch: Launch, processes: int, folder: Path) -> "dict[int, Any] | 
     return {}
 
 
-def _outcome(folder: Path, caught: "dict[int, Any] | signal.Signals", hung: Collection[int]) -> int:
+def _outcome(folder: Path, caught: "Failures | signal.Signals", hung: Collection[int]) -> int:
     """The exit code of the job, or the failure to raise: the one that was first, not what the others said of its loss.
 
     `hung`: pids of processes that had to be killed after another's failure.

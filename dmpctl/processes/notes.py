@@ -1,4 +1,4 @@
-"""The notes that a launcher and its processes leave for each other in one folder: what to do, who works, how each ended."""
+"""Notes that a launcher and its processes leave for each other in one folder: the work to do, and how each process ended."""
 
 from dataclasses import dataclass
 from pathlib import Path

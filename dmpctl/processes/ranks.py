@@ -103,7 +103,7 @@ def join(launch: Launch) -> Ranks:
 
 
 def ranks_of(accelerator: Accelerator) -> Ranks:
-    """The same as accelerate sees it."""
+    """This process among the others, as accelerate numbers them."""
     return Ranks(accelerator.process_index, accelerator.num_processes, accelerator.device)
 
 

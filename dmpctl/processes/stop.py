@@ -46,7 +46,7 @@ class Stop:
 
 @contextmanager
 def ending_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGUSR1 raise Interrupted wherever the work is, outside of `Stop`: what was finished is kept."""
+    """SIGTERM and SIGUSR1 raise Interrupted wherever the work is, outside of `Stop`; finished work is kept."""
     if current_thread() is not main_thread():  # only there are signals heard
         yield
         return

@@ -64,9 +64,9 @@ def patch(settings: Settings, progress: Progress) -> Report:
 
 
 def with_weights_here(settings: Settings, progress: Progress) -> Settings:
-    """The same settings with --weights as a file on this disk, fetched first if it is an address.
+    """Settings whose --weights are a file on this disk, fetched first if they are an address.
 
-    So with a --base or --data that is a row of the settings file: the patch can be used without that file.
+    A --base or --data that is a row of the settings file becomes its path: the patch can be used without that file.
     """
     base, own = settings.base, {row.name: row for row in settings.assets.rows}
     if base.weights is not None:
@@ -80,7 +80,7 @@ def with_weights_here(settings: Settings, progress: Progress) -> Settings:
 
 
 def refuse_sampling(settings: Settings, loaded: Loaded, source: Source) -> None:
-    """What does not suit the comparison fails now, not after training: guidance, sampler, data without captions."""
+    """UsageError now, not after training, for a comparison that cannot be: guidance, sampler, data without captions."""
     if loaded.spec.text is None:
         denoiser_of(Patched(loaded), [0], settings.sampling, torch.device("cpu"))
     else:

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Generic
+from typing import Generic
 
 from accelerate import Accelerator
 
@@ -61,12 +61,12 @@ class Session(Generic[D_co]):
         text = {} if self.text is None else {"text_fingerprint": self.text.revision}
         return dict(self.digests) | codec | text
 
-    def science(self, settings: Settings) -> dict[str, Any]:
+    def science(self, settings: Settings) -> dict[str, object]:
         """All that makes a run this experiment: settings and the identities of what they name."""
         return science_of(settings) | self.identities
 
 
-def science_of(settings: Settings) -> dict[str, Any]:
+def science_of(settings: Settings) -> dict[str, object]:
     """Flat values that make a run this experiment: a change of one of them is refused on resume.
 
     More iterations at a constant rate are the same experiment taken further, so --iters counts only under a decay.

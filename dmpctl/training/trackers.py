@@ -31,7 +31,7 @@ class Trackers:
     def __init__(self, progress: Progress) -> None:
         self._progress, self._open, self._sent = progress, dict[str, GeneralTracker](), 0
 
-    def start(self, names: str | None, run: RunDir, settings: Mapping[str, Any]) -> None:
+    def start(self, names: str | None, run: RunDir, settings: Mapping[str, object]) -> None:
         """Begin, or go on, in the trackers that are named (None: none) with flat JSON-able `settings`."""
         if names is None:
             return
@@ -40,7 +40,7 @@ class Trackers:
         for name in dict.fromkeys(names.split(",")):
             self._guarded(name, partial(self._start, name, run, known.id, settings))
 
-    def _start(self, name: str, run: RunDir, identity: str, settings: Mapping[str, Any]) -> None:
+    def _start(self, name: str, run: RunDir, identity: str, settings: Mapping[str, object]) -> None:
         options: dict[str, dict[str, Any]] = {
             "tensorboard": {"logging_dir": run.path / "tensorboard"},
             "wandb": {"dir": str(run.path), "name": run.path.name, "id": identity, "resume": "allow"},
@@ -53,18 +53,16 @@ class Trackers:
             tracker.store_init_configuration(plain)
         self._open[name] = tracker
 
-    def log(self, line: Mapping[str, Any]) -> None:
-        """Send one line of metrics.jsonl, lists as one figure for each entry; what was sent before is left out."""
-        step = int(line["step"])
+    def log(self, step: int, figures: Mapping[str, float | list[float]]) -> None:
+        """Send a step's figures, a list as one figure for each entry; a step that was sent before is left out."""
         if step <= self._sent:
             return
-        figures: dict[str, float] = {}
-        for name, value in line.items():
-            many = isinstance(value, list)
-            figures |= {f"{name}/{n}": float(one) for n, one in enumerate(value)} if many else {name: float(value)}
-        figures.pop("step")
+        sent: dict[str, float] = {}
+        for name, value in figures.items():
+            each = {f"{name}/{n}": one for n, one in enumerate(value)} if isinstance(value, list) else {name: value}
+            sent |= {key: float(one) for key, one in each.items()}
         for name, tracker in list(self._open.items()):
-            self._guarded(name, partial(tracker.log, figures, step=step))
+            self._guarded(name, partial(tracker.log, sent, step=step))
 
     def finish(self) -> None:
         """Let them write what they hold."""

@@ -245,10 +245,10 @@ class Trainer:
         speed, means = clock.take(), self.ranks.mean(means)
         task.advance(int(speed.pop("steps")), loss=means.get("loss", math.nan), **{"steps/s": speed["steps_per_sec"]})
         if self.ranks.is_main:
-            line = {"step": self.step, **means, "lr": [g["lr"] for g in self.optimizer.param_groups], **speed}
-            line = {k: v for k, v in line.items() if not isinstance(v, float) or math.isfinite(v)}
-            self.run.log_metrics(line)
-            self.trackers.log(line)
+            figures: dict[str, float | list[float]] = {**means, "lr": [g["lr"] for g in self.optimizer.param_groups], **speed}
+            figures = {k: v for k, v in figures.items() if not isinstance(v, float) or math.isfinite(v)}
+            self.run.log_metrics({"step": self.step, **figures})
+            self.trackers.log(self.step, figures)
 
     def save(self, saver: Saver) -> None:
         """Write a checkpoint of this step (main process); what is shared out is put together by all."""

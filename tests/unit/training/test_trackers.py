@@ -54,7 +54,7 @@ def test_a_tracker_that_fails_is_said_once_and_left_out(tmp_path, monkeypatch):
     with RunDir(tmp_path / "run") as run:
         tracked = Trackers(Said())
         tracked.start("wandb,tensorboard", run, {"lr": 0.1})
-        tracked.log({"step": 1, "loss": 2.0, "lr": [0.1]})
+        tracked.log(1, {"loss": 2.0, "lr": [0.1]})
         tracked.finish()
     assert said == ["warning: wandb failed and is left out (ConnectionError: no such host); metrics.jsonl has everything"]
     assert sent(tmp_path / "run") == [(1, 2.0)]

@@ -1,13 +1,12 @@
 """`dmpctl compare`: variants x seeds x stages. Each cell is trained and measured once, by all processes that share the study."""
 
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from dmpctl.errors import NumericalError
-from dmpctl.files import json_to_bytes, make_folder, write_atomic, write_json
+from dmpctl.files import json_to_bytes, make_folder, sha256_of_json, write_atomic, write_json
 from dmpctl.models.build import build_patch
 from dmpctl.models.sources import open_data
 from dmpctl.processes.command import again_command
@@ -16,19 +15,21 @@ from dmpctl.processes.stop import Stop, interrupted
 from dmpctl.runs.rundir import version_of
 from dmpctl.settings.model import Settings
 from dmpctl.settings.study import Study, Variant, read_study, settings_of
-from dmpctl.studies.cell import Cell, GoingOn, cell_of, do_cell, find_going_on
+from dmpctl.studies.cell import Cell, GoingOn, do_cell, find_going_on
 from dmpctl.studies.plot import plot
-from dmpctl.studies.stage import Stage, open_stage, side_of
-from dmpctl.studies.table import ALPHA, Results, bands_of, console_rows, doubts, markdown, rows_of, sentences, tidy
+from dmpctl.studies.results import CellRecord, Results
+from dmpctl.studies.stage import SCHEMA_VERSION, Side, Stage, open_stage, side_of
+from dmpctl.studies.table import ALPHA, bands_to_json, console_rows, doubts, markdown, rows_of, sentences, tidy
 from dmpctl.types import Progress, Report, Source
 
-SCHEMA_VERSION = 1
 POLL = 1.0  # sec between two looks at cells that another process has
+
+Choice = Mapping[str, object]  # a point of a variant's grid, by the keys of the file
 
 
 @dataclass(frozen=True)
-class Job:
-    """A cell to be. `choice`: which point of the variant's grid a tuning cell tries, None: reported, with what was chosen."""
+class CellKey:
+    """Which cell. `choice`: the point of the variant's grid that a tuning cell tries, None: reported, with the one chosen."""
 
     stage: str
     variant: str
@@ -40,37 +41,81 @@ class Job:
         return self.choice is not None
 
 
-class Plan:
+@dataclass(frozen=True)
+class Candidate:
+    """A point of a grid, and what the paired loss gained with each tuning seed (None: it failed); `mean` None: one failed."""
+
+    choice: Choice
+    differences: list[float | None]
+    mean: float | None
+
+    @classmethod
+    def of(cls, choice: Choice, differences: list[float | None]) -> "Candidate":
+        """Returns a candidate with the mean of its differences."""
+        there = [value for value in differences if value is not None]
+        return cls(choice, differences, sum(there) / len(there) if len(there) == len(differences) else None)
+
+
+def best(candidates: Sequence[Candidate], what: str) -> Choice:
+    """Returns the choice of the smallest mean paired loss. NumericalError if every training failed."""
+    means = [(candidate.mean, number) for number, candidate in enumerate(candidates) if candidate.mean is not None]
+    if not means:
+        raise NumericalError(f"no rate that {what} was tuned with gives finite numbers", "add lower ones to its grid")
+    return candidates[min(means)[1]].choice
+
+
+class OpenStudy:
     """The study with everything it needs opened: what can fail fails here, before anything is written."""
 
     def __init__(self, study: Study, settings: Settings) -> None:
         self.study, self.settings = study, settings
-        self.device = resolve_device(settings.launch)
-        self.stages = {name: open_stage(study, name, settings, self.device) for name in study.stages}
-        self.going_on: dict[tuple[str, str], GoingOn] = {}
+        device = resolve_device(settings.launch)
+        self.stages = {name: open_stage(study, name, settings, device) for name in study.stages}
+        self.sides: dict[str, Side] = {}  # of the stages, once they were made or read
+        self._going_on: dict[tuple[str, str], GoingOn] = {}
         self._sources: dict[tuple[str, str], Source] = {}
-        self._candidates: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        for stage, variant, choice in self._trained():
-            self._check(stage, variant, choice)
+        self._candidates: dict[tuple[str, str], list[Candidate]] = {}
+        for stage, name, variant in self.variants():
+            for choice in variant.choices():
+                cell = self.cell_with(CellKey(stage, name, study.compare.seeds[0]), choice)
+                if cell.goes_on is None:
+                    build_patch(self.stages[stage].loaded.model, cell.settings.method)
 
-    def _trained(self) -> Iterator[tuple[Stage, str, dict[str, Any]]]:
-        """Every kind of training: stage, variant and choice."""
-        for stage in self.stages.values():
-            for name, variant in self.study.variants.items():
-                if variant.at(stage.name):
-                    yield from ((stage, name, choice) for choice in variant.choices())
+    def variants(self) -> Iterator[tuple[str, str, Variant]]:
+        """Yields (stage, name, variant): each variant at each of its stages."""
+        for stage in self.study.stages:
+            yield from ((stage, name, variant) for name, variant in self.study.variants.items() if variant.at(stage))
 
-    def _check(self, stage: Stage, name: str, choice: Mapping[str, Any]) -> None:
-        settings = self._settings(stage, name, choice, self.study.compare.seeds[0])
-        if self.study.variants[name].goes_on:
-            self.going_on[stage.name, name] = find_going_on(stage, name, settings)
-            return
-        self._source(stage, settings)
-        build_patch(stage.loaded.model, settings.method)
+    def in_order(self) -> list[CellKey]:
+        """Returns all cells in the order in which they are done: tuning first, then what is reported."""
+        compare, tuning, reporting = self.study.compare, list[CellKey](), list[CellKey]()
+        for stage, name, variant in self.variants():
+            if self.tunes_here(stage, variant):
+                grid = range(len(variant.choices()))
+                tuning += [CellKey(stage, name, seed, choice) for choice in grid for seed in compare.tuning_seeds]
+            reporting += [CellKey(stage, name, seed) for seed in compare.seeds]
+        return tuning + reporting
 
-    def _settings(self, stage: Stage, name: str, choice: Mapping[str, Any], seed: int) -> Settings:
-        found = settings_of(self.study, stage.name, name, choice, seed)
-        return found.model_copy(update={"launch": self.settings.launch, "sampling": stage.sampling})
+    def cell(self, key: CellKey) -> Cell | None:
+        """Returns a cell; None while its variant is not tuned."""
+        choices = self.study.variants[key.variant].choices()
+        choice = self.chosen(key.stage, key.variant) if key.choice is None else choices[key.choice]
+        return None if choice is None else self.cell_with(key, choice)
+
+    def cell_with(self, key: CellKey, choice: Choice) -> Cell:
+        """Returns a cell with this choice."""
+        stage, place, goes_on = self.stages[key.stage], (key.stage, key.variant), None
+        settings = settings_of(self.study, key.stage, key.variant, choice, key.seed)
+        settings = settings.model_copy(update={"launch": self.settings.launch, "sampling": stage.sampling})
+        if self.study.variants[key.variant].goes_on:
+            goes_on = self._going_on[place] = self._going_on.get(place) or find_going_on(stage, key.variant, settings)
+            settings = goes_on.settings
+        source = self._source(stage, settings) if goes_on is None else goes_on.source
+        folder = f"tune-{sha256_of_json(choice)[:8]}-seed-{key.seed}" if key.tuning else f"seed-{key.seed}"
+        path = stage.folder / key.variant / folder
+        run = settings.run.model_copy(update={"run": path, "seed": key.seed})
+        name, settings = f"{key.stage}/{key.variant}/{folder}", settings.model_copy(update={"run": run})
+        return Cell(name, stage, path, settings, source, choice, key.tuning, goes_on)
 
     def _source(self, stage: Stage, settings: Settings) -> Source:
         """Images to train on, opened once."""
@@ -79,157 +124,121 @@ class Plan:
             self._sources[key] = open_data(settings.data, stage.loaded.spec, stage.codec, stage.loaded.data)
         return self._sources[key]
 
-    def cell(self, job: Job) -> Cell | None:
-        """The cell of a job; None while its variant is not tuned."""
-        variant = self.study.variants[job.variant]
-        choice = self.chosen(job.stage, job.variant) if job.choice is None else variant.choices()[job.choice]
-        return None if choice is None else self.cell_with(job, choice)
-
-    def cell_with(self, job: Job, choice: Mapping[str, Any]) -> Cell:
-        """The cell of a job with this choice."""
-        stage, variant = self.stages[job.stage], self.study.variants[job.variant]
-        settings, goes_on = self._settings(stage, job.variant, choice, job.seed), None
-        if variant.goes_on:
-            goes_on = self.going_on[stage.name, job.variant]
-            settings = goes_on.settings.model_copy(update={"run": goes_on.settings.run.model_copy(update={"seed": job.seed})})
-            return cell_of(stage, job.variant, settings, goes_on.source, choice, job.tuning, goes_on)
-        return cell_of(stage, job.variant, settings, self._source(stage, settings), choice, job.tuning, None)
-
-    def jobs(self) -> list[Job]:
-        """Tuning first, then what is reported."""
-        study, tuning, reporting = self.study, [], []
-        for stage in study.stages:
-            for name, variant in study.variants.items():
-                if not variant.at(stage):
-                    continue
-                if self.tunes_here(stage, variant):
-                    grid = range(len(variant.choices()))
-                    tuning += [Job(stage, name, seed, choice) for choice in grid for seed in study.compare.tuning_seeds]
-                reporting += [Job(stage, name, seed) for seed in study.compare.seeds]
-        return tuning + reporting
-
     def tunes_here(self, stage: str, variant: Variant) -> bool:
+        """Whether a variant's grid is tried at this stage."""
         return len(variant.choices()) > 1 and self.study.tunes_at(stage) == stage
 
-    def candidates(self, stage: str, name: str) -> list[dict[str, Any]] | None:
-        """Every choice of a variant's grid with its tuning figures; None while some are not there. Read until all are."""
-        if (stage, name) in self._candidates:
-            return self._candidates[stage, name]
-        found = []
-        for index, choice in enumerate(self.study.variants[name].choices()):
-            cells = [self.cell(Job(stage, name, seed, index)) for seed in self.study.compare.tuning_seeds]
-            records = [None if cell is None else cell.record() for cell in cells]
-            if any(record is None for record in records):
-                return None
-            gains = [record.get("paired_loss", {}).get("difference") for record in records if record is not None]
-            found.append({"choice": choice, "differences": gains, "mean": mean_or_none(gains)})
-        self._candidates[stage, name] = found
-        return found
+    def candidates(self, stage: str, name: str) -> list[Candidate] | None:
+        """Returns the grid of a variant with its tuning figures, None while some are missing. Read until all are there."""
+        if (stage, name) not in self._candidates:
+            found = []
+            for number, choice in enumerate(self.study.variants[name].choices()):
+                keys = [CellKey(stage, name, seed, number) for seed in self.study.compare.tuning_seeds]
+                records = [record for key in keys if (record := self.cell_with(key, choice).record()) is not None]
+                if len(records) < len(keys):
+                    return None
+                gains = [None if record.paired_loss is None else record.paired_loss.difference for record in records]
+                found.append(Candidate.of(choice, gains))
+            self._candidates[stage, name] = found
+        return self._candidates[stage, name]
 
-    def chosen(self, stage: str, name: str) -> dict[str, Any] | None:
-        """The choice in force for a variant at a stage, {} where there is nothing to choose; None while tuning is not done."""
+    def chosen(self, stage: str, name: str) -> Choice | None:
+        """Returns the choice in force for a variant at a stage, {} without a grid; None while tuning is not done."""
         choices = self.study.variants[name].choices()
         if len(choices) == 1:
             return choices[0]
         candidates = self.candidates(self.study.tunes_at(stage), name)
         return None if candidates is None else best(candidates, f"{stage}/{name}")
 
-
-def mean_or_none(values: list[float | None]) -> float | None:
-    """None if a training failed."""
-    there = [value for value in values if value is not None]
-    return sum(there) / len(there) if len(there) == len(values) else None
-
-
-def best(candidates: list[dict[str, Any]], what: str) -> dict[str, Any]:
-    """The choice of the smallest mean paired loss; NumericalError if every training failed."""
-    there = [candidate for candidate in candidates if candidate["mean"] is not None]
-    if not there:
-        raise NumericalError(f"no rate that {what} was tuned with gives finite numbers", "add lower ones to its grid")
-    found: dict[str, Any] = min(there, key=lambda candidate: float(candidate["mean"]))["choice"]
-    return found
+    def side(self, stage: str, progress: Progress) -> Side | None:
+        """Returns the backbone's side of a stage, made or read once; None while another process is making it."""
+        if stage not in self.sides and (side := side_of(self.stages[stage], progress)) is not None:
+            self.sides[stage] = side
+        return self.sides.get(stage)
 
 
 def compare(settings: Settings, file: Path, progress: Progress) -> Report:
     """Train and measure every cell of the study in `file` that is not done yet; then table, plot and verdicts."""
-    study = read_study(file)
-    plan = Plan(study, settings)
+    opened = OpenStudy(read_study(file), settings)
     if settings.console.dry_run:
-        return _planned(plan)
-    for cell in filter(None, map(plan.cell, plan.jobs())):
+        return _planned(opened)
+    for cell in filter(None, map(opened.cell, opened.in_order())):
         cell.record()  # refuses now what was made in another way
-    root = make_folder(study.compare.run.expanduser().absolute())
+    root = make_folder(opened.study.compare.run.expanduser().absolute())
     with Stop() as stop:
-        records = _run(plan, stop, progress)
-    return _report(plan, root, records)
+        records = _run(opened, stop, progress)
+    return _report(opened, root, records)
 
 
-def _run(plan: Plan, stop: Stop, progress: Progress) -> dict[Job, dict[str, Any]]:
-    """Do the jobs in order; those that wait for another process or for a tuning are looked at again at the end.
+def _run(opened: OpenStudy, stop: Stop, progress: Progress) -> dict[CellKey, CellRecord]:
+    """Do the cells in order; those that wait for another process or for a tuning are looked at again at the end.
 
-    The records come in the order of the jobs, whoever did them when.
+    The records come in the order of the keys, whoever did them when.
     """
-    waiting, done = plan.jobs(), dict[Job, dict[str, Any]]()
+    waiting, done = opened.in_order(), dict[CellKey, CellRecord]()
     with progress.track("cells", len(waiting)) as task:
         while waiting:
             before, waiting = waiting, []
-            for job in before:
+            for key in before:
                 if stop.got:
                     raise interrupted(stop.got, f"{len(done)} cells are done", f"go on with: {again_command()}")
-                record = _one(plan, job, progress)
+                record = _one(opened, key, progress)
                 if record is None:
-                    waiting.append(job)
+                    waiting.append(key)
                     continue
-                done[job] = record
+                done[key] = record
                 task.advance()
             if len(waiting) == len(before):
                 time.sleep(POLL)
-    return {job: done[job] for job in plan.jobs()}
+    return {key: done[key] for key in opened.in_order()}
 
 
-def _one(plan: Plan, job: Job, progress: Progress) -> dict[str, Any] | None:
-    """One job; None if it has to wait."""
-    cell = plan.cell(job)
+def _one(opened: OpenStudy, key: CellKey, progress: Progress) -> CellRecord | None:
+    """Do one cell; None if it has to wait."""
+    cell = opened.cell(key)
     if cell is None:
         return None
-    if not job.tuning:
-        _write_choice(plan, job)
+    if not key.tuning:
+        _write_choice(opened, key)
     was_there = (cell.path / "cell.json").is_file()
-    side = side_of(plan.stages[job.stage], plan.device, progress)
-    record = None if side is None else do_cell(cell, side, plan.device)
+    side = opened.side(key.stage, progress)
+    record = None if side is None else do_cell(cell, side)
     if record is not None and not was_there:
         progress.say(f"{cell.name}: {_in_words(record)}")
     return record
 
 
-def _in_words(record: Mapping[str, Any]) -> str:
-    if record["failed"]:
-        return f"failed: {record['failed']}"
-    loss, gap = record["paired_loss"], record.get("frechet")
-    words = f"paired loss {loss['difference']:+.3g} ± {loss['standard_error']:.2g}"
-    words += f", Fréchet distance {gap['difference']:+.4g}" if gap else ""
-    return f"{words} ({record['train_seconds']:.0f} s of training)"
+def _in_words(record: CellRecord) -> str:
+    loss, gap = record.paired_loss, record.frechet
+    if loss is None:
+        return f"failed: {record.failed}"
+    words = f"paired loss {loss.difference:+.3g} ± {loss.standard_error:.2g}"
+    words += f", Fréchet distance {gap.difference:+.4g}" if gap else ""
+    return f"{words} ({record.train_seconds:.0f} s of training)"
 
 
-def _write_choice(plan: Plan, job: Job) -> None:
-    """tuned.json of a variant that is tuned at this stage: what was chosen, and from which figures."""
-    variant, path = plan.study.variants[job.variant], plan.stages[job.stage].folder / job.variant / "tuned.json"
-    candidates = plan.candidates(job.stage, job.variant) if plan.tunes_here(job.stage, variant) else None
+def _write_choice(opened: OpenStudy, key: CellKey) -> None:
+    """Write tuned.json of a variant that is tuned at this stage: the choice, and the figures it was made from."""
+    if not opened.tunes_here(key.stage, opened.study.variants[key.variant]):
+        return
+    candidates = opened.candidates(key.stage, key.variant)
     if candidates is not None:
-        found = {"chosen": best(candidates, f"{job.stage}/{job.variant}"), "candidates": candidates}
-        data = json_to_bytes({"schema_version": SCHEMA_VERSION, "seeds": list(plan.study.compare.tuning_seeds), **found})
+        about = {"schema_version": SCHEMA_VERSION, "seeds": list(opened.study.compare.tuning_seeds)}
+        chosen = best(candidates, f"{key.stage}/{key.variant}")
+        data = json_to_bytes({**about, "chosen": chosen, "candidates": [asdict(candidate) for candidate in candidates]})
+        path = opened.stages[key.stage].folder / key.variant / "tuned.json"
         if not path.is_file() or path.read_bytes() != data:
             write_atomic(make_folder(path.parent) / path.name, data)
 
 
-def _report(plan: Plan, root: Path, records: Mapping[Job, dict[str, Any]]) -> Report:
+def _report(opened: OpenStudy, root: Path, records: Mapping[CellKey, CellRecord]) -> Report:
     """Write table.md, table.json, table.csv and plot.png; they are the same whichever process writes them."""
-    study = plan.study
-    sides = {name: stage.sides[0].figures for name, stage in plan.stages.items() if stage.sides}
-    cells = {(job.stage, job.variant, job.seed): record for job, record in records.items() if not job.tuning}
+    study = opened.study
+    cells = {(key.stage, key.variant, key.seed): record for key, record in records.items() if not key.tuning}
+    sides = {name: opened.sides[name].record for name in study.stages if name in opened.sides}
     results = Results(sides, cells, study.compare.against)
     rows = rows_of(results)
-    notes = [*_notes(plan, records), *doubts(rows)]
+    notes = [*_notes(opened, records), *doubts(rows)]
     data = {
         "schema_version": SCHEMA_VERSION,
         "run": str(root),
@@ -240,10 +249,10 @@ def _report(plan: Plan, root: Path, records: Mapping[Job, dict[str, Any]]) -> Re
             "settings": dict(study.settings),
             "variants": {name: variant.model_dump(mode="json", by_alias=True) for name, variant in study.variants.items()},
         },
-        "stages": {name: {**figures, **plan.stages[name].protocol()} for name, figures in sides.items()},
-        "cells": [{"stage": s, "variant": v, **cell} for (s, v, _), cell in cells.items()],
-        "rows": rows,
-        "bands": bands_of(results),
+        "stages": {name: {**record.figures(), **opened.stages[name].protocol()} for name, record in sides.items()},
+        "cells": [{"stage": s, "variant": v, **cell.to_json()} for (s, v, _), cell in cells.items()],
+        "rows": [asdict(row) for row in rows],
+        "bands": bands_to_json(results),
         "notes": notes,
     }
     write_json(root / "table.json", data)
@@ -254,59 +263,48 @@ def _report(plan: Plan, root: Path, records: Mapping[Job, dict[str, Any]]) -> Re
     return Report(data, console_rows(results, rows), lines)
 
 
-def _notes(plan: Plan, records: Mapping[Job, dict[str, Any]]) -> list[str]:
-    """What one has to know to read the numbers."""
-    compare = plan.study.compare
-    count = len(compare.seeds)
+def _notes(opened: OpenStudy, records: Mapping[CellKey, CellRecord]) -> list[str]:
+    """All that one has to know to read the numbers."""
+    count = len(opened.study.compare.seeds)
     notes = ["a negative difference is an improvement; ± is the standard deviation over training seeds"]
     if count > 1:
         tested = f"t test over {count} training seeds, Holm-corrected over the variants of a stage"
         notes.append(f"verdicts: {tested}, p < {ALPHA:g}; for these images and this backbone")
     else:
         notes.append("one training seed: nothing is tested, and another seed may say otherwise")
-    trained_on = {record["shaped_by"]["data_fingerprint"] for record in records.values()}
-    if trained_on & {stage.source.fingerprint for stage in plan.stages.values()}:
+    trained_on = {record.shaped_by["data_fingerprint"] for record in records.values()}
+    if trained_on & {stage.source.fingerprint for stage in opened.stages.values()}:
         notes.append("measured on images that were trained on (eval_data names others)")
-    for name, variant in plan.study.variants.items():
-        for stage in plan.stages:
-            choice = plan.chosen(stage, name) if variant.at(stage) and plan.tunes_here(stage, variant) else None
-            notes += [] if choice is None else [_tuned_note(variant, stage, name, choice, compare.tuning_seeds)]
+    for name, variant in opened.study.variants.items():
+        for stage in opened.stages:
+            choice = opened.chosen(stage, name) if variant.at(stage) and opened.tunes_here(stage, variant) else None
+            notes += [] if choice is None else [_tuned_note(opened.study, stage, name, choice)]
     return notes
 
 
-def _tuned_note(variant: Variant, stage: str, name: str, choice: Mapping[str, Any], seeds: tuple[int, ...]) -> str:
-    """What tuning chose; a choice at the edge of its grid may not be the best there is."""
-    words = ", ".join(f"{key} {value}" for key, value in choice.items())
-    edges = [key for key, values in variant.tune.items() if len(values) > 1 and choice.get(key) in (values[0], values[-1])]
+def _tuned_note(study: Study, stage: str, name: str, choice: Choice) -> str:
+    """The choice that tuning made; one at the edge of its grid may not be the best there is."""
+    words, grid = ", ".join(f"{key} {value}" for key, value in choice.items()), study.variants[name].tune
+    edges = [key for key, values in grid.items() if len(values) > 1 and choice.get(key) in (values[0], values[-1])]
     edge = f"; {', '.join(edges)} is at the end of its grid: a wider one may do better" if edges else ""
-    return f"{stage}/{name} was tuned on seed {', '.join(map(str, seeds))}: {words}{edge}"
+    return f"{stage}/{name} was tuned on seed {', '.join(map(str, study.compare.tuning_seeds))}: {words}{edge}"
 
 
-def _planned(plan: Plan) -> Report:
+def _planned(opened: OpenStudy) -> Report:
     """--dry-run: how many cells there are, how many are done, and what each variant resolves to."""
-    jobs, table, kinds, counts = plan.jobs(), list[dict[str, str]](), list[dict[str, Any]](), [0, 0]
-    for stage in plan.stages:
-        for name, variant in plan.study.variants.items():
-            mine = [job for job in jobs if (job.stage, job.variant) == (stage, name)]
-            if not mine:
-                continue
-            done = sum(cell is not None and cell.record() is not None for cell in map(plan.cell, mine))
-            counts[0], counts[1] = counts[0] + len(mine), counts[1] + done
-            choice = plan.chosen(stage, name)
-            cell = plan.cell_with(Job(stage, name, mine[-1].seed), choice or variant.choices()[0])
-            resolved = cell.settings.science() | {"iters": cell.iterations}
-            kinds.append({"stage": stage, "variant": name, "cells": len(mine), "done": done})
-            kinds[-1] |= {"tuned": choice, "settings": resolved}
-            table.append(_planned_row(stage, name, variant, choice, resolved, f"{done} of {len(mine)}"))
-    data = {"dry_run": True, "run": str(plan.study.compare.run), "cells": counts[0], "done": counts[1], "variants": kinds}
-    return Report(data, tuple(table), (f"{counts[0]} cells, {counts[1]} of them are done", "dry run: nothing was written"))
-
-
-def _planned_row(
-    stage: str, name: str, variant: Variant, choice: Mapping[str, Any] | None, resolved: Mapping[str, Any], done: str
-) -> dict[str, str]:
-    options = [f"{key} {value}" for key, value in variant.options.items() if key != "method"]
-    options += [f"{key} {(choice or {}).get(key) or ' or '.join(map(str, values))}" for key, values in variant.tune.items()]
-    method = "the backbone, trained on" if variant.goes_on else str(resolved["method"])
-    row = {"stage": stage, "variant": name, "trains": method, "iterations": str(resolved["iters"])}
-    return row | {"options": ", ".join(options) or "-", "done": done}
+    table, kinds, total, finished = list[dict[str, str]](), list[dict[str, object]](), 0, 0
+    for stage, name, variant in opened.variants():
+        keys = [key for key in opened.in_order() if (key.stage, key.variant) == (stage, name)]
+        done = sum(cell is not None and cell.record() is not None for cell in map(opened.cell, keys))
+        total, finished = total + len(keys), finished + done
+        choice = opened.chosen(stage, name)
+        cell = opened.cell_with(keys[-1], choice or variant.choices()[0])
+        kind = {"stage": stage, "variant": name, "cells": len(keys), "done": done, "tuned": choice}
+        kinds.append({**kind, "settings": cell.settings.science() | {"iters": cell.iterations}})
+        options = [f"{key} {value}" for key, value in variant.options.items() if key != "method"]
+        options += [f"{key} {(choice or {}).get(key) or ' or '.join(map(str, grid))}" for key, grid in variant.tune.items()]
+        trains = "the backbone, trained on" if variant.goes_on else cell.settings.method.method
+        row = {"stage": stage, "variant": name, "trains": trains, "iterations": str(cell.iterations)}
+        table.append({**row, "options": ", ".join(options) or "-", "done": f"{done} of {len(keys)}"})
+    data = {"dry_run": True, "run": str(opened.study.compare.run), "cells": total, "done": finished, "variants": kinds}
+    return Report(data, tuple(table), (f"{total} cells, {finished} of them are done", "dry run: nothing was written"))

@@ -6,7 +6,8 @@ from statistics import median
 from typing import Any
 
 from dmpctl.pages.page import drawing, to_png
-from dmpctl.studies.table import BACKBONE, LOSS_UNIT, MEASURES, Results, Row
+from dmpctl.studies.results import Results, StageRecord
+from dmpctl.studies.table import BACKBONE, LOSS_UNIT, MEASURES, Row, select
 
 # Okabe and Ito's palette, told apart by every kind of colour vision; the marker says the same.
 STYLES = {"improved": ("#0072B2", "v"), "worse": ("#D55E00", "^")}
@@ -23,8 +24,7 @@ def plot(results: Results, rows: Sequence[Row]) -> bytes:
     axes = figure.subplots(len(stages), len(measures), squeeze=False, height_ratios=heights)
     for across, stage in zip(axes, stages, strict=True):
         for axis, measure in zip(across, measures, strict=True):
-            mine = [row for row in rows if (row["stage"], row["measure"], row["against"]) == (stage, measure, BACKBONE)]
-            _panel(axis, mine, measure, results.stages[stage])
+            _panel(axis, select(rows, stage=stage, measure=measure, against=BACKBONE), measure, results.stages[stage])
             axis.set_title(f"{stage}: {MEASURES[measure]}", fontsize=10)
         for axis in across[1:]:
             axis.set_yticklabels([])
@@ -33,27 +33,27 @@ def plot(results: Results, rows: Sequence[Row]) -> bytes:
     return to_png(figure)
 
 
-def _panel(axis: Any, rows: Sequence[Row], measure: str, figures: Any) -> None:
+def _panel(axis: Any, rows: Sequence[Row], measure: str, backbone: StageRecord) -> None:
     """Variants from top to bottom."""
     unit = LOSS_UNIT if measure == "paired_loss" else 1.0
     axis.axvline(0, color="black", linewidth=1, zorder=1)
     for place, row in enumerate(rows):
-        colour, marker = STYLES.get(row["verdict"], OTHER)
-        values = [value / unit for value in row["differences"].values()]
+        colour, marker = STYLES.get(row.verdict, OTHER)
+        values = [value / unit for value in row.differences.values()]
         axis.plot(values, [place + 0.18] * len(values), ".", color=colour, alpha=0.6, markersize=5, zorder=2)
-        if row["mean"] is not None:
-            error = None if row["sd"] is None else row["sd"] / unit
+        if row.mean is not None:
+            error = None if row.sd is None else row.sd / unit
             style = {"fmt": marker, "color": colour, "markersize": 5, "capsize": 3, "zorder": 3}
-            axis.errorbar(row["mean"] / unit, place - 0.1, xerr=error, **style)
-    if measure == "frechet":
-        limits, noise = axis.get_xlim(), figures["frechet"]["seed_sd"] / unit
+            axis.errorbar(row.mean / unit, place - 0.1, xerr=error, **style)
+    if measure == "frechet" and backbone.frechet is not None:
+        limits, noise = axis.get_xlim(), backbone.frechet.seed_sd
         axis.axvspan(-noise, noise, color="#DDDDDD", zorder=0)
         axis.set_xlim(limits)  # the dots choose the scale, however wide the noise is
-    means = [abs(row["mean"]) / unit for row in rows if row["mean"]]
+    means = [abs(row.mean) / unit for row in rows if row.mean]
     if means and max(means) > WIDE * median(means):  # one variant that does harm would squeeze all others into the zero line
         linear = 10 ** round(math.log10(2 * median(means)))  # a power of ten, so that a tick stands where the linear part ends
         axis.set_xscale("symlog", linthresh=linear)
-    axis.set_yticks(range(len(rows)), [row["variant"] for row in rows], fontsize=9)
+    axis.set_yticks(range(len(rows)), [row.variant for row in rows], fontsize=9)
     axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.tick_params(axis="x", labelsize=8)
     axis.grid(axis="x", color="#EEEEEE", zorder=0)

@@ -1,18 +1,15 @@
 """One stage of a study: its backbone, how variants are measured against it, and the backbone's own side, made once."""
 
-import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import stdev
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dmpctl.codecs.text import TextEncoder
 from dmpctl.errors import UsageError
-from dmpctl.files import locked, make_folder, read_json, read_tensors, sha256_of_json, write_json, write_tensors
+from dmpctl.files import locked, make_folder, read_tensors, sha256_of_json, write_json, write_tensors
 from dmpctl.measuring import paired_loss
 from dmpctl.measuring.extraction import build_extractor, extract
 from dmpctl.measuring.image_sets import images_of
@@ -25,17 +22,17 @@ from dmpctl.models.conditions import open_encoder
 from dmpctl.models.patched import Patched
 from dmpctl.models.sources import open_data
 from dmpctl.rng import seed_of
+from dmpctl.runs.records import read_record
 from dmpctl.sampling.generate import in_batches
 from dmpctl.settings.measuring import Fid
 from dmpctl.settings.model import Settings
-from dmpctl.settings.options import defaults_of
 from dmpctl.settings.sections import Sampling
 from dmpctl.settings.study import Study, settings_of
+from dmpctl.studies.results import SampledDistance, StageRecord, refuse_other
 from dmpctl.training.patch import refuse_sampling
 from dmpctl.types import Codec, Extractor, Progress, Silent, Source
 
 SCHEMA_VERSION = 1
-TRAINING = ("patch", "pretrain")  # commands whose settings shape a cell
 OTHER_SEEDS = 3  # of sampling: how much the backbone's distance moves without any change
 
 
@@ -46,12 +43,12 @@ class Side:
     `features` [M, D] of its samples and `reference` of the real images: None where nothing is sampled.
     """
 
+    record: StageRecord
     errors: Tensor
     tuning_errors: Tensor
     steps: list[int]
     features: Tensor | None
     reference: Factor | None
-    figures: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -65,9 +62,9 @@ class Stage:
     codec: Codec
     source: Source
     images: int
+    device: torch.device
     extractor: Extractor | None
     text: TextEncoder | None = None
-    sides: list[Side] = field(default_factory=list)  # one, once it was made or read
 
     @property
     def plain(self) -> Patched:
@@ -82,14 +79,9 @@ class Stage:
     def sampling(self) -> Sampling:
         return self.settings.sampling
 
-    def noise_seed(self, tuning: bool) -> int:
-        """Seed of the paired loss: tuning never sees the noise that is reported on."""
-        seed = self.sampling.sample_seed
-        return seed_of(seed, "tuning") if tuning else seed
-
-    def protocol(self) -> dict[str, Any]:
+    def protocol(self) -> dict[str, object]:
         """All that fixes how a model is measured here, JSON-able and flat."""
-        found = {
+        found: dict[str, object] = {
             "backbone_sha256": self.loaded.digest,
             "eval_data": self.source.fingerprint,
             "eval_images": self.images,
@@ -102,6 +94,19 @@ class Stage:
             found |= {"extractor": self.extractor.fingerprint}
             found |= self.sampling.model_dump(mode="json", exclude={"sample_batch", "sample_seed"})
         return found
+
+    def errors(self, model: Patched, tuning: bool) -> tuple[Tensor, list[int]]:
+        """Errors [T, N] of a model and their timesteps; tuning never sees the noise that is reported on."""
+        seed = self.sampling.sample_seed
+        return epsilon_errors(model, self.source, self.device, seed_of(seed, "tuning") if tuning else seed, Silent())
+
+    def sampled_features(self, model: Patched, extractor: Extractor, seeds_later: int = 0) -> Tensor:
+        """Features [M, D] of the images that the study samples, with common sampling seeds for every model."""
+        sampling = self.sampling.model_copy(update={"sample_seed": self.sampling.sample_seed + seeds_later})
+        settings = self.settings.model_copy(update={"sampling": sampling})
+        model = model.with_prompts(settings, self.images, Silent(), self.source)
+        batches = in_batches(model, range(self.images), sampling, self.device, Silent())
+        return extract(extractor, (images for _, images in batches))
 
 
 def open_stage(study: Study, name: str, settings: Settings, device: torch.device) -> Stage:
@@ -124,96 +129,58 @@ def open_stage(study: Study, name: str, settings: Settings, device: torch.device
         extractor = build_extractor(options, codec.image_shape(spec.latent_shape), device)
     folder = compare.run.expanduser().absolute() / name
     text = open_encoder(plain, spec, loaded.text)
-    return Stage(name, folder, plain, loaded, codec, source, compare.eval_images, extractor, text)
+    return Stage(name, folder, plain, loaded, codec, source, compare.eval_images, device, extractor, text)
 
 
-def refuse_other(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """UsageError if what `path` recorded was shaped by other values.
-
-    A setting that the record does not know is newer than it: it stands at its default there.
-    """
-    defaults = {name: value for command in TRAINING for name, value in defaults_of(command).items()}
-    before = {key: defaults[key] for key in now if key in defaults} | dict(before)
-    new = json.loads(json.dumps(now))
-    changed = [f"{key}: {before.get(key)} there, {new.get(key)} now" for key in before | new if before.get(key) != new.get(key)]
-    if changed:
-        raise UsageError(
-            f"{path} was made in another way ({'; '.join(changed[:4])})", "name another run in [compare], or restore the file"
-        )
-
-
-def side_of(stage: Stage, device: torch.device, progress: Progress) -> Side | None:
-    """The backbone's side: read, or made now and kept on disk. None while another process is making it.
+def side_of(stage: Stage, progress: Progress) -> Side | None:
+    """Returns the backbone's side: read, or made now and kept on disk. None while another process is making it.
 
     UsageError if the one on disk was measured in another way.
     """
-    if not stage.sides:
-        path = stage.folder / "stage.json"
-        if not path.is_file():
-            make_folder(stage.folder)
-            with locked(stage.folder / ".lock", wait=False) as mine:
-                if not mine:
-                    return None
-                if not path.is_file():
-                    progress.say(f"{stage.name}: measuring the backbone itself")
-                    _write(stage, path, _measured(stage, device))
-        stage.sides.append(_read(stage, path))
-    return stage.sides[0]
-
-
-def sampled_features(
-    model: Patched, stage: Stage, seed: int, device: torch.device, progress: Progress, extractor: Extractor
-) -> Tensor:
-    """Features [M, D] of the images that the study samples, with common sampling seeds for every model."""
-    sampling = stage.sampling.model_copy(update={"sample_seed": seed})
-    settings = stage.settings.model_copy(update={"sampling": sampling})
-    model = model.with_prompts(settings, stage.images, progress, stage.source)
-    return extract(extractor, (images for _, images in in_batches(model, range(stage.images), sampling, device, progress)))
-
-
-def _measured(stage: Stage, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors to keep, and figures: the loss, the distance, its sampling noise and the noise floor."""
-    quiet = Silent()
-    errors, steps = epsilon_errors(stage.plain, stage.source, device, stage.noise_seed(False), quiet)
-    other = epsilon_errors(stage.plain, stage.source, device, stage.noise_seed(True), quiet)[0]
-    tensors = {"errors": errors, "tuning_errors": other, "steps": torch.tensor(steps)}
-    figures: dict[str, Any] = {"paired_loss": float(errors.mean()), "parameters": stage.loaded.spec.parameters, "frechet": None}
-    if stage.extractor is not None:
-        real = extract(stage.extractor, images_of(stage.source))
-        moments, seed = features_to_moments([real]), stage.sampling.sample_seed
-        reference = Factor.of(moments)
-        features = sampled_features(stage.plain, stage, seed, device, quiet, stage.extractor)
-        own = features_to_fid(features, reference)
-        others = [
-            features_to_fid(sampled_features(stage.plain, stage, seed + k, device, quiet, stage.extractor), reference).value
-            for k in range(1, OTHER_SEEDS + 1)
-        ]
-        figures["frechet"] = {
-            **asdict(own),
-            "other_seeds": others,
-            "seed_sd": stdev([own.value, *others]),
-            "noise_floor": noise_floor(real, stage.images, seed),
-        }
-        tensors |= {"features": features, "mean": moments.mean, "scatter": moments.scatter, "count": torch.tensor(moments.count)}
-    return tensors, figures
-
-
-def _write(stage: Stage, path: Path, measured: tuple[dict[str, Tensor], dict[str, Any]]) -> None:
-    tensors, figures = measured
-    digest = write_tensors(path.with_suffix(".safetensors"), tensors)
-    shaped_by = stage.protocol()
-    about = {"schema_version": SCHEMA_VERSION, "identity": sha256_of_json(shaped_by), "shaped_by": shaped_by}
-    write_json(path, {**about, "backbone": stage.loaded.origin, "sha256": digest, **figures})
-
-
-def _read(stage: Stage, path: Path) -> Side:
-    about = read_json(path, SCHEMA_VERSION)
-    refuse_other(path, about["shaped_by"], stage.protocol())
+    path = stage.folder / "stage.json"
+    if not path.is_file():
+        make_folder(stage.folder)
+        with locked(stage.folder / ".lock", wait=False) as mine:
+            if not mine:
+                return None
+            if not path.is_file():
+                progress.say(f"{stage.name}: measuring the backbone itself")
+                _measure(stage, path)
+    record = read_record(path, StageRecord)
+    refuse_other(path, record.shaped_by, stage.protocol())
     tensors, _ = read_tensors(path.with_suffix(".safetensors"))
     reference = None
     if "features" in tensors:
         reference = Factor.of(FeatureMoments(int(tensors["count"]), tensors["mean"], tensors["scatter"]))
-    figures = {key: about[key] for key in ("paired_loss", "parameters", "frechet")}
-    return Side(
-        tensors["errors"], tensors["tuning_errors"], tensors["steps"].tolist(), tensors.get("features"), reference, figures
+    steps = tensors["steps"].tolist()
+    return Side(record, tensors["errors"], tensors["tuning_errors"], steps, tensors.get("features"), reference)
+
+
+def _measure(stage: Stage, path: Path) -> None:
+    """Write the backbone's tensors, then stage.json: its loss, its distance with the sampling noise, and the noise floor."""
+    errors, steps = stage.errors(stage.plain, tuning=False)
+    other, _ = stage.errors(stage.plain, tuning=True)
+    tensors, distance = {"errors": errors, "tuning_errors": other, "steps": torch.tensor(steps)}, None
+    if stage.extractor is not None:
+        real = extract(stage.extractor, images_of(stage.source))
+        moments = features_to_moments([real])
+        reference = Factor.of(moments)
+        features, *others = (
+            stage.sampled_features(stage.plain, stage.extractor, seeds_later) for seeds_later in range(1 + OTHER_SEEDS)
+        )
+        own, moved = features_to_fid(features, reference), [features_to_fid(one, reference).value for one in others]
+        floor = noise_floor(real, stage.images, stage.sampling.sample_seed)
+        distance = SampledDistance(**asdict(own), other_seeds=moved, seed_sd=stdev([own.value, *moved]), noise_floor=floor)
+        tensors |= {"features": features, "mean": moments.mean, "scatter": moments.scatter, "count": torch.tensor(moments.count)}
+    shaped_by = stage.protocol()
+    record = StageRecord(
+        schema_version=SCHEMA_VERSION,
+        identity=sha256_of_json(shaped_by),
+        shaped_by=shaped_by,
+        backbone=stage.loaded.origin,
+        sha256=write_tensors(path.with_suffix(".safetensors"), tensors),
+        paired_loss=float(errors.mean()),
+        parameters=stage.loaded.spec.parameters,
+        frechet=distance,
     )
+    write_json(path, record.to_json())

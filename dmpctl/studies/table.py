@@ -7,62 +7,73 @@ import csv
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean, stdev
-from typing import Any
 
 from scipy import stats
+
+from dmpctl.studies.results import CellRecord, Results, StageRecord
 
 ALPHA = 0.01  # of the corrected p value, two-sided
 BACKBONE = "backbone"
 LOSS_UNIT = 1e-5
 MEASURES = {"paired_loss": "paired loss (1e-5)", "frechet": "Fréchet distance"}  # name -> what people see
+SHORT = {name: words.split(" (")[0] for name, words in MEASURES.items()}
 ONE_SEED = "one seed: no test"
-
-Record = Mapping[str, Any]
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Results:
-    """Everything measured. `stages`: name -> figures of the backbone itself; `records`: (stage, variant, seed) -> its cell."""
+class TTest:
+    """Mean, sd and standard error of numbers, and the two-sided t test of a mean of 0; None: there is no such number."""
 
-    stages: Mapping[str, Record]
-    records: Mapping[tuple[str, str, int], Record]
-    against: tuple[str, ...] = ()
-
-    def variants_at(self, stage: str) -> list[str]:
-        """Variants that were run at a stage, in the order of the file."""
-        return list(dict.fromkeys(variant for at, variant, _ in self.records if at == stage))
-
-    def cells(self, stage: str, variant: str) -> dict[int, Record]:
-        """Seed -> cell."""
-        return {seed: record for (s, v, seed), record in self.records.items() if (s, v) == (stage, variant)}
-
-    def measures(self, stage: str) -> list[str]:
-        """Names of what was measured at a stage."""
-        return [name for name in MEASURES if self.stages[stage][name] is not None]
+    mean: float | None = None
+    sd: float | None = None
+    standard_error: float | None = None
+    t: float | None = None
+    p: float | None = None
 
 
-def t_test(values: Sequence[float]) -> dict[str, float | None]:
-    """Mean, sd, standard error of the mean, and the two-sided t test of a mean of 0 (Student 1908).
+@dataclass(frozen=True)
+class Row:
+    """A variant tested against one opponent, by `differences` (seed -> number); a row of table.json.
 
-    One value: no sd and no test. Values that are all the same: p is 1 if they are 0, else 0.
+    `image_error`: standard error over images. `family`: the number of tests that `p_corrected` is corrected for. None: there
+    is no such number.
     """
+
+    stage: str
+    measure: str
+    against: str
+    variant: str
+    differences: dict[str, float]
+    mean: float | None
+    sd: float | None
+    standard_error: float | None
+    t: float | None
+    p: float | None
+    image_error: float | None
+    p_corrected: float | None
+    family: int | None
+    verdict: str
+
+
+def t_test(values: Sequence[float]) -> TTest:
+    """Returns the t test of values (Student 1908): of one none, of values that are all alike p is 1 if they are 0, else 0."""
+    if not values:
+        return TTest()
     average = mean(values)
     if len(values) < 2:
-        return {"mean": average, "sd": None, "standard_error": None, "t": None, "p": None}
+        return TTest(average)
     sd = stdev(values)
     error = sd / math.sqrt(len(values))
     if error == 0:
-        return {"mean": average, "sd": 0.0, "standard_error": 0.0, "t": None, "p": 0.0 if average else 1.0}
+        return TTest(average, 0.0, 0.0, None, 0.0 if average else 1.0)
     t = average / error
-    p = float(2 * stats.t.sf(abs(t), len(values) - 1))
-    return {"mean": average, "sd": sd, "standard_error": error, "t": t, "p": p}
+    return TTest(average, sd, error, t, float(2 * stats.t.sf(abs(t), len(values) - 1)))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p values of Holm's step-down procedure (1979): the k-th smallest of m times m - k + 1, never falling."""
+    """Returns adjusted p values of Holm's step-down procedure (1979): the k-th smallest of m times m - k + 1, never falling."""
     order = sorted(range(len(p_values)), key=lambda index: p_values[index])
     adjusted, largest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(order):
@@ -72,13 +83,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def rows_of(results: Results) -> list[Row]:
-    """One row per stage x measure x comparison x variant, tested and corrected."""
-    rows: list[Row] = []
-    for stage in results.stages:
-        for measure in results.measures(stage):
-            for against in (BACKBONE, *results.against):
-                rows += _family(results, stage, measure, against)
-    return rows
+    """Returns one row per stage x measure x comparison x variant, tested and corrected."""
+    return [
+        row
+        for stage in results.stages
+        for measure in results.measures(stage)
+        for against in (BACKBONE, *results.against)
+        for row in _family(results, stage, measure, against)
+    ]
 
 
 def _family(results: Results, stage: str, measure: str, against: str) -> list[Row]:
@@ -87,86 +99,86 @@ def _family(results: Results, stage: str, measure: str, against: str) -> list[Ro
     if against != BACKBONE and against not in variants:
         return []
     rows = [_row(results, stage, measure, against, variant) for variant in variants if variant != against]
-    tested = [row for row in rows if row["p"] is not None]
-    for row, p in zip(tested, holm([row["p"] for row in tested]), strict=True):
-        row["p_corrected"], row["family"] = p, len(tested)
-        if row["verdict"] is None:
-            row["verdict"] = word(row["mean"], p)
-    return rows
+    corrected = iter(holm(tested := [row.p for row in rows if row.p is not None]))
+    return [row if row.p is None else _judged(row, next(corrected), len(tested)) for row in rows]
+
+
+def _judged(row: Row, p: float, family: int) -> Row:
+    return replace(row, p_corrected=p, family=family, verdict=word(row.mean or 0.0, p))
 
 
 def _row(results: Results, stage: str, measure: str, against: str, variant: str) -> Row:
-    cells = results.cells(stage, variant)
-    values, errors = _differences(cells, measure), [c[measure]["standard_error"] for c in cells.values() if measure in c]
+    """A row before the correction; its verdict is empty if it is tested."""
+    count, gaps = len(results.cells(stage, variant)), results.gaps(stage, variant, measure)
+    values, errors = {seed: gap.difference for seed, gap in gaps.items()}, [gap.standard_error for gap in gaps.values()]
     if against != BACKBONE:
-        other = _differences(results.cells(stage, against), measure)
-        values = {seed: value - other[seed] for seed, value in values.items() if seed in other}
-        errors = []
-    failed = len(cells) - len(values)
-    figures = t_test(list(values.values())) if values else dict.fromkeys(("mean", "sd", "standard_error", "t", "p"))
+        other = results.gaps(stage, against, measure)
+        values, errors = {seed: value - other[seed].difference for seed, value in values.items() if seed in other}, []
+    known, failed, test = [error for error in errors if error is not None], count - len(values), t_test(list(values.values()))
     if failed:
-        figures["p"] = figures["t"] = None
-    image_error = math.sqrt(mean(e**2 for e in errors)) if errors and None not in errors else None
-    verdict = f"failed on {failed} of {len(cells)} seeds" if failed else ONE_SEED if len(values) < 2 else None
-    return {
-        "stage": stage,
-        "measure": measure,
-        "against": against,
-        "variant": variant,
-        "differences": {str(seed): value for seed, value in values.items()},
-        **figures,
-        "image_error": image_error,
-        "p_corrected": None,
-        "family": None,
-        "verdict": verdict,
-    }
-
-
-def _differences(cells: Mapping[int, Record], measure: str) -> dict[int, float]:
-    """Seed -> difference from the backbone, of the cells that have one."""
-    return {seed: float(cell[measure]["difference"]) for seed, cell in cells.items() if measure in cell}
+        test = replace(test, t=None, p=None)
+    return Row(
+        stage,
+        measure,
+        against,
+        variant,
+        {str(seed): value for seed, value in values.items()},
+        **vars(test),
+        image_error=math.sqrt(mean(e**2 for e in known)) if known and len(known) == len(errors) else None,
+        p_corrected=None,
+        family=None,
+        verdict=f"failed on {failed} of {count} seeds" if failed else ONE_SEED if test.p is None else "",
+    )
 
 
 def word(average: float, p_corrected: float) -> str:
-    """The verdict; a smaller loss or distance is better."""
+    """Returns the verdict; a smaller loss or distance is better."""
     if p_corrected >= ALPHA or average == 0:
         return "no significant change"
     return "improved" if average < 0 else "worse"
 
 
-def bands_of(results: Results) -> list[Row]:
-    """Paired loss per band of timesteps: one row per stage x variant x band, difference from the backbone."""
-    rows = []
+def bands_of(results: Results) -> dict[tuple[str, str, str], TTest]:
+    """(stage, variant, band of timesteps as 0-199) -> differences of the paired loss from the backbone over training seeds."""
+    found = {}
     for stage in results.stages:
         for variant in results.variants_at(stage):
-            cells = [cell["paired_loss"]["bands"] for cell in results.cells(stage, variant).values() if "paired_loss" in cell]
+            cells = [cell.paired_loss.bands for cell in results.cells(stage, variant).values() if cell.paired_loss is not None]
             for bands in zip(*cells, strict=True):
-                found = t_test([band["difference"] for band in bands])
-                figures = {key: found[key] for key in ("mean", "sd", "standard_error")}
-                rows.append({"stage": stage, "variant": variant, "from": bands[0]["from"], "to": bands[0]["to"], **figures})
-    return rows
+                span = f"{bands[0]['from']}-{bands[0]['to']}"
+                found[stage, variant, span] = t_test([band["difference"] for band in bands])
+    return found
+
+
+def bands_to_json(results: Results) -> list[dict[str, object]]:
+    """Returns `bands_of` as the rows of table.json."""
+    return [
+        {"stage": stage, "variant": variant, **dict(zip(("from", "to"), map(int, span.split("-")), strict=True))}
+        | {"mean": test.mean, "sd": test.sd, "standard_error": test.standard_error}
+        for (stage, variant, span), test in bands_of(results).items()
+    ]
 
 
 def tidy(results: Results) -> str:
-    """CSV: one line per stage x variant x seed x measure; empty where there is no such number."""
+    """Returns CSV: one line per stage x variant x seed x measure; empty where there is no such number."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("stage", "variant", "seed", "measure", "model", "backbone", "difference", "standard_error"))
-    keys = ("model", "backbone", "difference", "standard_error")
-    for (stage, variant, seed), cell in results.records.items():
-        for measure in results.measures(stage):
-            found = cell.get(measure, {})
-            writer.writerow((stage, variant, seed, measure, *(found.get(key) for key in keys)))
-        for band in cell.get("paired_loss", {}).get("bands", ()):
+    for key, cell in results.records.items():
+        for measure in results.measures(key[0]):
+            gap = cell.gap(measure)
+            numbers = (gap.model, gap.backbone, gap.difference, gap.standard_error) if gap else (None,) * 4
+            writer.writerow((*key, measure, *numbers))
+        for band in cell.paired_loss.bands if cell.paired_loss else ():
             name = f"paired_loss_t{band['from']}-{band['to']}"
-            writer.writerow((stage, variant, seed, name, None, None, band["difference"], band["standard_error"]))
+            writer.writerow((*key, name, None, None, band["difference"], band["standard_error"]))
         for name in ("added_parameters", "added_percent", "iterations", "train_seconds"):
-            writer.writerow((stage, variant, seed, name, cell[name], None, None, None))
+            writer.writerow((*key, name, getattr(cell, name), None, None, None))
     return text.getvalue()
 
 
 def shown(value: float | None, measure: str, sign: str = "+") -> str:
-    """A number in the unit of its measure."""
+    """Returns a number in the unit of its measure."""
     if value is None:
         return "-"
     places, value = (2, value / LOSS_UNIT) if measure == "paired_loss" else (4, value)
@@ -174,111 +186,106 @@ def shown(value: float | None, measure: str, sign: str = "+") -> str:
 
 
 def p_shown(p: float | None) -> str:
-    """A p value; "-" where nothing was tested."""
+    """Returns a p value; "-" where nothing was tested."""
     return "-" if p is None else "< 1e-4" if p < 1e-4 else f"{p:.4f}"
 
 
-def spread(row: Row) -> str:
-    """mean ± sd."""
-    return shown(row["mean"], row["measure"]) + ("" if row["sd"] is None else f" ± {shown(row['sd'], row['measure'], '')}")
+def spread(of: TTest | Row, measure: str) -> str:
+    """Returns mean ± sd in the unit of the measure."""
+    return shown(of.mean, measure) + ("" if of.sd is None else f" ± {shown(of.sd, measure, '')}")
 
 
-def facts(cells: Mapping[int, Record]) -> dict[str, str]:
-    """What a variant costs: added parameters, iterations, mean seconds of training, seeds."""
+def facts(cells: Mapping[int, CellRecord]) -> dict[str, str]:
+    """Returns the costs of a variant: added parameters, iterations, mean seconds of training, seeds."""
     first = next(iter(cells.values()))
-    added = "-" if first["added_percent"] is None else f"{first['added_parameters']:,} ({first['added_percent']:.2f} %)"
-    seconds = mean(cell["train_seconds"] for cell in cells.values())
-    return {"added": added, "iterations": str(first["iterations"]), "seconds": f"{seconds:.3g}", "seeds": str(len(cells))}
+    added = "-" if first.added_percent is None else f"{first.added_parameters:,} ({first.added_percent:.2f} %)"
+    seconds = mean(cell.train_seconds for cell in cells.values())
+    return {"added": added, "iterations": str(first.iterations), "seconds": f"{seconds:.3g}", "seeds": str(len(cells))}
+
+
+def select(rows: Iterable[Row], **wanted: str) -> list[Row]:
+    """Returns the rows whose fields have these values."""
+    return [row for row in rows if all(getattr(row, name) == value for name, value in wanted.items())]
 
 
 def console_rows(results: Results, rows: Sequence[Row]) -> tuple[dict[str, str], ...]:
-    """The table for people: one row per stage and variant, against the backbone."""
+    """Returns the table for people: one row per stage and variant, against the backbone."""
     table = []
     for stage in results.stages:
         for variant in results.variants_at(stage):
             line = {"stage": stage, "variant": variant, **facts(results.cells(stage, variant))}
-            for row in rows:
-                if (row["stage"], row["variant"], row["against"]) == (stage, variant, BACKBONE):
-                    name, p = MEASURES[row["measure"]], row["p_corrected"]
-                    verdict = row["verdict"] if p is None else f"{row['verdict']} (p {p_shown(p)})"
-                    line |= {name: spread(row), f"{name.split(' (')[0]} is": verdict}
+            for row in select(rows, stage=stage, variant=variant, against=BACKBONE):
+                verdict = row.verdict if row.p_corrected is None else f"{row.verdict} (p {p_shown(row.p_corrected)})"
+                line |= {MEASURES[row.measure]: spread(row, row.measure), f"{SHORT[row.measure]} is": verdict}
             table.append(line)
     return tuple(table)
 
 
 def sentences(rows: Iterable[Row]) -> list[str]:
-    """The verdicts of each stage and measure against the backbone, and of each comparison, in a sentence."""
-    groups: dict[tuple[str, str, str], dict[str, list[str]]] = {}
+    """Returns the verdicts of each stage and measure against the backbone, and of each comparison, in a sentence."""
+    groups: dict[str, dict[str, list[str]]] = {}
     for row in rows:
-        key = (row["stage"], row["measure"], row["against"])
-        groups.setdefault(key, {}).setdefault(row["verdict"], []).append(row["variant"])
-    found = []
-    for (stage, measure, against), verdicts in groups.items():
-        words = "; ".join(f"{verdict}: {', '.join(variants)}" for verdict, variants in verdicts.items())
-        found.append(f"{stage}, {MEASURES[measure].split(' (')[0]} against {against}: {words}")
-    return found
+        key = f"{row.stage}, {SHORT[row.measure]} against {row.against}"
+        groups.setdefault(key, {}).setdefault(row.verdict, []).append(row.variant)
+    return [
+        f"{key}: " + "; ".join(f"{verdict}: {', '.join(variants)}" for verdict, variants in verdicts.items())
+        for key, verdicts in groups.items()
+    ]
 
 
 def doubts(rows: Iterable[Row]) -> list[str]:
-    """Verdicts that the training seeds agree on, but that other images might not bear out (under 2 standard errors)."""
+    """Returns verdicts that the training seeds agree on, but that other images might not bear out (under 2 standard errors)."""
     return [
-        f"{row['stage']}, {MEASURES[row['measure']].split(' (')[0]}: {row['variant']} is {row['verdict']} on these images, "
+        f"{row.stage}, {SHORT[row.measure]}: {row.variant} is {row.verdict} on these images, "
         "yet within two standard errors over images"
         for row in rows
-        if row["verdict"] in ("improved", "worse")
-        and row["image_error"] is not None
-        and abs(row["mean"]) < 2 * row["image_error"]
+        if row.verdict in ("improved", "worse") and row.image_error is not None and abs(row.mean or 0.0) < 2 * row.image_error
     ]
 
 
 def markdown(results: Results, rows: Sequence[Row], notes: Sequence[str]) -> str:
-    """table.md: per stage the backbone, one table per measure, and the paired loss per band of timesteps."""
+    """Returns table.md: per stage the backbone, one table per measure, and the paired loss per band of timesteps."""
     lines = ["# dmpctl compare", "", *(f"- {note}" for note in notes), ""]
-    for stage, figures in results.stages.items():
-        lines += [f"## {stage}", "", _backbone_line(figures), ""]
+    for stage, backbone in results.stages.items():
+        lines += [f"## {stage}", "", _backbone_line(backbone), ""]
         for measure in results.measures(stage):
             lines += [f"### {MEASURES[measure]}: difference from the backbone", ""]
-            lines += _table(_measure_table(results, rows, stage, measure))
-        bands = [row for row in bands_of(results) if row["stage"] == stage]
-        if bands:
-            lines += ["### Paired loss (1e-5) per band of timesteps: mean ± sd over seeds", "", *_table(_band_table(bands))]
+            tested = select(rows, stage=stage, measure=measure, against=BACKBONE)
+            lines += _table([_line(results, rows, row) for row in tested])
+        table: dict[str, dict[str, str]] = {}
+        for (at, variant, span), test in bands_of(results).items():
+            if at == stage:
+                line = table.setdefault(variant, {"variant": variant})
+                line[f"t {span}"] = spread(test, "paired_loss")
+        if table:
+            title = "### Paired loss (1e-5) per band of timesteps: mean ± sd over seeds"
+            lines += [title, "", *_table(list(table.values()))]
     return "\n".join(lines)
 
 
-def _backbone_line(figures: Record) -> str:
-    text = f"Backbone: {figures['parameters']:,} parameters, paired loss {figures['paired_loss']:.6f}"
-    if figures["frechet"] is None:
+def _backbone_line(backbone: StageRecord) -> str:
+    text, gap = f"Backbone: {backbone.parameters:,} parameters, paired loss {backbone.paired_loss:.6f}", backbone.frechet
+    if gap is None:
         return text + "."
-    gap = figures["frechet"]
-    error = "" if gap["standard_error"] is None else f" ± {gap['standard_error']:.4f} over images"
-    seeds = f"sd {gap['seed_sd']:.4f} over {1 + len(gap['other_seeds'])} sampling seeds"
-    return f"{text}; Fréchet distance {gap['value']:.4f}{error}, {seeds}; noise floor (real images) {gap['noise_floor']:.4f}."
+    error = "" if gap.standard_error is None else f" ± {gap.standard_error:.4f} over images"
+    seeds = f"sd {gap.seed_sd:.4f} over {1 + len(gap.other_seeds)} sampling seeds"
+    return f"{text}; Fréchet distance {gap.value:.4f}{error}, {seeds}; noise floor (real images) {gap.noise_floor:.4f}."
 
 
-def _measure_table(results: Results, rows: Sequence[Row], stage: str, measure: str) -> list[dict[str, str]]:
-    table = []
-    for row in rows:
-        if (row["stage"], row["measure"], row["against"]) != (stage, measure, BACKBONE):
-            continue
-        line = {"variant": row["variant"], **facts(results.cells(stage, row["variant"])), "mean ± sd": spread(row)}
-        errors = {"standard error": row["standard_error"], "over images": row["image_error"]}
-        line |= {name: shown(error, measure, "") for name, error in errors.items()}
-        line |= {"p (Holm)": p_shown(row["p_corrected"]), "verdict": row["verdict"]}
-        for other in rows:
-            same = (other["stage"], other["measure"], other["variant"]) == (stage, measure, row["variant"])
-            if same and other["against"] != BACKBONE:
-                p = p_shown(other["p_corrected"])
-                line[f"against {other['against']}"] = f"{spread(other)}, p {p}: {other['verdict']}"
-        table.append(line)
-    return table
-
-
-def _band_table(bands: Sequence[Row]) -> list[dict[str, str]]:
-    table: dict[str, dict[str, str]] = {}
-    for row in bands:
-        line = table.setdefault(row["variant"], {"variant": row["variant"]})
-        line[f"t {row['from']}-{row['to']}"] = spread({**row, "measure": "paired_loss"})
-    return list(table.values())
+def _line(results: Results, rows: Sequence[Row], row: Row) -> dict[str, str]:
+    """A line of a measure's table: a variant against the backbone, then against each opponent."""
+    line = {
+        "variant": row.variant,
+        **facts(results.cells(row.stage, row.variant)),
+        "mean ± sd": spread(row, row.measure),
+    }
+    errors = {"standard error": row.standard_error, "over images": row.image_error}
+    line |= {name: shown(error, row.measure, "") for name, error in errors.items()}
+    line |= {"p (Holm)": p_shown(row.p_corrected), "verdict": row.verdict}
+    for other in select(rows, stage=row.stage, measure=row.measure, variant=row.variant):
+        if other.against != BACKBONE:
+            line[f"against {other.against}"] = f"{spread(other, row.measure)}, p {p_shown(other.p_corrected)}: {other.verdict}"
+    return line
 
 
 def _table(rows: Sequence[Mapping[str, str]]) -> list[str]:

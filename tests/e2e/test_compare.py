@@ -174,9 +174,9 @@ def test_interrupted_it_keeps_what_is_done(place, tmp_path, monkeypatch, cli):
     (tmp_path / "study.toml").write_text(text.replace("iters = 4", "iters = 6\nsave_every = 2"))
     real, seen = engine.do_cell, []
 
-    def once(cell, side, device):
+    def once(cell, side):
         seen.append(cell.name)
-        record = real(cell, side, device)
+        record = real(cell, side)
         if len(seen) == 2:
             os.kill(os.getpid(), signal.SIGINT)
         return record

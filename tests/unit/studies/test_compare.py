@@ -16,31 +16,37 @@ from dmpctl.measuring import paired_loss
 from dmpctl.studies import cell as study_cell
 from dmpctl.studies import compare as engine
 from dmpctl.studies.cell import seconds_of
-from dmpctl.studies.compare import best, compare, mean_or_none
+from dmpctl.studies.compare import Candidate, best, compare
 from dmpctl.studies.plot import plot
-from dmpctl.studies.stage import refuse_other
-from dmpctl.studies.table import Results, bands_of, holm, markdown, rows_of, sentences, t_test, tidy, word
+from dmpctl.studies.results import CellRecord, Results, StageRecord, refuse_other
+from dmpctl.studies.table import TTest, bands_of, holm, markdown, rows_of, sentences, t_test, tidy, word
 from dmpctl.types import Silent
 from tests.helpers import pretrain_run, settings_for, tensors_of
 
 GAINS = {"a": (-3.1, -2.9, -3.3, -3.0, -2.7), "b": (0.5, -0.4, 0.1, 0.2, -0.3), "c": (4.0, 5.0, 4.5, 3.0, 5.5)}
 
 
-def cell(loss: float, distance: float | None = None) -> dict:
-    """A finished cell with these differences."""
-    bands = [{"from": 200 * k, "to": 200 * k + 199, "difference": loss * k, "standard_error": 0.1} for k in range(5)]
-    figures = {"backbone": 1.0, "model": 1.0 + loss, "difference": loss, "standard_error": 0.3}
-    found = {"added_parameters": 10, "added_percent": 1.5, "iterations": 4, "train_seconds": 2.0, "failed": None}
-    found["paired_loss"] = {**figures, "bands": bands}
-    return found if distance is None else found | {"frechet": {**figures, "difference": distance, "standard_error": None}}
+def cell(loss: float | None, distance: float | None = None) -> CellRecord:
+    """A finished cell with these differences; a loss of None: it failed."""
+    found = {"schema_version": 1, "identity": "", "shaped_by": {}, "seed": 1, "choice": {}, "iterations": 4, "train_seconds": 2.0}
+    found |= {"added_parameters": 10, "added_percent": 1.5, "failed": "not finite" if loss is None else None}
+    if loss is not None:
+        bands = [{"from": 200 * k, "to": 200 * k + 199, "difference": loss * k, "standard_error": 0.1} for k in range(5)]
+        figures = {"backbone": 1.0, "model": 1.0 + loss, "difference": loss, "standard_error": 0.3}
+        found["paired_loss"] = {**figures, "bands": bands}
+        if distance is not None:
+            found["frechet"] = {**figures, "difference": distance, "standard_error": None}
+    return CellRecord.model_validate(found)
 
 
-def failed() -> dict:
-    return {key: value for key, value in cell(0).items() if key != "paired_loss"} | {"failed": "not finite"}
+def backbone_of(frechet: dict | None = None) -> StageRecord:
+    about = {"schema_version": 1, "identity": "", "shaped_by": {}, "backbone": "digits", "sha256": ""}
+    return StageRecord.model_validate({**about, "paired_loss": 1.0, "parameters": 700, "frechet": frechet})
 
 
-BACKBONE = {"paired_loss": 1.0, "parameters": 700, "frechet": None}
-SAMPLED = {"value": 9.0, "standard_error": 0.5, "other_seeds": [8.5, 9.1, 9.2], "seed_sd": 0.3, "noise_floor": 0.02}
+BACKBONE = backbone_of()
+SAMPLED = {"value": 9.0, "standard_error": 0.5, "n": 80, "n_reference": 1797, "debiased": None, "other_seeds": [8.5, 9.1, 9.2]}
+SAMPLED |= {"seed_sd": 0.3, "noise_floor": 0.02}
 
 
 def results(against=(), **more) -> Results:
@@ -49,23 +55,23 @@ def results(against=(), **more) -> Results:
 
 
 def row(rows, variant, against="backbone"):
-    return next(r for r in rows if (r["variant"], r["against"]) == (variant, against))
+    return next(r for r in rows if (r.variant, r.against) == (variant, against))
 
 
 def test_t_test_is_scipys():
     for values in GAINS.values():
         found, expected = t_test(values), stats.ttest_1samp(values, 0)
-        assert found["t"] == pytest.approx(expected.statistic)
-        assert found["p"] == pytest.approx(expected.pvalue)
-        assert found["standard_error"] == pytest.approx(stats.sem(values))
+        assert found.t == pytest.approx(expected.statistic)
+        assert found.p == pytest.approx(expected.pvalue)
+        assert found.standard_error == pytest.approx(stats.sem(values))
 
 
 def test_no_spread_and_one_value_warn_of_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert t_test([0.0, 0.0, 0.0]) == {"mean": 0.0, "sd": 0.0, "standard_error": 0.0, "t": None, "p": 1.0}
-        assert t_test([-0.5, -0.5])["p"] == 0.0
-        assert t_test([0.25]) == {"mean": 0.25, "sd": None, "standard_error": None, "t": None, "p": None}
+        assert t_test([0.0, 0.0, 0.0]) == TTest(0.0, 0.0, 0.0, None, 1.0)
+        assert t_test([-0.5, -0.5]).p == 0.0
+        assert t_test([0.25]) == TTest(0.25)
 
 
 def test_holm_is_the_textbook_example():
@@ -78,39 +84,39 @@ def test_holm_is_the_textbook_example():
 
 def test_rows_test_each_variant_and_correct_over_all():
     rows = rows_of(results())
-    assert [r["variant"] for r in rows] == ["a", "b", "c"]
+    assert [r.variant for r in rows] == ["a", "b", "c"]
     p = {name: stats.ttest_1samp(gains, 0).pvalue for name, gains in GAINS.items()}
-    assert row(rows, "a")["p_corrected"] == pytest.approx(3 * p["a"])  # the smallest of three
-    assert row(rows, "c")["p_corrected"] == pytest.approx(2 * p["c"])
-    assert row(rows, "b")["p_corrected"] == pytest.approx(p["b"])
+    assert row(rows, "a").p_corrected == pytest.approx(3 * p["a"])  # the smallest of three
+    assert row(rows, "c").p_corrected == pytest.approx(2 * p["c"])
+    assert row(rows, "b").p_corrected == pytest.approx(p["b"])
     assert p["a"] < p["c"] < p["b"]
-    assert [r["verdict"] for r in rows] == ["improved", "no significant change", "worse"]
-    assert {r["family"] for r in rows} == {3}
-    assert row(rows, "a")["image_error"] == pytest.approx(0.3)
+    assert [r.verdict for r in rows] == ["improved", "no significant change", "worse"]
+    assert {r.family for r in rows} == {3}
+    assert row(rows, "a").image_error == pytest.approx(0.3)
 
 
 def test_against_another_variant_is_paired_by_seed():
     rows = rows_of(results(["b"]))
     found = row(rows, "a", "b")
     expected = stats.ttest_rel(GAINS["a"], GAINS["b"])
-    assert (found["t"], found["p"]) == (pytest.approx(expected.statistic), pytest.approx(expected.pvalue))
-    assert (found["family"], found["verdict"]) == (2, "improved")
-    assert len([r for r in rows if r["against"] == "b"]) == 2
+    assert (found.t, found.p) == (pytest.approx(expected.statistic), pytest.approx(expected.pvalue))
+    assert (found.family, found.verdict) == (2, "improved")
+    assert len([r for r in rows if r.against == "b"]) == 2
     assert rows_of(results(["elsewhere"])) == rows_of(results())  # a variant that this stage does not have
 
 
 def test_one_seed_is_not_tested():
     only = Results({"flat": BACKBONE}, {("flat", "a", 1): cell(-5.0)})
     found = row(rows_of(only), "a")
-    assert (found["mean"], found["p"], found["p_corrected"], found["verdict"]) == (-5.0, None, None, "one seed: no test")
+    assert (found.mean, found.p, found.p_corrected, found.verdict) == (-5.0, None, None, "one seed: no test")
 
 
 def test_a_failed_training_is_said_and_not_tested():
-    rows = rows_of(results(records={("flat", "c", 2): failed()}))
-    assert row(rows, "c")["verdict"] == "failed on 1 of 5 seeds"
-    assert (row(rows, "c")["p"], row(rows, "a")["family"]) == (None, 2)
-    everything = Results({"flat": BACKBONE}, {("flat", "a", seed): failed() for seed in (1, 2)})
-    assert row(rows_of(everything), "a")["verdict"] == "failed on 2 of 2 seeds"
+    rows = rows_of(results(records={("flat", "c", 2): cell(None)}))
+    assert row(rows, "c").verdict == "failed on 1 of 5 seeds"
+    assert (row(rows, "c").p, row(rows, "a").family) == (None, 2)
+    everything = Results({"flat": BACKBONE}, {("flat", "a", seed): cell(None) for seed in (1, 2)})
+    assert row(rows_of(everything), "a").verdict == "failed on 2 of 2 seeds"
     for text in (markdown(everything, rows_of(everything), []), tidy(everything)):
         assert "nan" not in text.lower()
 
@@ -138,12 +144,11 @@ def test_tables_say_what_was_measured():
     first = next(r for r in table if (r["variant"], r["seed"], r["measure"]) == ("c", "2", "paired_loss"))
     assert (float(first["difference"]), float(first["model"])) == (5.0, 6.0)
     assert sentences(rows)[0] == ("flat, paired loss against backbone: improved: a; no significant change: b; worse: c")
-    band = next(b for b in bands_of(found) if (b["variant"], b["from"]) == ("a", 400))
-    assert band["mean"] == pytest.approx(2 * sum(GAINS["a"]) / 5)
+    assert bands_of(found)["flat", "a", "400-599"].mean == pytest.approx(2 * sum(GAINS["a"]) / 5)
 
 
 def test_the_plot_has_a_panel_per_stage_and_measure():
-    sampled = BACKBONE | {"frechet": SAMPLED}
+    sampled = backbone_of(SAMPLED)
     records = {(s, v, k): cell(k - 2.0, k / 10) for s in ("flat", "under") for v in ("a", "b") for k in (1, 2, 3)}
     found = Results({"flat": sampled, "under": sampled}, records)
     with warnings.catch_warnings():
@@ -162,9 +167,7 @@ def test_seconds_are_those_of_every_session():
 
 
 def test_the_smallest_mean_is_chosen_and_what_failed_is_not():
-    grid = [
-        {"choice": {"lr": lr}, "mean": mean_or_none(gains)} for lr, gains in ((1, [0.0, -2.0]), (2, [-3.0, None]), (3, [-0.5]))
-    ]
+    grid = [Candidate.of({"lr": lr}, gains) for lr, gains in ((1, [0.0, -2.0]), (2, [-3.0, None]), (3, [-0.5]))]
     assert best(grid, "x") == {"lr": 1}
     with pytest.raises(NumericalError, match="no rate that x was tuned with"):
         best(grid[1:2], "x")
@@ -259,12 +262,12 @@ TUNING = "seeds = [1, 2]\ntuning_seeds = [101, 102]\neval_images = 0"
 def planted(losses: dict[float, float | None], calls: list):
     """In place of measuring: a loss that depends on the rate alone; None: it was not finite."""
 
-    def measured(model, stage, side, tuning, device):
+    def measured(model, stage, side, tuning):
         rate = model.record.method.prompt_lr
         calls.append((tuning, rate))
         if losses[rate] is None:
             raise NumericalError("planted")
-        return {"paired_loss": cell(losses[rate])["paired_loss"]}
+        return cell(losses[rate]).paired_loss, None
 
     return measured
 

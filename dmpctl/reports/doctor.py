@@ -4,8 +4,8 @@ import os
 import platform
 import shutil
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from dmpctl.runs.rundir import version_of
 from dmpctl.settings.model import Settings
@@ -20,27 +20,55 @@ PACKAGES = (
 GIB = 1024**3
 
 
+@dataclass(frozen=True)
+class Device:
+    """A device; `memory_gib` None: the machine's own. `bf16`: whether it computes in bfloat16."""
+
+    device: str
+    name: str
+    memory_gib: float | None
+    bf16: bool
+
+    def __str__(self) -> str:
+        memory = "" if self.memory_gib is None else f", {self.memory_gib} GiB"
+        return f"{self.name}{memory}, bf16 {'yes' if self.bf16 else 'no'}"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder that dmpctl writes to, and the free disk there."""
+
+    what: str
+    path: str
+    exists: bool
+    free_gib: float
+
+    def __str__(self) -> str:
+        return f"{self.path}{'' if self.exists else ' (not there yet)'}, {self.free_gib} GiB free"
+
+
 def examine(settings: Settings) -> Report:
     """Versions, devices, threads, caches, offline state and free disk. A package that does not import is a finding."""
-    data: dict[str, Any] = {
-        "python": sys.version.split()[0],
-        "platform": platform.platform(),
-        "versions": {name: version_of(name) for name in PACKAGES},
-        "threads": {"cores": os.cpu_count(), "usable": usable_cores()},
-        "offline": settings.console.offline,
-        "devices": [],
-    }
+    versions, offline, said = {name: version_of(name) for name in PACKAGES}, settings.console.offline, list[str]()
+    found, threads = list[Device](), {"cores": os.cpu_count(), "usable": usable_cores()}
     try:
         import torch
     except (ImportError, OSError) as error:  # OSError: a shared library that does not load
-        data["torch_error"] = " ".join(str(error).split())
+        about: dict[str, str | None] = {"torch_error": " ".join(str(error).split())}
+        said.append(f"torch does not import: {about['torch_error']}")
     else:
-        data["threads"]["torch"] = torch.get_num_threads()
-        data["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
-        data["cuda_runtime"] = torch.version.cuda
-        data["devices"] = devices(torch)
-    data["folders"] = folders()
-    return Report(data, tuple(rows(data)), tuple(remarks(data)))
+        found, threads["torch"] = devices(), torch.get_num_threads()
+        about = {"cpu_capability": torch.backends.cpu.get_cpu_capability(), "cuda_runtime": torch.version.cuda}
+        said += ["no GPU: commands run on the CPU"] if len(found) == 1 else []
+    if missing := [name for name, number in versions.items() if number == "not installed"]:
+        said.append(f"not installed: {', '.join(missing)}")
+    system, places = {"python": sys.version.split()[0], "platform": platform.platform()}, folders()
+    data = {**system, "versions": versions, "threads": threads, "offline": offline, "devices": list(map(asdict, found)), **about}
+    rows = {**system, **versions, **{one.device: str(one) for one in found}}
+    rows["threads"] = f"{threads['usable']} of {threads['cores']} cores usable, torch uses {threads.get('torch', 'none')}"
+    rows |= {**{place.what: str(place) for place in places}, "offline": "yes" if offline else "no"}
+    table = tuple({"what": what, "found": value} for what, value in rows.items())
+    return Report({**data, "folders": list(map(asdict, places))}, table, tuple(said))
 
 
 def usable_cores() -> int:
@@ -48,65 +76,33 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def devices(torch: Any) -> list[dict[str, Any]]:
-    """Every device: name, memory in GiB (None: the machine's own) and whether it computes in bfloat16."""
-    name = platform.processor() or platform.machine()
-    found: list[dict[str, Any]] = [{"device": "cpu", "name": name, "memory_gib": None, "bf16": True}]
+def devices() -> list[Device]:
+    """Returns every device that torch knows here."""
+    import torch
+
+    found = [Device("cpu", platform.processor() or platform.machine(), None, True)]
     for index in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(index)
-        memory = round(about.total_memory / GIB, 1)
         native = about.major >= 8  # compute capability 8.0: Ampere
-        found.append({"device": f"cuda:{index}", "name": about.name, "memory_gib": memory, "bf16": native})
+        found.append(Device(f"cuda:{index}", about.name, round(about.total_memory / GIB, 1), native))
     if torch.backends.mps.is_available():
-        found.append({"device": "mps", "name": "Apple GPU", "memory_gib": None, "bf16": mps_bf16(torch)})
+        try:
+            torch.zeros(1, dtype=torch.bfloat16, device="mps")  # depends on the version of macOS: try
+            native = True
+        except (RuntimeError, TypeError):
+            native = False
+        found.append(Device("mps", "Apple GPU", None, native))
     return found
 
 
-def mps_bf16(torch: Any) -> bool:
-    """bfloat16 on an Apple GPU depends on the version of macOS: try."""
-    try:
-        torch.zeros(1, dtype=torch.bfloat16, device="mps")
-    except (RuntimeError, TypeError):
-        return False
-    return True
-
-
-def folders() -> list[dict[str, Any]]:
-    """The caches that downloads go to, and the working directory, each with free disk in GiB."""
+def folders() -> list[Place]:
+    """Returns the caches that downloads go to, and the working directory."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    places: dict[str, str | Path] = {"dmpctl cache": cache_dir(), "hub cache": HF_HUB_CACHE, "working directory": "."}
     found = []
+    places: dict[str, str | Path] = {"dmpctl cache": cache_dir(), "hub cache": HF_HUB_CACHE, "working directory": "."}
     for what, place in places.items():
         path = Path(place).expanduser().absolute()
         there = next(folder for folder in (path, *path.parents) if folder.exists())
-        free = round(shutil.disk_usage(there).free / GIB, 1)
-        found.append({"what": what, "path": str(path), "exists": path.exists(), "free_gib": free})
+        found.append(Place(what, str(path), path.exists(), round(shutil.disk_usage(there).free / GIB, 1)))
     return found
-
-
-def rows(data: dict[str, Any]) -> list[dict[str, str]]:
-    """The same as a table of two columns."""
-    found = {"python": data["python"], "platform": data["platform"], **data["versions"]}
-    for device in data["devices"]:
-        memory = "" if device["memory_gib"] is None else f", {device['memory_gib']} GiB"
-        found[device["device"]] = f"{device['name']}{memory}, bf16 {'yes' if device['bf16'] else 'no'}"
-    threads = data["threads"]
-    found["threads"] = f"{threads['usable']} of {threads['cores']} cores usable, torch uses {threads.get('torch', 'none')}"
-    for folder in data["folders"]:
-        found[folder["what"]] = f"{folder['path']}{'' if folder['exists'] else ' (not there yet)'}, {folder['free_gib']} GiB free"
-    found["offline"] = "yes" if data["offline"] else "no"
-    return [{"what": what, "found": value} for what, value in found.items()]
-
-
-def remarks(data: dict[str, Any]) -> list[str]:
-    """Sentences about what stands in the way."""
-    said = []
-    if "torch_error" in data:
-        said.append(f"torch does not import: {data['torch_error']}")
-    elif len(data["devices"]) == 1:
-        said.append("no GPU: commands run on the CPU")
-    missing = [name for name, number in data["versions"].items() if number == "not installed"]
-    if missing:
-        said.append(f"not installed: {', '.join(missing)}")
-    return said

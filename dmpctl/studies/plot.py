@@ -7,7 +7,7 @@ from typing import Any
 
 from dmpctl.pages.page import drawing, to_png
 from dmpctl.studies.results import Results, StageRecord
-from dmpctl.studies.table import BACKBONE, LOSS_UNIT, MEASURES, Row, select
+from dmpctl.studies.table import BACKBONE, LOSS_UNIT, MEASURES, StudyRow, select
 
 # Okabe and Ito's palette, told apart by every kind of colour vision; the marker says the same.
 STYLES = {"improved": ("#0072B2", "v"), "worse": ("#D55E00", "^")}
@@ -15,7 +15,7 @@ OTHER = ("#555555", "o")
 WIDE = 10  # times the median of the means, beyond which the scale is linear about zero and logarithmic further out
 
 
-def plot(results: Results, rows: Sequence[Row]) -> bytes:
+def plot(results: Results, rows: Sequence[StudyRow]) -> bytes:
     """PNG. Differences from the backbone, left is better; a bar is the mean ± sd, grey is the backbone's sampling noise."""
     stages = list(results.stages)
     measures = list(dict.fromkeys(measure for stage in stages for measure in results.measures(stage)))
@@ -33,7 +33,7 @@ def plot(results: Results, rows: Sequence[Row]) -> bytes:
     return to_png(figure)
 
 
-def _panel(axis: Any, rows: Sequence[Row], measure: str, backbone: StageRecord) -> None:
+def _panel(axis: Any, rows: Sequence[StudyRow], measure: str, backbone: StageRecord) -> None:
     """Variants from top to bottom."""
     unit = LOSS_UNIT if measure == "paired_loss" else 1.0
     axis.axvline(0, color="black", linewidth=1, zorder=1)

@@ -34,7 +34,7 @@ class TTest:
 
 
 @dataclass(frozen=True)
-class Row:
+class StudyRow:
     """A variant tested against one opponent, by `differences` (seed -> number); a row of table.json.
 
     `image_error`: standard error over images. `family`: the number of tests that `p_corrected` is corrected for. None: there
@@ -82,7 +82,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def rows_of(results: Results) -> list[Row]:
+def rows_of(results: Results) -> list[StudyRow]:
     """Returns one row per stage x measure x comparison x variant, tested and corrected."""
     return [
         row
@@ -93,7 +93,7 @@ def rows_of(results: Results) -> list[Row]:
     ]
 
 
-def _family(results: Results, stage: str, measure: str, against: str) -> list[Row]:
+def _family(results: Results, stage: str, measure: str, against: str) -> list[StudyRow]:
     """The variants of a stage tested against one opponent, corrected for how many they are."""
     variants = results.variants_at(stage)
     if against != BACKBONE and against not in variants:
@@ -103,11 +103,11 @@ def _family(results: Results, stage: str, measure: str, against: str) -> list[Ro
     return [row if row.p is None else _judged(row, next(corrected), len(tested)) for row in rows]
 
 
-def _judged(row: Row, p: float, family: int) -> Row:
+def _judged(row: StudyRow, p: float, family: int) -> StudyRow:
     return replace(row, p_corrected=p, family=family, verdict=word(row.mean or 0.0, p))
 
 
-def _row(results: Results, stage: str, measure: str, against: str, variant: str) -> Row:
+def _row(results: Results, stage: str, measure: str, against: str, variant: str) -> StudyRow:
     """A row before the correction; its verdict is empty if it is tested."""
     count, gaps = len(results.cells(stage, variant)), results.gaps(stage, variant, measure)
     values, errors = {seed: gap.difference for seed, gap in gaps.items()}, [gap.standard_error for gap in gaps.values()]
@@ -117,7 +117,7 @@ def _row(results: Results, stage: str, measure: str, against: str, variant: str)
     known, failed, test = [error for error in errors if error is not None], count - len(values), t_test(list(values.values()))
     if failed:
         test = replace(test, t=None, p=None)
-    return Row(
+    return StudyRow(
         stage,
         measure,
         against,
@@ -190,7 +190,7 @@ def p_shown(p: float | None) -> str:
     return "-" if p is None else "< 1e-4" if p < 1e-4 else f"{p:.4f}"
 
 
-def spread(of: TTest | Row, measure: str) -> str:
+def spread(of: TTest | StudyRow, measure: str) -> str:
     """Returns mean ± sd in the unit of the measure."""
     return shown(of.mean, measure) + ("" if of.sd is None else f" ± {shown(of.sd, measure, '')}")
 
@@ -203,12 +203,12 @@ def facts(cells: Mapping[int, CellRecord]) -> dict[str, str]:
     return {"added": added, "iterations": str(first.iterations), "seconds": f"{seconds:.3g}", "seeds": str(len(cells))}
 
 
-def select(rows: Iterable[Row], **wanted: str) -> list[Row]:
+def select(rows: Iterable[StudyRow], **wanted: str) -> list[StudyRow]:
     """Returns the rows whose fields have these values."""
     return [row for row in rows if all(getattr(row, name) == value for name, value in wanted.items())]
 
 
-def console_rows(results: Results, rows: Sequence[Row]) -> tuple[dict[str, str], ...]:
+def console_rows(results: Results, rows: Sequence[StudyRow]) -> tuple[dict[str, str], ...]:
     """Returns the table for people: one row per stage and variant, against the backbone."""
     table = []
     for stage in results.stages:
@@ -221,7 +221,7 @@ def console_rows(results: Results, rows: Sequence[Row]) -> tuple[dict[str, str],
     return tuple(table)
 
 
-def sentences(rows: Iterable[Row]) -> list[str]:
+def sentences(rows: Iterable[StudyRow]) -> list[str]:
     """Returns the verdicts of each stage and measure against the backbone, and of each comparison, in a sentence."""
     groups: dict[str, dict[str, list[str]]] = {}
     for row in rows:
@@ -233,7 +233,7 @@ def sentences(rows: Iterable[Row]) -> list[str]:
     ]
 
 
-def doubts(rows: Iterable[Row]) -> list[str]:
+def doubts(rows: Iterable[StudyRow]) -> list[str]:
     """Returns verdicts that the training seeds agree on, but that other images might not bear out (under 2 standard errors)."""
     return [
         f"{row.stage}, {SHORT[row.measure]}: {row.variant} is {row.verdict} on these images, "
@@ -243,7 +243,7 @@ def doubts(rows: Iterable[Row]) -> list[str]:
     ]
 
 
-def markdown(results: Results, rows: Sequence[Row], notes: Sequence[str]) -> str:
+def markdown(results: Results, rows: Sequence[StudyRow], notes: Sequence[str]) -> str:
     """Returns table.md: per stage the backbone, one table per measure, and the paired loss per band of timesteps."""
     lines = ["# dmpctl compare", "", *(f"- {note}" for note in notes), ""]
     for stage, backbone in results.stages.items():
@@ -272,7 +272,7 @@ def _backbone_line(backbone: StageRecord) -> str:
     return f"{text}; Fréchet distance {gap.value:.4f}{error}, {seeds}; noise floor (real images) {gap.noise_floor:.4f}."
 
 
-def _line(results: Results, rows: Sequence[Row], row: Row) -> dict[str, str]:
+def _line(results: Results, rows: Sequence[StudyRow], row: StudyRow) -> dict[str, str]:
     """A line of a measure's table: a variant against the backbone, then against each opponent."""
     line = {
         "variant": row.variant,

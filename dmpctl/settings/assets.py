@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from ipaddress import ip_address
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -108,11 +108,9 @@ class AssetRow(BaseModel):
         return bool(self.revision and COMMIT.fullmatch(self.revision))
 
 
-class Assets(Section):
+class Assets(Section, panel="Assets", science=False):
     """The rows of the settings file, under [assets.NAME]."""
 
-    panel: ClassVar[str] = "Assets"
-    science: ClassVar[bool] = False
     rows: tuple[AssetRow, ...] = ()
 
 

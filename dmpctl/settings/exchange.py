@@ -1,18 +1,16 @@
 """What comes from elsewhere and goes there: downloads, the cache, other people's files, the Hub."""
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from dmpctl.settings.sections import Flag, Section
 
 
-class Importing(Section):
+class Importing(Section, panel="Import", science=False):
     """`dmpctl import`: what a file of other people does not say of itself."""
 
-    panel: ClassVar[str] = "Import"
-    science: ClassVar[bool] = False
     import_run: Annotated[
         Path | None, Field(description="Run directory that is made; default: runs/<name of the file>."), Flag("run")
     ] = None
@@ -44,41 +42,33 @@ class Importing(Section):
     ] = None
 
 
-class Exporting(Section):
+class Exporting(Section, panel="Export", science=False):
     """`dmpctl export`: in which form."""
 
-    panel: ClassVar[str] = "Export"
-    science: ClassVar[bool] = False
     to: Annotated[
         Literal["patch", "merged", "dmp-pt"],
         Field(description="The patch alone, one file with its backbone, or the published code's checkpoint."),
     ] = "merged"
 
 
-class Push(Section):
+class Push(Section, panel="Push", science=False):
     """`dmpctl push`: what goes to the Hub."""
 
-    panel: ClassVar[str] = "Push"
-    science: ClassVar[bool] = False
     push_backbone: Annotated[
         bool, Field(description="Upload the backbone beside the patch: others have no other."), Flag("with_backbone")
     ] = False
     private: Annotated[bool, Field(description="Make the repository private, if it is made.")] = False
 
 
-class Cache(Section):
-    panel: ClassVar[str] = "Cache"
-    science: ClassVar[bool] = False
+class Cache(Section, panel="Cache", science=False):
     cache_dir: Annotated[
         Path | None, Field(description="Where what was downloaded or computed once is kept; default: $XDG_CACHE_HOME/dmpctl.")
     ] = None
 
 
-class Download(Section):
+class Download(Section, panel="Download", science=False):
     """`dmpctl download`: what, and what is to be done with it."""
 
-    panel: ClassVar[str] = "Download"
-    science: ClassVar[bool] = False
     list_assets: Annotated[
         bool, Field(description="List what there is, its size and licence, and whether it is here."), Flag("list")
     ] = False

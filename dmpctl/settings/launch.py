@@ -1,15 +1,13 @@
 """Where a command runs: on which device, in how many processes, and how it ends when it is asked to stop."""
 
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
 from dmpctl.settings.sections import Section
 
 
-class Launch(Section):
-    panel: ClassVar[str] = "Launch"
-    science: ClassVar[bool] = False
+class Launch(Section, panel="Launch", science=False):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:N or mps.")] = "auto"
     cpu: Annotated[bool, Field(description="Same as --device cpu.")] = False
     deterministic: Annotated[bool, Field(description="Deterministic kernels (slower on a GPU).")] = False

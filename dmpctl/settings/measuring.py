@@ -1,7 +1,7 @@
 """How results are looked at: the comparison that ends a training, distances, gates."""
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -11,16 +11,12 @@ _METRIC = "fid|sfid|is|pr|dc|kid|fid-infinity|clip-score"
 SMALL_SIDE = 32  # pixels: below it, Inception has nothing to say
 
 
-class Evaluate(Section):
-    panel: ClassVar[str] = "Evaluation"
-    science: ClassVar[bool] = False
+class Evaluate(Section, panel="Evaluation", science=False):
     evaluate: Annotated[bool, Field(description="End with a comparison of backbone and patch.")] = True
     eval_images: Annotated[int, Field(ge=2, description="Images sampled for each side of the comparison.")] = 5_000
 
 
-class Fid(Section):
-    panel: ClassVar[str] = "Distance"
-    science: ClassVar[bool] = False
+class Fid(Section, panel="Distance", science=False):
     reference: Annotated[
         str | None,
         Field(description="Real images: a source, a folder, an npz, or a file of statistics; default: the run's own data."),
@@ -76,9 +72,7 @@ class Fid(Section):
         return tuple(dict.fromkeys(("fid", *self.metrics.split(","))))
 
 
-class Gates(Section):
-    panel: ClassVar[str] = "Gates"
-    science: ClassVar[bool] = False
+class Gates(Section, panel="Gates", science=False):
     timesteps: Annotated[int, Field(ge=2, le=1000, description="Timesteps looked at, evenly spaced.")] = 50
     plot: Annotated[bool, Field(description="Write heat maps (PNG) and a page that stands alone (HTML).")] = True
     csv: Annotated[bool, Field(description="Write every weight as a line of a CSV file, too.")] = False

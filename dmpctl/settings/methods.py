@@ -1,16 +1,15 @@
 """What can be trained on a frozen backbone, one section per method; they share the settings' one field `method`."""
 
-from typing import Annotated, ClassVar, Literal, Self, get_args
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
 from dmpctl.settings.sections import Section
 
 
-class PromptMethod(Section):
+class PromptMethod(Section, panel="Method"):
     """What DMP and prompt tuning share: where prompts are, how many, and how they start."""
 
-    panel: ClassVar[str] = "Method"
     prompts: Annotated[int | None, Field(ge=1, description="Prompts per block; default: as many as tokens.")] = None
     position: Annotated[Literal["add", "prepend"], Field(description="Add prompts to the tokens, or prepend them.")] = "add"
     prompt_depth: Annotated[int | None, Field(ge=1, description="Patch only the first blocks; default: all.")] = None
@@ -85,10 +84,9 @@ class PromptTuning(PromptMethod):
     method: Annotated[Literal["prompt"], Field(description="What is trained.")] = "prompt"
 
 
-class Lora(Section):
+class Lora(Section, panel="Method"):
     """Low-rank changes of linear layers (Hu et al. 2022), through peft."""
 
-    panel: ClassVar[str] = "Method"
     method: Annotated[Literal["lora"], Field(description="What is trained.")] = "lora"
     rank: Annotated[int, Field(ge=1, description="LoRA: rank.")] = 8
     alpha: Annotated[float | None, Field(gt=0, description="LoRA: scale is alpha / rank; default: alpha = rank.")] = None
@@ -99,10 +97,9 @@ class Lora(Section):
     lr: Annotated[float, Field(gt=0, description="Learning rate of LoRA or full fine-tuning.")] = 1e-4
 
 
-class Full(Section):
+class Full(Section, panel="Method"):
     """All weights of the backbone (full fine-tuning)."""
 
-    panel: ClassVar[str] = "Method"
     method: Annotated[Literal["full"], Field(description="What is trained.")] = "full"
     lr: Annotated[float, Field(gt=0, description="Learning rate of LoRA or full fine-tuning.")] = 1e-4
 

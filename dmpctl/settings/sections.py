@@ -6,7 +6,7 @@ A field named `batch_size` is the flag `--batch-size`, the variable `DMPCTL_BATC
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Self, Unpack, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -26,7 +26,7 @@ def choices_of(annotation: object) -> tuple[Any, ...]:
 
 
 class Section(BaseModel):
-    """A panel of `--help` and a table of config.json.
+    """A panel of `--help` and a table of config.json; both are arguments of the class, `class Run(Section, panel="Run")`.
 
     `science`: a change of its fields makes it another experiment, but for those named in `free`.
     """
@@ -36,10 +36,14 @@ class Section(BaseModel):
     science: ClassVar[bool] = True
     free: ClassVar[frozenset[str]] = frozenset()
 
+    def __init_subclass__(cls, panel: str | None = None, science: bool = True, **config: Unpack[ConfigDict]) -> None:
+        super().__init_subclass__(**config)
+        cls.science = science
+        if panel is not None:  # methods that share a section inherit its panel
+            cls.panel = panel
 
-class Console(Section):
-    panel: ClassVar[str] = "Console"
-    science: ClassVar[bool] = False
+
+class Console(Section, panel="Console", science=False):
     json_output: Annotated[bool, Field(description="Results as JSON on stdout."), Flag("json")] = False
     quiet: Annotated[bool, Field(description="No progress and no talk, results only.")] = False
     debug: Annotated[bool, Field(description="Show tracebacks.")] = False
@@ -48,8 +52,7 @@ class Console(Section):
     print_config: Annotated[bool, Field(description="Print every value and where it came from, then stop.")] = False
 
 
-class Run(Section):
-    panel: ClassVar[str] = "Run"
+class Run(Section, panel="Run"):
     free: ClassVar[frozenset[str]] = frozenset({"run", "allow_change"})
     run: Annotated[Path | None, Field(description="Run directory; default: runs/<data>.")] = None
     seed: Annotated[int, Field(ge=0, description="Seed of training: order, timesteps, noise.")] = 0
@@ -67,8 +70,7 @@ class Run(Section):
         return tuple(filter(None, (self.allow_change or "").replace("-", "_").split(",")))
 
 
-class Base(Section):
-    panel: ClassVar[str] = "Backbone"
+class Base(Section, panel="Backbone"):
     # the backbone's sha256 is compared instead
     free: ClassVar[frozenset[str]] = frozenset({"base", "weights", "preset", "backbone_dtype"})
     base: Annotated[str, Field(description="Backbone: digits (bundled), a shape (DiT-L/2), a file or a run.")] = "digits"
@@ -86,8 +88,7 @@ class Base(Section):
     ] = "auto"
 
 
-class Shape(Section):
-    panel: ClassVar[str] = "Backbone"
+class Shape(Section, panel="Backbone"):
     hidden_size: Annotated[int, Field(ge=8, description="Width of the tokens.")] = 384
     depth: Annotated[int, Field(ge=1, description="Transformer blocks.")] = 12
     num_heads: Annotated[int, Field(ge=1, description="Attention heads.")] = 6
@@ -114,8 +115,7 @@ class Shape(Section):
         return self
 
 
-class Data(Section):
-    panel: ClassVar[str] = "Data"
+class Data(Section, panel="Data"):
     free: ClassVar[frozenset[str]] = frozenset(  # the data's fingerprint is compared instead
         {"data", "num_workers", "image_column", "label_column", "caption_column"}
     )
@@ -143,9 +143,7 @@ class Data(Section):
     ] = False
 
 
-class Sampling(Section):
-    panel: ClassVar[str] = "Sampling"
-    science: ClassVar[bool] = False
+class Sampling(Section, panel="Sampling", science=False):
     sampler: Annotated[
         Literal["ddpm", "ddim", "dpm-solver++", "unipc", "euler", "heun", "euler-maruyama"],
         Field(description="Sampler; the last three are for a flow (SiT)."),
@@ -165,9 +163,7 @@ class Sampling(Section):
     ] = "no"
 
 
-class Result(Section):
-    panel: ClassVar[str] = "Run"
-    science: ClassVar[bool] = False
+class Result(Section, panel="Run", science=False):
     result_weights: Annotated[
         Literal["ema", "raw"] | None,
         Field(description="Average of the trained weights, or the last ones; default: what the run ended with."),
@@ -175,9 +171,7 @@ class Result(Section):
     ] = None
 
 
-class Images(Section):
-    panel: ClassVar[str] = "Images"
-    science: ClassVar[bool] = False
+class Images(Section, panel="Images", science=False):
     num_images: Annotated[int, Field(ge=1, description="How many images.")] = 64
     image_label: Annotated[int | None, Field(ge=0, description="Class of all images; default: drawn."), Flag("label")] = None
     image_format: Annotated[Literal["png", "npz"], Field(description="PNG folder, or one npz as ADM's."), Flag("format")] = "png"
@@ -185,9 +179,7 @@ class Images(Section):
     out: Annotated[Path | None, Field(description="Where to write; default: inside the run.")] = None
 
 
-class Text(Section):
-    panel: ClassVar[str] = "Text"
-    science: ClassVar[bool] = False  # the encoder's fingerprint is compared instead
+class Text(Section, panel="Text", science=False):  # the encoder's fingerprint is compared instead
     text_encoder: Annotated[
         str | None,
         Field(description="Encoder of captions: clip-l, pixart-t5 or a folder; default: what the backbone was trained with."),
@@ -202,9 +194,7 @@ class Text(Section):
     ] = None
 
 
-class Prompting(Section):
-    panel: ClassVar[str] = "Text"
-    science: ClassVar[bool] = False
+class Prompting(Section, panel="Text", science=False):
     prompt: Annotated[str | None, Field(description="Caption of all images; default: captions of --prompts.")] = None
     prompts_from: Annotated[
         str | None,
@@ -219,9 +209,7 @@ class Prompting(Section):
         return self
 
 
-class CodecSection(Section):
-    panel: ClassVar[str] = "Codec"
-    science: ClassVar[bool] = False  # the codec's fingerprint is compared instead
+class CodecSection(Section, panel="Codec", science=False):  # the codec's fingerprint is compared instead
     codec: Annotated[
         str,
         Field(description="Pixels to latents: identity, vae-ema, vae-mse or a folder; auto: what the backbone was trained with."),

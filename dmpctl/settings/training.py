@@ -7,8 +7,7 @@ from pydantic import Field, model_validator
 from dmpctl.settings.sections import Section
 
 
-class Objective(Section):
-    panel: ClassVar[str] = "Objective"
+class Objective(Section, panel="Objective"):
     loss_weight: Annotated[Literal["constant", "min-snr", "p2"], Field(description="Timestep weights in the MSE.")] = "constant"
     min_snr_gamma: Annotated[float, Field(gt=0, description="Gamma of min-SNR.")] = 5.0
     p2_gamma: Annotated[float, Field(ge=0, description="Gamma of P2.")] = 1.0
@@ -22,8 +21,7 @@ class Objective(Section):
     ] = "uniform"
 
 
-class Train(Section):
-    panel: ClassVar[str] = "Training"
+class Train(Section, panel="Training"):
     free: ClassVar[frozenset[str]] = frozenset({"max_bad_steps", "grad_accum", "grad_checkpoint", "fsdp"})
     iters: Annotated[int, Field(ge=1, description="Optimizer steps in all.")] = 50_000
     batch_size: Annotated[int, Field(ge=1, description="Global batch size, over all processes.")] = 128
@@ -47,14 +45,11 @@ class Train(Section):
         return self
 
 
-class Pretrain(Section):
-    panel: ClassVar[str] = "Training"
+class Pretrain(Section, panel="Training"):
     lr: Annotated[float, Field(gt=0, description="Learning rate.")] = 1e-4
 
 
-class Save(Section):
-    panel: ClassVar[str] = "Run"
-    science: ClassVar[bool] = False
+class Save(Section, panel="Run", science=False):
     save_every: Annotated[int, Field(ge=1, description="Steps between checkpoints.")] = 5_000
     keep_last: Annotated[int, Field(ge=1, description="Checkpoints kept.")] = 3
     keep_every: Annotated[int | None, Field(ge=1, description="Steps whose multiples are kept for good; default: none.")] = None

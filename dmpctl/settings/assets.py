@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from ipaddress import ip_address
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -43,15 +43,15 @@ class AssetRow(BaseModel):
     what: str = ""
     kind: Literal["backbone", "codec", "data", "extractor", "statistics", "text"] = "backbone"
     url: str | None = None
-    repo: Annotated[str | None, Field(pattern=r"^\w[\w.-]*(/\w[\w.-]*)?$")] = None
+    repo: str | None = Field(default=None, pattern=r"^\w[\w.-]*(/\w[\w.-]*)?$")
     dataset: bool = False
     revision: str | None = None
     file: str | None = None
     allow: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
-    sha256: Annotated[str | None, Field(pattern=r"^[0-9a-f]{64}$")] = None
-    size: Annotated[int | None, Field(ge=0)] = None
-    about: Annotated[int | None, Field(ge=0)] = None
+    sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    size: int | None = Field(default=None, ge=0)
+    about: int | None = Field(default=None, ge=0)
     licence: str = "unknown"
     non_commercial: bool = False
     gated: bool = False

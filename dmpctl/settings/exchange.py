@@ -11,80 +11,70 @@ from dmpctl.settings.sections import Flag, Section
 class Importing(Section, panel="Import", science=False):
     """`dmpctl import`: what a file of other people does not say of itself."""
 
-    import_run: Annotated[
-        Path | None, Field(description="Run directory that is made; default: runs/<name of the file>."), Flag("run")
-    ] = None
-    import_weights: Annotated[
-        Literal["ema", "raw"] | None,
-        Field(description="Average of the weights, or the last ones; default: the average where the file has one."),
-        Flag("weights"),
-    ] = None
-    shape: Annotated[
-        str | None, Field(description="Published shape that it must be, such as DiT-B/2; default: whatever the tensors show.")
-    ] = None
-    import_heads: Annotated[
-        int | None,
-        Field(ge=1, description="Attention heads; default: what the file says, else those of the published shape of its width."),
-        Flag("num_heads"),
-    ] = None
-    import_schedule: Annotated[
-        Literal["linear", "cosine", "flow"] | None,
-        Field(description="Noise schedule it was trained with (SiT: flow); default: what the file says, else linear."),
-        Flag("schedule"),
-    ] = None
-    import_topk: Annotated[
-        int | None, Field(ge=1, description="Prompts that its gate keeps; default: what the file says, else all."), Flag("topk")
-    ] = None
-    import_position: Annotated[
-        Literal["add", "prepend"] | None,
-        Field(description="Where its prompts go; default: what the file says, else add if there is one per token."),
-        Flag("position"),
-    ] = None
+    import_run: Annotated[Path | None, Flag("run")] = Field(
+        default=None, description="Run directory that is made; default: runs/<name of the file>."
+    )
+    import_weights: Annotated[Literal["ema", "raw"] | None, Flag("weights")] = Field(
+        default=None, description="Average of the weights, or the last ones; default: the average where the file has one."
+    )
+    shape: str | None = Field(
+        default=None, description="Published shape that it must be, such as DiT-B/2; default: whatever the tensors show."
+    )
+    import_heads: Annotated[int | None, Flag("num_heads")] = Field(
+        default=None,
+        ge=1,
+        description="Attention heads; default: what the file says, else those of the published shape of its width.",
+    )
+    import_schedule: Annotated[Literal["linear", "cosine", "flow"] | None, Flag("schedule")] = Field(
+        default=None, description="Noise schedule it was trained with (SiT: flow); default: what the file says, else linear."
+    )
+    import_topk: Annotated[int | None, Flag("topk")] = Field(
+        default=None, ge=1, description="Prompts that its gate keeps; default: what the file says, else all."
+    )
+    import_position: Annotated[Literal["add", "prepend"] | None, Flag("position")] = Field(
+        default=None, description="Where its prompts go; default: what the file says, else add if there is one per token."
+    )
 
 
 class Exporting(Section, panel="Export", science=False):
     """`dmpctl export`: in which form."""
 
-    to: Annotated[
-        Literal["patch", "merged", "dmp-pt"],
-        Field(description="The patch alone, one file with its backbone, or the published code's checkpoint."),
-    ] = "merged"
+    to: Literal["patch", "merged", "dmp-pt"] = Field(
+        default="merged", description="The patch alone, one file with its backbone, or the published code's checkpoint."
+    )
 
 
 class Push(Section, panel="Push", science=False):
     """`dmpctl push`: what goes to the Hub."""
 
-    push_backbone: Annotated[
-        bool, Field(description="Upload the backbone beside the patch: others have no other."), Flag("with_backbone")
-    ] = False
-    private: Annotated[bool, Field(description="Make the repository private, if it is made.")] = False
+    push_backbone: Annotated[bool, Flag("with_backbone")] = Field(
+        default=False, description="Upload the backbone beside the patch: others have no other."
+    )
+    private: bool = Field(default=False, description="Make the repository private, if it is made.")
 
 
 class Cache(Section, panel="Cache", science=False):
-    cache_dir: Annotated[
-        Path | None, Field(description="Where what was downloaded or computed once is kept; default: $XDG_CACHE_HOME/dmpctl.")
-    ] = None
+    cache_dir: Path | None = Field(
+        default=None, description="Where what was downloaded or computed once is kept; default: $XDG_CACHE_HOME/dmpctl."
+    )
 
 
 class Download(Section, panel="Download", science=False):
     """`dmpctl download`: what, and what is to be done with it."""
 
-    list_assets: Annotated[
-        bool, Field(description="List what there is, its size and licence, and whether it is here."), Flag("list")
-    ] = False
-    needed_for: Annotated[
-        Path | None,
-        Field(description="Fetch what an experiment needs: a settings file or a run; default: the assets named."),
-        Flag("for"),
-    ] = None
-    encode_with: Annotated[
-        str | None,
-        Field(description="Encode the images that are named with this codec: vae-ema, vae-mse or a folder; default: fetch only."),
-        Flag("latents"),
-    ] = None
-    accept_license: Annotated[bool, Field(description="Accept licences that forbid commercial use.")] = False
-    verify: Annotated[bool, Field(description="Hash again what is here, or the assets named.")] = False
-    prune: Annotated[bool, Field(description="Remove from the cache what no asset names, and what downloads left over.")] = False
+    list_assets: Annotated[bool, Flag("list")] = Field(
+        default=False, description="List what there is, its size and licence, and whether it is here."
+    )
+    needed_for: Annotated[Path | None, Flag("for")] = Field(
+        default=None, description="Fetch what an experiment needs: a settings file or a run; default: the assets named."
+    )
+    encode_with: Annotated[str | None, Flag("latents")] = Field(
+        default=None,
+        description="Encode the images that are named with this codec: vae-ema, vae-mse or a folder; default: fetch only.",
+    )
+    accept_license: bool = Field(default=False, description="Accept licences that forbid commercial use.")
+    verify: bool = Field(default=False, description="Hash again what is here, or the assets named.")
+    prune: bool = Field(default=False, description="Remove from the cache what no asset names, and what downloads left over.")
 
     @field_validator("encode_with", mode="before")
     @classmethod

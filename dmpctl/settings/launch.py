@@ -1,6 +1,6 @@
 """Where a command runs: on which device, in how many processes, and how it ends when it is asked to stop."""
 
-from typing import Annotated, Self
+from typing import Self
 
 from pydantic import Field, model_validator
 
@@ -8,20 +8,20 @@ from dmpctl.settings.sections import Section
 
 
 class Launch(Section, panel="Launch", science=False):
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:N or mps.")] = "auto"
-    cpu: Annotated[bool, Field(description="Same as --device cpu.")] = False
-    deterministic: Annotated[bool, Field(description="Deterministic kernels (slower on a GPU).")] = False
-    compile: Annotated[bool, Field(description="Compile the blocks with torch.compile; pays on a GPU.")] = False
-    tf32: Annotated[bool, Field(description="TF32 for float32 matrix products on a GPU, as published.")] = True
-    num_processes: Annotated[int | None, Field(ge=1, description="Processes on this machine; default: one per GPU.")] = None
-    nnodes: Annotated[
-        str, Field(pattern=r"^[1-9]\d*(:[1-9]\d*)?$", description="Machines, or at least:at most; the same command on each.")
-    ] = "1"
-    node_rank: Annotated[int | None, Field(ge=0, description="This machine's number; default: found out.")] = None
-    rdzv_endpoint: Annotated[str | None, Field(description="HOST:PORT where several machines meet; default: none.")] = None
-    max_restarts: Annotated[int, Field(ge=0, description="Times that processes which failed are started again.")] = 0
-    rank_timeout: Annotated[int, Field(ge=1, description="Seconds that processes wait for one that is silent.")] = 1800
-    requeue: Annotated[bool, Field(description="Exit 75 after SIGTERM or SIGUSR1: put this job into the queue again.")] = False
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:N or mps.")
+    cpu: bool = Field(default=False, description="Same as --device cpu.")
+    deterministic: bool = Field(default=False, description="Deterministic kernels (slower on a GPU).")
+    compile: bool = Field(default=False, description="Compile the blocks with torch.compile; pays on a GPU.")
+    tf32: bool = Field(default=True, description="TF32 for float32 matrix products on a GPU, as published.")
+    num_processes: int | None = Field(default=None, ge=1, description="Processes on this machine; default: one per GPU.")
+    nnodes: str = Field(
+        default="1", pattern=r"^[1-9]\d*(:[1-9]\d*)?$", description="Machines, or at least:at most; the same command on each."
+    )
+    node_rank: int | None = Field(default=None, ge=0, description="This machine's number; default: found out.")
+    rdzv_endpoint: str | None = Field(default=None, description="HOST:PORT where several machines meet; default: none.")
+    max_restarts: int = Field(default=0, ge=0, description="Times that processes which failed are started again.")
+    rank_timeout: int = Field(default=1800, ge=1, description="Seconds that processes wait for one that is silent.")
+    requeue: bool = Field(default=False, description="Exit 75 after SIGTERM or SIGUSR1: put this job into the queue again.")
 
     @model_validator(mode="after")
     def _one_device(self) -> Self:

@@ -1,7 +1,7 @@
 """The one settings model. Building it looks at nothing but its arguments: workers rebuild it from config.json."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -43,7 +43,7 @@ class Settings(BaseModel):
     base: Base = Base()
     shape: Shape = Shape()
     data: Data = Data()
-    method: Annotated[Method, Field(discriminator="method")] = Dmp()
+    method: Method = Field(default=Dmp(), discriminator="method")
     objective: Objective = Objective()
     train: Train = Train()
     pretrain: Pretrain = Pretrain()

@@ -147,11 +147,6 @@ def field_of(section: type[Section]) -> str:
     return "method" if section in METHODS.values() else section.__name__.removesuffix("Section").lower()
 
 
-def sections_of(command: str) -> tuple[str, ...]:
-    """The fields of Settings that `command` has options in."""
-    return tuple(dict.fromkeys(field_of(part.section) for part in COMMANDS[command]))
-
-
 @cache
 def every_option() -> dict[str, Option]:
     """The options of all commands, by the name that users write."""

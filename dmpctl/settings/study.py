@@ -50,7 +50,7 @@ class Protocol(BaseModel):
     tuning_seeds: tuple[Seed, ...] = ()
     tune_stage: str | None = None
     eval_data: str | None = None
-    eval_images: Annotated[int, Field(ge=0)] = 5_000
+    eval_images: int = Field(default=5_000, ge=0)
     extractor: Literal["pixels", "inception"] | None = None
     extractor_weights: Path | None = None
     against: tuple[str, ...] = ()
@@ -76,7 +76,7 @@ class Variant(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    goes_on: Annotated[bool, Field(alias="continue")] = False
+    goes_on: bool = Field(default=False, alias="continue")
     stages: tuple[str, ...] | None = None
     tune: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
 

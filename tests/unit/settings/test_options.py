@@ -8,7 +8,7 @@ from pydantic import Field
 from dmpctl.cli.commands import COMMANDS as SHOWN
 from dmpctl.settings.methods import Dmp
 from dmpctl.settings.model import Settings
-from dmpctl.settings.options import COMMANDS, Part, field_of, options_in, options_of, sections_of
+from dmpctl.settings.options import COMMANDS, Part, field_of, options_in, options_of
 from dmpctl.settings.sections import Section
 
 
@@ -27,7 +27,7 @@ def test_the_commands_in_their_order():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_the_console(command):
     assert {"json_output", "quiet", "debug", "offline", "dry_run", "print_config"} <= set(options_of(command))
-    assert set(sections_of(command)) <= set(Settings.model_fields)
+    assert {field_of(option.section) for option in options_of(command).values()} <= set(Settings.model_fields)
 
 
 def test_every_section_has_its_place_in_settings():

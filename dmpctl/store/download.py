@@ -81,7 +81,7 @@ def listed(request: Request) -> Report:
 
 
 def _described(row: AssetRow, settings: Settings) -> dict[str, Any]:
-    path = present(row) if row.name not in registry_of(settings) else cached(row.name, settings)
+    path = cached(row, settings)
     fields = row.model_dump(include={"name", "what", "kind", "sha256", "non_commercial", "gated", "needs", "notes", "score"})
     size = amount(row.size) if row.size is not None else f"about {amount(row.about)}" if row.about is not None else "unknown"
     licence = row.licence + (" (non-commercial)" if row.non_commercial and "NC" not in row.licence else "")

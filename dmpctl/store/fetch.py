@@ -13,7 +13,7 @@ from dmpctl.settings.model import Settings
 from dmpctl.store import hub
 from dmpctl.store.cache import Fact, Fetched, changing_index, files_dir, now, read_index, working_on
 from dmpctl.store.https import fetch_file
-from dmpctl.store.registry import address_of, registry_of, row_named
+from dmpctl.store.registry import address_of, expanded, registry_of, row_named
 from dmpctl.types import Progress
 
 
@@ -80,46 +80,36 @@ def present(row: AssetRow) -> Path | None:
     return (folder_of(row) if row.allow else files[0].path) if files else None
 
 
-def cached(name: str, settings: Settings | None = None) -> Path | None:
+def cached(asset: str | AssetRow, settings: Settings | None = None) -> Path | None:
     """Returns where an asset lies if it was downloaded, None if not; nothing is read of it. `settings` None: shipped rows only.
 
     A file, or a folder: of a whole repository, or of all downloads for a row of several parts.
     """
-    row = row_named(name, registry_of(settings))
-    if row.parts:
-        return files_dir() if all(cached(part, settings) for part in row.parts) else None
-    return present(row)
+    row, parts = _parts_of(asset, settings)
+    places = [present(part) for part in parts]
+    return None if None in places else files_dir() if row.parts else places[0]
 
 
-def require(name: str, settings: Settings | None = None) -> Path:
+def require(asset: str | AssetRow, settings: Settings | None = None) -> Path:
     """Returns where an asset lies, checked: by hash, or by size alone for data, which is large.
 
     MissingError with the command that fetches it; IntegrityError if it is not what was fetched.
     """
-    rows = registry_of(settings)
-    row = row_named(name, rows)
-    if not row.parts:
-        return at_hand(row)
-    if cached(name, settings) is None:
-        raise missing(row)
-    for part in row.parts:
-        verify(row_named(part, rows), deep=row.kind != "data")
-    return files_dir()
-
-
-def at_hand(row: AssetRow) -> Path:
-    """Returns where a row lies, checked; fails as `require` does."""
-    path = present(row)
+    row, parts = _parts_of(asset, settings)
+    path = cached(asset, settings)
     if path is None:
-        raise missing(row)
-    verify(row, deep=row.kind != "data")
+        what = f" ({row.what})" if row.what and row.what != row.label else ""
+        raise MissingError(f"{row.label}{what} is not in the cache", f"run {command_for([row])}")
+    for part in parts:
+        verify(part, deep=row.kind != "data")
     return path
 
 
-def missing(row: AssetRow) -> MissingError:
-    """The failure for a row that was not fetched."""
-    what = f" ({row.what})" if row.what and row.what != row.label else ""
-    return MissingError(f"{row.label}{what} is not in the cache", f"run {command_for([row])}")
+def _parts_of(asset: str | AssetRow, settings: Settings | None) -> tuple[AssetRow, list[AssetRow]]:
+    """The row of an asset, and the rows to fetch for it."""
+    rows = registry_of(settings)
+    row = row_named(asset, rows) if isinstance(asset, str) else asset
+    return row, expanded(row.parts, rows) or [row]
 
 
 def command_for(rows: list[AssetRow]) -> str:

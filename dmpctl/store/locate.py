@@ -13,7 +13,7 @@ from typing import Literal, assert_never
 from dmpctl.errors import DmpError, MissingError, UsageError
 from dmpctl.settings.model import Settings
 from dmpctl.store.addresses import HUB, HubAddress, address_in, of_rows
-from dmpctl.store.fetch import at_hand, fetch, files_of, present, require
+from dmpctl.store.fetch import fetch, files_of, present, require
 from dmpctl.store.registry import WEIGHTS, Published, Registry, address_of, published, registry_of, row_at, shipped
 from dmpctl.store.shapes import shape_names
 from dmpctl.types import Progress
@@ -103,7 +103,7 @@ def fetch_weights(word: str | Path, settings: Settings, progress: Progress) -> P
 def _weights_at(address: str) -> Path:
     """The file of weights that was fetched from an address; UsageError for a repository with several to choose from."""
     row = row_at(address)
-    path = at_hand(row)
+    path = require(row)
     if row.file is not None or row.repo is None:
         return path
     for end in WEIGHTS:
@@ -120,7 +120,7 @@ def _model_at(address: str) -> Path:
     row = row_at(address)
     if row.repo is None or row.file is not None or row.dataset:
         raise UsageError(f"--base {address} is no model of the Hub", "write hf://OWNER/NAME, or name a shape and --weights")
-    return at_hand(row)
+    return require(row)
 
 
 @dataclass(frozen=True)

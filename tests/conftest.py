@@ -9,6 +9,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from dmpctl.cli.app import main
+from dmpctl.measuring import paired_loss
 from tests.helpers import Done, made_once, patch_run, pretrain_run
 from tests.random_inception import write_random_inception
 
@@ -45,6 +46,12 @@ def conditional(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def random_inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights in torch-fidelity's file format. Not to be written to."""
     return made_once(tmp_path_factory, "random-inception.pth", write_random_inception)
+
+
+@pytest.fixture
+def most_loss_images(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Compare losses on at most so many images: they are most of what a small comparison takes."""
+    return lambda count: monkeypatch.setattr(paired_loss, "MOST_IMAGES", count)
 
 
 @pytest.fixture

@@ -45,15 +45,24 @@ class RowGroup:
 
 class StreamReader(RowsReader):
     """The rows of parquet files; `files` are whatever fsspec opens: paths, hf://... `origin` as for RowsReader.
+    `window`: bytes within which rows are shuffled.
 
     An image or a label that is bad is found when it is used. Raises what opening the files raises, and UsageError for no rows
     and for a wanted label whose classes cannot be counted.
     """
 
-    def __init__(self, files: Sequence[str | Path], name: str, shown: str, columns: Columns, origin: str | None = None) -> None:
+    def __init__(
+        self,
+        files: Sequence[str | Path],
+        name: str,
+        shown: str,
+        columns: Columns,
+        origin: str | None = None,
+        window: int = WINDOW,
+    ) -> None:
         from datasets import Features
 
-        urls = [str(file) for file in files]
+        urls, self._window = [str(file) for file in files], window
         with ThreadPoolExecutor(THREADS) as pool:
             footers = list(pool.map(_footer, urls))
         self._groups: list[RowGroup] = []
@@ -112,7 +121,7 @@ class StreamReader(RowsReader):
         room = 0
         for group in shuffled:
             if not windows or group.bytes > room:
-                windows, room = [*windows, []], WINDOW
+                windows, room = [*windows, []], self._window
             windows[-1].append(group)
             room -= group.bytes
         rows = [torch.cat([torch.arange(group.first, group.first + group.rows) for group in window]) for window in windows]
@@ -123,12 +132,12 @@ class StreamReader(RowsReader):
         return self._group(number).column(column)[index - self._groups[number].first]
 
     def _group(self, number: int) -> "pa.Table":
-        """One row group; those used last are held, up to twice WINDOW."""
+        """One row group; those used last are held, up to twice the window."""
         with self._lock:
             if number not in self._held:
                 self._held[number] = self._fetched(self._groups[number])
             self._held.move_to_end(number)
-            while len(self._held) > 1 and sum(self._groups[held].bytes for held in self._held) > 2 * WINDOW:
+            while len(self._held) > 1 and sum(self._groups[held].bytes for held in self._held) > 2 * self._window:
                 self._held.popitem(last=False)
             return self._held[number]
 

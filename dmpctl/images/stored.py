@@ -1,6 +1,6 @@
 """Encoded images that a reader finds (files, rows, members of shards) as a source: every bad one is named and counted.
 
-A small set (HELD_ITEMS, HELD_BYTES) is decoded as a whole at the start and held in memory. Of a larger one headers are read
+A small set (`most_held`, HELD_BYTES) is decoded as a whole at the start and held in memory. Of a larger one headers are read
 at the start, and it is decoded as it is used: an image that is broken behind its header then stops the run by name under
 `on_bad` "fail"; under "skip" the next good one stands in for it, always that one.
 """
@@ -35,13 +35,21 @@ class StoredImages:
 
     `size` None: the side that all images share. `channels` None: 1 if all of them are grey, else 3. Bad images raise
     IntegrityError under `on_bad` "fail"; under "skip" they are left out and listed in `bad`. `num_classes` 0: no labels.
+    `most_held`: images to hold in memory, at most.
     Raises UsageError if there is no common size.
     """
 
     mirror = True
 
-    def __init__(self, reader: Reader, size: int | None = None, channels: int | None = None, on_bad: OnBad = "fail") -> None:
-        self.name, self._reader = reader.name, reader
+    def __init__(
+        self,
+        reader: Reader,
+        size: int | None = None,
+        channels: int | None = None,
+        on_bad: OnBad = "fail",
+        most_held: int = HELD_ITEMS,
+    ) -> None:
+        self.name, self._reader, self._most_held = reader.name, reader, most_held
         self.bad: list[Bad] = []
         good = self._left(range(len(reader)), {index: why for index in range(len(reader)) if (why := reader.wrong(index))})
         looked = reader.looked_at(good)
@@ -121,7 +129,7 @@ class StoredImages:
 
     def _fits(self, count: int) -> bool:
         """Whether so many images are held in memory."""
-        return count <= HELD_ITEMS and count * self._channels * self._size**2 <= HELD_BYTES
+        return count <= self._most_held and count * self._channels * self._size**2 <= HELD_BYTES
 
     def _decoded(self, indices: list[int]) -> tuple[list[int], Tensor, list[bytes]]:
         """The indices that can be used, their images, and the sha256 of their bytes."""

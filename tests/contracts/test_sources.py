@@ -14,7 +14,6 @@ from PIL import Image
 
 from dmpctl.batches.loader import TrainingItems, order_of
 from dmpctl.data.bundled import Digits
-from dmpctl.images import stored
 from dmpctl.models.encode import build_latents
 from dmpctl.types import Silent, Source
 from tests.contracts.rows import Rows
@@ -99,13 +98,13 @@ SOURCES: dict[str, Callable[[Path], Source]] = {
     "digits-rgb": lambda root: Digits(channels=3),
     "folder": lambda root: folder_images(made_folder(root)),
     "folder-cropped": lambda root: folder_images(made_folder(root), 6, 1),
-    "folder-lazy": lambda root: folder_images(made_folder(root)),
+    "folder-lazy": lambda root: folder_images(made_folder(root), most_held=0),
     "latents": made_latents,
     "parquet": lambda root: parquet_images(parquet_in(root)),
-    "parquet-lazy": lambda root: parquet_images(parquet_in(root)),
+    "parquet-lazy": lambda root: parquet_images(parquet_in(root), most_held=0),
     "streamed": lambda root: streamed_images([parquet_in(root)], "a@b"),
     "tar": lambda root: tar_images(tar_in(root)),
-    "tar-lazy": lambda root: tar_images(tar_in(root), on_bad="skip"),
+    "tar-lazy": lambda root: tar_images(tar_in(root), on_bad="skip", most_held=0),
     "hub": lambda root: hub_images(replace(hub_set("hf://owner/name"), folder=hub_in(root))),
     "streamed-latents": made_streamed_latents,
     "coco-packed": lambda root: coco_images(packed_in(root), root / "annotations/captions_val2014.json", "val2014"),
@@ -122,9 +121,7 @@ def _arrow_in_tmp(tmp_path_factory, monkeypatch):
 
 
 @pytest.fixture
-def opened(request, tmp_path, monkeypatch) -> Callable[[], Source]:
-    if request.param.endswith("-lazy"):
-        monkeypatch.setattr(stored, "HELD_ITEMS", 0)
+def opened(request, tmp_path) -> Callable[[], Source]:
     SOURCES[request.param](tmp_path)
     return lambda: again(request.param, tmp_path)
 
@@ -133,7 +130,8 @@ def again(name: str, root: Path) -> Source:
     """The same files, opened anew."""
     if "folder" not in name:
         return SOURCES[name](root)
-    return folder_images(root, 6, 1) if name == "folder-cropped" else folder_images(root)
+    form = {"folder-cropped": {"size": 6, "channels": 1}, "folder-lazy": {"most_held": 0}}
+    return folder_images(root, **form.get(name, {}))
 
 
 def some(source: Source) -> list[int]:
@@ -196,12 +194,10 @@ def test_the_fingerprint_is_a_stable_sha256(opened):
     assert len(bytes.fromhex(one.fingerprint)) == 32
 
 
-def test_fingerprints_tell_sources_apart(tmp_path, monkeypatch):
-    named = {name: make(tmp_path / name) for name, make in SOURCES.items() if not name.endswith("-lazy")}
+def test_fingerprints_tell_sources_apart(tmp_path):
+    named = {name: make(tmp_path / name) for name, make in SOURCES.items()}
     assert named.pop("coco-packed").fingerprint == named["coco"].fingerprint  # the same images, read from elsewhere
     sources = list(named.values())
-    monkeypatch.setattr(stored, "HELD_ITEMS", 0)
-    sources += [SOURCES[name](tmp_path / name) for name in SOURCES if name.endswith("-lazy")]
     sources.append(folder_images(made_folder(tmp_path / "other", seed=1)))
     assert len({source.fingerprint for source in sources}) == len(sources)
 

@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 from dmpctl.files import sha256_of
-from dmpctl.measuring import paired_loss
 from tests.helpers import BUNDLED, BUNDLED_PATCH, colour_folder, files, run_cli, same_but_time, tree
 
 SHARE = f"(+{100 * BUNDLED_PATCH / BUNDLED.parameters():.2f} %)"
@@ -32,8 +31,8 @@ PNGS = {f"{k:06d}.png" for k in range(64)} | {"samples.json", "contact-sheet.png
 
 
 @pytest.fixture(autouse=True)
-def _few_images(monkeypatch):
-    monkeypatch.setattr(paired_loss, "MOST_IMAGES", 40)
+def _few_images(most_loss_images):
+    most_loss_images(40)
 
 
 def listed(out: str) -> dict:

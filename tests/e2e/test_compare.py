@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from dmpctl.files import read_json
-from dmpctl.measuring import paired_loss
 from dmpctl.studies import compare as engine
 from tests.helpers import digit_folder, environment, files, pretrain_run, run_cli, tree
 
@@ -46,8 +45,8 @@ PATCH, BACKBONE = RUN | {"patch.json", "patch.safetensors"}, RUN | {"backbone.js
 
 
 @pytest.fixture(autouse=True)
-def _few_images(monkeypatch):
-    monkeypatch.setattr(paired_loss, "MOST_IMAGES", 20)
+def _few_images(most_loss_images):
+    most_loss_images(20)
 
 
 @pytest.fixture(scope="module")

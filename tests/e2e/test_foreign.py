@@ -105,6 +105,7 @@ def test_resumed_is_uninterrupted(cli, made, tmp_path, kind):
     assert same_but_time(lines[0]) == same_but_time(lines[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pixart", "sd"])
 def test_two_processes_are_one(made, tmp_path, kind):
     """Captions are encoded by both; balance is of the global batch, at every size of sites."""

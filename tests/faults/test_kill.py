@@ -22,7 +22,7 @@ def killed(run: Path, cwd: Path, lines: int, delay: float) -> bool:
     """Start the command and kill it `delay` seconds after it has logged `lines` lines; False if it ended before."""
     command = [sys.executable, "-m", "dmpctl", "patch", "--run", str(run), *map(str, LINE)]
     process = subprocess.Popen(command, cwd=cwd, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    metrics, limit = run / "metrics.jsonl", time.monotonic() + 120
+    metrics, limit = run / "metrics.jsonl", time.monotonic() + 240
     while process.poll() is None and time.monotonic() < limit:
         if metrics.is_file() and metrics.read_bytes().count(b"\n") >= lines:
             time.sleep(delay)
@@ -71,7 +71,7 @@ def test_a_signal_to_the_real_process(tmp_path, number, code, more):
     process = subprocess.Popen(
         command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    limit = time.monotonic() + 120
+    limit = time.monotonic() + 240
     while not (run / "metrics.jsonl").is_file() and process.poll() is None and time.monotonic() < limit:
         time.sleep(0.005)
     process.send_signal(getattr(signal, f"SIG{number}"))

@@ -1,5 +1,6 @@
 import json
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,6 @@ import pytest
 
 from dmpctl.data.coco import captions_file, read_captions
 from dmpctl.errors import IntegrityError, MissingError
-from dmpctl.images import stored
 from dmpctl.images.stored import StoredImages
 from tests.unit.data.made import coco_images, encoded, picture, write_coco
 
@@ -46,12 +46,11 @@ def test_images_by_id_with_their_captions_by_id(root):
 
 @pytest.mark.parametrize("held", [True, False])
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-def test_the_archives_are_read_where_they_lie(root, monkeypatch, method, held):
+def test_the_archives_are_read_where_they_lie(root, method, held):
     loose = opened(root)
-    monkeypatch.setattr(stored, "HELD_ITEMS", 20_000 if held else 0)
     before = sorted(root.rglob("*"))
     images, annotations = zipped(root, method)
-    packed = coco_images(images, annotations, "train2014")
+    packed = coco_images(images, annotations, "train2014", most_held=9 * held)
     for index in range(4):
         assert (packed.item(index)[0] == loose.item(index)[0]).all()
         assert packed.captions(index) == loose.captions(index)
@@ -117,12 +116,12 @@ def test_the_layout_is_known(root):
 
 
 @pytest.mark.parametrize("held", [True, False])
-def test_the_fingerprint_sees_captions_and_images(root, monkeypatch, held):
-    monkeypatch.setattr(stored, "HELD_ITEMS", 20_000 if held else 0)
-    found = [opened(root).fingerprint, opened(root, size=6).fingerprint]
-    assert opened(root).fingerprint == found[0]
+def test_the_fingerprint_sees_captions_and_images(root, held):
+    lazily = partial(opened, root, most_held=9 * held)
+    found = [lazily().fingerprint, lazily(size=6).fingerprint]
+    assert lazily().fingerprint == found[0]
     (root / ANNOTATIONS).write_bytes((root / ANNOTATIONS).read_bytes().replace(b"said 3", b"says 3"))
-    found.append(opened(root).fingerprint)
+    found.append(lazily().fingerprint)
     (root / "train2014" / next(iter(IMAGES))).write_bytes(encoded(99))
-    found.append(opened(root).fingerprint)
+    found.append(lazily().fingerprint)
     assert len(set(found)) == 4

@@ -2,6 +2,7 @@ import os
 import random
 import struct
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -144,9 +145,8 @@ def test_a_bomb_is_never_decoded(tmp_path, monkeypatch, held):
     bomb(tmp_path / "b.png")
     large(tmp_path / "c.png")
     sizes = []
-    monkeypatch.setattr(stored, "HELD_ITEMS", 20_000 if held else 0)
     monkeypatch.setattr(Image.Image, "load", lambda image, load=Image.Image.load: sizes.append(image.size) or load(image))
-    source = folder_images(tmp_path, 8, on_bad="skip")
+    source = folder_images(tmp_path, 8, on_bad="skip", most_held=3 * held)
     source.item(0)
     assert len(source) == 1
     assert set(sizes) == {(8, 8)}
@@ -334,12 +334,13 @@ def test_missing_a_file_and_empty_are_told_apart(tmp_path):
     assert nothing.value.exit_code == 2
 
 
-@pytest.mark.parametrize("limit", ["HELD_ITEMS", "HELD_BYTES"])
+@pytest.mark.parametrize("limit", ["items", "bytes"])
 def test_a_large_folder_is_decoded_as_it_is_used(tmp_path, monkeypatch, limit):
     fill(tmp_path, "a/1.png", "b/2.jpg", size=11)
     held = folder_images(tmp_path, 8)
-    monkeypatch.setattr(stored, limit, 1)
-    lazy = folder_images(tmp_path, 8)
+    if limit == "bytes":
+        monkeypatch.setattr(stored, "HELD_BYTES", 1)
+    lazy = folder_images(tmp_path, 8, **({"most_held": 1} if limit == "items" else {}))
     assert held.images().shape == (2, 3, 8, 8)
     assert lazy.images() is None
     assert torch.equal(lazy.labels(), held.labels())
@@ -348,15 +349,14 @@ def test_a_large_folder_is_decoded_as_it_is_used(tmp_path, monkeypatch, limit):
         assert lazy.item(index)[1] == held.item(index)[1]
 
 
-def test_in_a_large_folder_a_broken_file_stops_by_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(stored, "HELD_ITEMS", 0)
+def test_in_a_large_folder_a_broken_file_stops_by_name(tmp_path):
     fill(tmp_path, "a.png")
     truncated(tmp_path / "b.png")
     text(tmp_path / "c.png")
     with pytest.raises(IntegrityError, match=r"c\.png"):
-        folder_images(tmp_path, 8)
+        folder_images(tmp_path, 8, most_held=0)
     (tmp_path / "c.png").unlink()
-    source = folder_images(tmp_path, 8)
+    source = folder_images(tmp_path, 8, most_held=0)
     assert len(source) == 2  # what its header does not tell is found when it is used
     with pytest.raises(DmpError, match=r"b\.png cannot be decoded: .*truncated") as caught:
         source.item(1)
@@ -364,18 +364,18 @@ def test_in_a_large_folder_a_broken_file_stops_by_name(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("held", [True, False])
-def test_the_fingerprint_sees_every_change(tmp_path, monkeypatch, held):
-    monkeypatch.setattr(stored, "HELD_ITEMS", 20_000 if held else 0)
+def test_the_fingerprint_sees_every_change(tmp_path, held):
+    opened = partial(folder_images, most_held=9 * held)
     fill(tmp_path, "a/1.png", "b/2.png")
     options = ({}, {"size": 6}, {"channels": 1})
-    seen = [folder_images(tmp_path, **option).fingerprint for option in options]
-    assert folder_images(tmp_path).fingerprint == seen[0]
+    seen = [opened(tmp_path, **option).fingerprint for option in options]
+    assert opened(tmp_path).fingerprint == seen[0]
     picture(7).save(tmp_path / "a" / "1.png")
-    seen.append(folder_images(tmp_path).fingerprint)
+    seen.append(opened(tmp_path).fingerprint)
     (tmp_path / "a" / "1.png").rename(tmp_path / "a" / "3.png")
-    seen.append(folder_images(tmp_path).fingerprint)
+    seen.append(opened(tmp_path).fingerprint)
     (tmp_path / "b" / "2.png").unlink()
-    seen.append(folder_images(tmp_path).fingerprint)
+    seen.append(opened(tmp_path).fingerprint)
     assert len(set(seen)) == 6
 
 

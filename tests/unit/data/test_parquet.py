@@ -1,4 +1,5 @@
 import pickle
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -13,7 +14,6 @@ from dmpctl.data import parquet
 from dmpctl.data.columns import Columns
 from dmpctl.data.parquet import missing_shards
 from dmpctl.errors import IntegrityError, MissingError, UsageError
-from dmpctl.images import stored
 from dmpctl.images.stored import StoredImages
 from tests.unit.data.made import encoded, parquet_images, picture, write_parquet
 
@@ -160,21 +160,20 @@ def test_a_long_table_is_looked_at_here_and_there(tmp_path, monkeypatch):
     assert source.replaced == ["row 1"]
 
 
-def test_pickled_it_is_a_file_name_and_not_the_images(tmp_path, monkeypatch):
-    monkeypatch.setattr(stored, "HELD_ITEMS", 0)
-    source = parquet_images(write_parquet(tmp_path / "a.parquet", [encoded(picture(0, size=128))] * 20))
+def test_pickled_it_is_a_file_name_and_not_the_images(tmp_path):
+    source = parquet_images(write_parquet(tmp_path / "a.parquet", [encoded(picture(0, size=128))] * 20), most_held=0)
     assert len(pickle.dumps(source)) < 10_000
 
 
 @pytest.mark.parametrize("held", [True, False])
-def test_the_fingerprint_sees_every_change(tmp_path, monkeypatch, held):
-    monkeypatch.setattr(stored, "HELD_ITEMS", 20_000 if held else 0)
+def test_the_fingerprint_sees_every_change(tmp_path, held):
+    opened = partial(parquet_images, most_held=9 * held)
     path = write_parquet(tmp_path / "a.parquet", IMAGES, label=(NAMES, [0, 1, 2, 0]))
-    seen = [parquet_images(path, **option).fingerprint for option in ({}, {"size": 6}, {"channels": 1})]
-    assert parquet_images(path).fingerprint == seen[0]
+    seen = [opened(path, **option).fingerprint for option in ({}, {"size": 6}, {"channels": 1})]
+    assert opened(path).fingerprint == seen[0]
     for images, values in ((IMAGES, [0, 1, 2, 1]), ([*IMAGES[:3], encoded(9)], [0, 1, 2, 1])):
         write_parquet(path, images, label=(NAMES, values))
-        seen.append(parquet_images(path).fingerprint)
+        seen.append(opened(path).fingerprint)
     assert len(set(seen)) == 5
 
 

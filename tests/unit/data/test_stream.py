@@ -1,5 +1,6 @@
 import pickle
 from collections import Counter
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -35,8 +36,8 @@ def files(tmp_path: Path) -> list[Path]:
     ]
 
 
-def opened(files: list[Path], **options: object) -> StreamedImages:
-    return StreamedImages(StreamReader(files, "set", "the set", UNNAMED), **options)
+def opened(files: list[Path], window: int = stream.WINDOW, **options: object) -> StreamedImages:
+    return StreamedImages(StreamReader(files, "set", "the set", UNNAMED, window=window), **options)
 
 
 def order(source: StreamedImages, seed: int = 0) -> list[int]:
@@ -74,22 +75,19 @@ def test_an_epoch_has_every_row_once_in_an_order_of_its_own(files):
 
 
 def test_each_row_group_is_fetched_once_in_an_epoch(files, monkeypatch):
-    source = opened(files)
-    sizes = [group.bytes for group in source._rows._groups]
-    monkeypatch.setattr(stream, "WINDOW", 2 * max(sizes))
+    sizes = [group.bytes for group in opened(files)._rows._groups]
+    source = opened(files, 2 * max(sizes))
     count = fetched(source, monkeypatch)
     for index in order(source):
         source.item(index)
     assert len(count) == len(sizes) == 10
     assert set(count.values()) == {1}
     held = sum(source._rows._groups[number].bytes for number in source._rows._held)
-    assert held <= 2 * stream.WINDOW
+    assert held <= 2 * 2 * max(sizes)
 
 
-def test_rows_are_shuffled_within_windows(files, monkeypatch):
-    source = opened(files)
-    largest = max(group.bytes for group in source._rows._groups)
-    monkeypatch.setattr(stream, "WINDOW", 3 * largest)
+def test_rows_are_shuffled_within_windows(files):
+    source = opened(files, 3 * max(group.bytes for group in opened(files)._rows._groups))
     firsts = torch.tensor([group.first for group in source._rows._groups])
     groups = [int(torch.searchsorted(firsts, row, right=True)) for row in order(source)]
     assert len(set(groups[:PER_GROUP])) > 1
@@ -171,13 +169,13 @@ def test_the_shuffle_reaches_everywhere(files):
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_training_sees_each_row_once_in_an_epoch_on_any_layout(files, monkeypatch, world):
+def test_training_sees_each_row_once_in_an_epoch_on_any_layout(files, world):
     """Two epochs and more in batches of 8 out of 60 rows; then the same from the middle, with two loader processes."""
-    monkeypatch.setattr(stream, "WINDOW", 3_000)
-    known = {opened(files).item(row)[0].numpy().tobytes(): row for row in range(ROWS)}
+    opened_here = partial(opened, files, 3_000)
+    known = {opened_here().item(row)[0].numpy().tobytes(): row for row in range(ROWS)}
 
     def steps(count: int, start: int = 0, workers: int = 0) -> list[int]:
-        sources = [opened(files) for _ in range(world)]
+        sources = [opened_here() for _ in range(world)]
         orders = [StepBatches(ROWS, 8, 3, start, rank, world, order_of(source)) for rank, source in enumerate(sources)]
         ranks = [batches(source, order, num_workers=workers) for source, order in zip(sources, orders, strict=True)]
         taken = [[images for images, _ in islice(rank, count)] for rank in ranks]
@@ -188,7 +186,7 @@ def test_training_sees_each_row_once_in_an_epoch_on_any_layout(files, monkeypatc
 
     seen = steps(16)
     generators = [torch.Generator().manual_seed(seed_of(3, "order", epoch)) for epoch in range(3)]
-    assert seen == [row for generator in generators for row in opened(files).order(generator).tolist()][: 16 * 8]
+    assert seen == [row for generator in generators for row in opened_here().order(generator).tolist()][: 16 * 8]
     assert all(Counter(seen[epoch * ROWS : (epoch + 1) * ROWS]) == Counter(range(ROWS)) for epoch in range(2))
     assert steps(4, start=6) == seen[48:80]
     assert steps(4, start=6, workers=2) == seen[48:80]

@@ -2,6 +2,7 @@ import json
 import os
 import random
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,6 @@ import pytest
 from dmpctl.data.columns import Columns
 from dmpctl.data.tar import BrokenTar, Slice, members
 from dmpctl.errors import IntegrityError, MissingError, UsageError
-from dmpctl.images import stored
 from dmpctl.images.stored import StoredImages
 from tests.unit.data.made import encoded, picture, tar_images, write_tar
 
@@ -178,13 +178,13 @@ def test_names_that_are_no_text_are_escaped(tmp_path, name):
 
 
 @pytest.mark.parametrize("held", [True, False])
-def test_the_fingerprint_sees_every_change(tmp_path, monkeypatch, held):
-    monkeypatch.setattr(stored, "HELD_ITEMS", 20_000 if held else 0)
+def test_the_fingerprint_sees_every_change(tmp_path, held):
+    opened = partial(tar_images, most_held=9 * held)
     path = write_tar(tmp_path / "a.tar", [("a.png", ONE), ("a.cls", b"1")])
-    found = [tar_images(path, **option).fingerprint for option in ({}, {"size": 6}, {"channels": 1})]
-    assert tar_images(path).fingerprint == found[0]
+    found = [opened(path, **option).fingerprint for option in ({}, {"size": 6}, {"channels": 1})]
+    assert opened(path).fingerprint == found[0]
     changes = ([("a.png", ONE), ("a.cls", b"2")], [("b.png", ONE), ("b.cls", b"2")], [("b.png", TWO), ("b.cls", b"2")])
-    found += [tar_images(write_tar(path, files)).fingerprint for files in changes]
+    found += [opened(write_tar(path, files)).fingerprint for files in changes]
     assert len(set(found)) == 6
 
 

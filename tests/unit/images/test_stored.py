@@ -3,6 +3,7 @@
 import logging
 import pickle
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,6 @@ from PIL import Image
 
 from dmpctl.batches.loader import StepBatches, batches
 from dmpctl.errors import IntegrityError
-from dmpctl.images import stored
 from dmpctl.images.stored import StoredImages
 from tests.unit.data.made import (
     encoded,
@@ -92,26 +92,24 @@ BEHIND = encoded(picture(9, size=64))[:-6000]  # a good header, and then not eno
 
 
 @pytest.mark.parametrize(("kind", "held"), [(kind, n % 2 == 0) for n, kind in enumerate(ODD)])
-def test_odd_images_become_rgb(make, monkeypatch, kind, held):
-    monkeypatch.setattr(stored, "HELD_ITEMS", 20_000 if held else 0)
+def test_odd_images_become_rgb(make, kind, held):
     content, expected = ODD[kind]
-    image, _ = make([encoded(0), content], size=8, channels=3).item(1)
+    image, _ = make([encoded(0), content], size=8, channels=3, most_held=2 * held).item(1)
     assert (image.permute(1, 2, 0).int() - torch.tensor(expected.astype(np.int32))).abs().max() <= 3  # JPEG is lossy
 
 
 @pytest.mark.parametrize(
     ("kind", "held"), [("truncated", True), ("small", False), *((kind, n % 2 == 0) for n, kind in enumerate(BAD))]
 )
-def test_bad_images_are_named_counted_and_left_out(make, monkeypatch, kind, held):
-    monkeypatch.setattr(stored, "HELD_ITEMS", 20_000 if held else 0)
+def test_bad_images_are_named_counted_and_left_out(make, kind, held):
     content, reason = BAD[kind]
     images = [encoded(0), content, encoded(2)]
     if held or kind != "truncated":  # which only decoding shows
         with pytest.raises(IntegrityError, match=f"1 of 3 images .* cannot be used: .*1.*\\(.*({reason})") as caught:
-            make(images, size=8)
+            make(images, size=8, most_held=3 * held)
         assert caught.value.exit_code == 4
         assert "--on-bad skip" in str(caught.value.hint)
-        source = make(images, size=8, on_bad="skip")
+        source = make(images, size=8, on_bad="skip", most_held=3 * held)
         assert len(source.bad) == 1
         assert len(source) == 2
         for index, seed in enumerate((0, 2)):
@@ -126,9 +124,9 @@ def test_with_nothing_left_even_skip_refuses(make):
 class Lazy:
     """Sources that are decoded as they are used, with images at `broken` that end behind their header."""
 
-    @pytest.fixture(autouse=True)
-    def _lazy(self, monkeypatch):
-        monkeypatch.setattr(stored, "HELD_ITEMS", 0)
+    @pytest.fixture
+    def make(self, make) -> Make:
+        return partial(make, most_held=0)
 
     @staticmethod
     def images(count: int, *broken: int) -> list[bytes]:
@@ -176,11 +174,10 @@ class TestBrokenBehindItsHeader(Lazy):
         copy = pickle.loads(pickle.dumps(source))  # noqa: S301
         assert torch.equal(copy.item(1)[0], source.item(2)[0])
 
-    def test_too_many_in_a_row_are_no_longer_a_few_bad_ones(self, make, monkeypatch):
-        monkeypatch.setattr(stored, "IN_A_ROW", 3)
-        source = make(self.images(8, 2, 3, 4), on_bad="skip")
-        assert torch.equal(source.item(3)[0], source.item(5)[0])
-        with pytest.raises(IntegrityError, match=r"none of 3 images from .*2.* on can be decoded"):
+    def test_too_many_in_a_row_are_no_longer_a_few_bad_ones(self, make):
+        source = make(self.images(104, *range(2, 102)), on_bad="skip")
+        assert torch.equal(source.item(3)[0], source.item(102)[0])
+        with pytest.raises(IntegrityError, match=r"none of 100 images from .*2.* on can be decoded"):
             source.item(2)
 
     def test_the_fingerprint_needs_no_decoding(self, make):
@@ -197,8 +194,7 @@ class TestGone(Lazy):
         assert "disk" in str(caught.value.hint)
 
 
-def test_the_label_is_that_of_the_image_that_stands_in(tmp_path, monkeypatch):
-    monkeypatch.setattr(stored, "HELD_ITEMS", 0)
+def test_the_label_is_that_of_the_image_that_stands_in(tmp_path):
     files = {"a/1.png": encoded(0), "a/2.png": BEHIND, "b/1.png": encoded(1)}
-    source = folder_images(write_folder(tmp_path, files), 8, on_bad="skip")
+    source = folder_images(write_folder(tmp_path, files), 8, on_bad="skip", most_held=0)
     assert [source.item(index)[1] for index in range(3)] == [0, 1, 1]

@@ -9,7 +9,7 @@ import torch
 
 from dmpctl.data.bundled import Digits
 from dmpctl.errors import Interrupted
-from dmpctl.measuring import before_after, paired_loss
+from dmpctl.measuring import before_after
 from dmpctl.models.patch_files import load_patch
 from dmpctl.training import patch
 from dmpctl.types import Silent
@@ -20,8 +20,8 @@ EVALUATED = {"evaluate": True, "eval_images": 90, "steps": 3, "prompt_lr": 0.05,
 
 
 @pytest.fixture(autouse=True)
-def _few_images(monkeypatch):
-    monkeypatch.setattr(paired_loss, "MOST_IMAGES", 50)
+def _few_images(most_loss_images):
+    most_loss_images(50)
 
 
 def compared(model, **given):

@@ -12,7 +12,6 @@ from scipy import stats
 
 from dmpctl.errors import NumericalError, UsageError
 from dmpctl.files import locked, read_json
-from dmpctl.measuring import paired_loss
 from dmpctl.studies import cell as study_cell
 from dmpctl.studies import compare as engine
 from dmpctl.studies.cell import seconds_of
@@ -195,9 +194,9 @@ def backbone(tmp_path_factory):
 
 
 @pytest.fixture
-def study(tmp_path, monkeypatch):
+def study(tmp_path, most_loss_images):
     """Write a study and run it; returns its run directory."""
-    monkeypatch.setattr(paired_loss, "MOST_IMAGES", 20)
+    most_loss_images(20)
 
     def run(variants: str, stages: str, protocol: str = "seeds = [0]\neval_images = 0", dry_run: bool = False):
         path = tmp_path / "study.toml"

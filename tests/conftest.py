@@ -1,8 +1,11 @@
 """What tests of several rooms share: a finished run, and the command line in this process."""
 
 import os
+import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,6 +49,26 @@ def conditional(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def random_inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights in torch-fidelity's file format. Not to be written to."""
     return made_once(tmp_path_factory, "random-inception.pth", write_random_inception)
+
+
+@pytest.fixture
+def arrow_in_tmp(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `datasets` prepares stays out of the home."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("arrow")))
+
+
+@pytest.fixture
+def free_bytes(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Call it with how many bytes every disk is to have free."""
+    return lambda count: monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=count))
+
+
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Call it with the command line that this process is to have been started with."""
+    return lambda *words: monkeypatch.setattr(sys, "argv", list(words))
 
 
 @pytest.fixture

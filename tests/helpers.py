@@ -1,10 +1,12 @@
 """Small runs and command lines for tests of the engine: seconds, not minutes."""
 
 import os
+import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,6 +159,17 @@ def colour_folder(root: Path, count: int = 60, size: int = 16) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(colour).save(folder / f"{index}.png")
     return root
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """No file of this process may grow past `size` bytes: as on a full disk, a write fails in the middle."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 class Hostile:

@@ -115,9 +115,7 @@ SOURCES: dict[str, Callable[[Path], Source]] = {
 rows = Rows("opened", SOURCES)
 
 
-@pytest.fixture(autouse=True)
-def _arrow_in_tmp(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("arrow")))
+pytestmark = pytest.mark.usefixtures("arrow_in_tmp")
 
 
 @pytest.fixture

@@ -3,11 +3,8 @@
 import json
 import os
 import pickle
-import resource
 import shutil
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,7 +13,7 @@ from PIL import Image
 
 from dmpctl.files import read_tensors
 from dmpctl.runs import checkpoint
-from tests.helpers import Done, colour_folder, copied, digit_folder, files, flip, pretrain_run, run_cli, tree
+from tests.helpers import Done, colour_folder, copied, digit_folder, files, flip, largest_file, pretrain_run, run_cli, tree
 
 FEW = ("--iters", 4, "--batch-size", 8, "--no-evaluate", "--cpu")
 
@@ -39,17 +36,6 @@ def failed(done: Done, code: int, *parts: str, hint: str | None = "") -> None:
 @pytest.fixture
 def run(tmp_path, finished):
     return copied(finished, tmp_path / "run")
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """No file of this process may grow past `size` bytes: as on a full disk, a write fails in the middle."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.fixture

@@ -166,7 +166,7 @@ def test_the_paired_loss_alone_on_held_out_images(place, tmp_path, monkeypatch, 
     assert (tmp_path / "study" / "plot.png").is_file()
 
 
-def test_interrupted_it_keeps_what_is_done(place, tmp_path, monkeypatch, cli):
+def test_interrupted_it_keeps_what_is_done(place, tmp_path, monkeypatch, typed, cli):
     """A signal between two cells: 130, and the same command goes on."""
     monkeypatch.chdir(tmp_path)
     text = STUDY.replace('"backbone', f'"{place}/backbone').replace("eval_images = 80", "eval_images = 0")
@@ -181,7 +181,7 @@ def test_interrupted_it_keeps_what_is_done(place, tmp_path, monkeypatch, cli):
         return record
 
     monkeypatch.setattr(engine, "do_cell", once)
-    monkeypatch.setattr(sys, "argv", ["dmpctl", "compare", "study.toml", "--cpu"])
+    typed("dmpctl", "compare", "study.toml", "--cpu")
     stopped = cli("compare", "study.toml", "--cpu")
     assert stopped.code == 130
     assert "error: stopped by SIGINT, 2 cells are done" in stopped.err

@@ -68,6 +68,12 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture
+def lazily(monkeypatch):
+    """Images are decoded as they are used, as those of a large set are."""
+    monkeypatch.setattr(stored, "HELD_BYTES", 0)
+
+
+@pytest.fixture
 def here(place, cli, monkeypatch):
     """Run a command with the cache of `place`."""
     monkeypatch.setenv("DMPCTL_CACHE_DIR", str(place / "cache"))
@@ -339,9 +345,8 @@ def test_one_settings_file_for_download_and_patch(place, here, tmp_path):
     assert printed.code == 0, printed.err
 
 
-def test_what_is_left_out_is_said_and_recorded(place, here, tmp_path, monkeypatch):
+def test_what_is_left_out_is_said_and_recorded(place, here, tmp_path, lazily):
     """Bad at once (a text), and broken behind its header, which the encoding finds."""
-    monkeypatch.setattr(stored, "HELD_ITEMS", 0)
     images = Path(shutil.copytree(place / "images", tmp_path / "images"))
     (images / "class0" / "text.png").write_text("no image")
     whole = sorted(images.rglob("*.png"))[5]
@@ -362,9 +367,8 @@ def test_what_is_left_out_is_said_and_recorded(place, here, tmp_path, monkeypatc
     assert "left_out" not in (place / "backbone" / "provenance.json").read_text()
 
 
-def test_what_breaks_while_training_is_recorded_at_its_end(place, here, tmp_path, monkeypatch):
+def test_what_breaks_while_training_is_recorded_at_its_end(place, here, tmp_path, lazily):
     """Pixels, nothing encoded before: a broken image behind a good header is found by the step that uses it."""
-    monkeypatch.setattr(stored, "HELD_ITEMS", 0)
     images = Path(shutil.copytree(place / "images", tmp_path / "images"))
     whole = sorted(images.rglob("*.png"))[5]
     whole.write_bytes(whole.read_bytes()[:-60])

@@ -1,8 +1,6 @@
-import datasets
 import pytest
 
 
 @pytest.fixture(autouse=True)
-def _arrow_in_tmp(tmp_path_factory, monkeypatch):
-    """What `datasets` prepares stays out of the home."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("arrow")))
+def _arrow(arrow_in_tmp):
+    """Nothing is prepared in the home."""

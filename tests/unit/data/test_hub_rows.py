@@ -29,12 +29,9 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Standin]
     with hub() as standin:
         thread = threading.Thread(target=standin.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
-        monkeypatch.setattr(constants, "ENDPOINT", standin.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", standin.url + "/{repo_id}/resolve/{revision}/{filename}")
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", standin.url)
-        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        files = standin.url + "/{repo_id}/resolve/{revision}/{filename}"
+        constant = {"ENDPOINT": standin.url, "HUGGINGFACE_CO_URL_TEMPLATE": files, "HF_HUB_CACHE": str(tmp_path / "hub")}
+        set_up(monkeypatch, offline=False, HF_ENDPOINT=standin.url, **constant)
         try:
             yield standin
         finally:
@@ -52,9 +49,20 @@ def shards(root: Path, count: int = 2, split: str = "train", **columns: object) 
     return found
 
 
+def set_up(monkeypatch: pytest.MonkeyPatch, offline: bool, **constant: str) -> None:
+    """The Hub's libraries as they would be in a process that was started with these variables."""
+    for module in (constants, datasets.config):
+        for name, value in {**constant, "HF_HUB_OFFLINE": offline}.items():
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
+
+
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    set_up(monkeypatch, offline=True)
+
+
+def unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_up(monkeypatch, offline=False, ENDPOINT="http://127.0.0.1:9")
 
 
 @pytest.mark.parametrize(
@@ -162,7 +170,7 @@ def test_out_of_reach_and_out_of_order(server, tmp_path, monkeypatch):
     server.always["/api/datasets/o/n"] = Answer(status=403)
     with pytest.raises(MissingError, match=r"datasets/o/n refuses access \(HTTP 403\)"):
         hub_images(hub_set("hf://o/n"))
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    unreachable(monkeypatch)
     for call in (hub_images, streamed_hub_images):
         with pytest.raises(MissingError, match=r"hf://o/n cannot be fetched|is not reached"):
             call(hub_set("hf://o/n"))
@@ -171,7 +179,7 @@ def test_out_of_reach_and_out_of_order(server, tmp_path, monkeypatch):
 def test_where_the_hub_is_not_reached_the_cache_is_enough(server, tmp_path, monkeypatch, caplog):
     server.repositories["datasets/o/n"] = Repository(shards(tmp_path))
     before = hub_images(hub_set("hf://o/n"))
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    unreachable(monkeypatch)
     caplog.clear()
     with caplog.at_level(logging.WARNING, "dmpctl"):
         assert hub_images(hub_set("hf://o/n")).fingerprint == before.fingerprint

@@ -46,10 +46,14 @@ def order(source: StreamedImages, seed: int = 0) -> list[int]:
 
 def fetched(source: StreamedImages, monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
     """Counts the fetches of each row group from now on."""
+    source._rows._forget()
+    return counted(monkeypatch)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
     count: Counter[int] = Counter()
     fetch = StreamReader._fetched
     monkeypatch.setattr(StreamReader, "_fetched", lambda groups, group: count.update([group.first]) or fetch(groups, group))
-    source._rows._forget()
     return count
 
 
@@ -97,9 +101,7 @@ def test_rows_are_shuffled_within_windows(files):
 
 
 def test_nothing_is_fetched_before_it_is_used(files, monkeypatch):
-    count: Counter[int] = Counter()
-    fetch = StreamReader._fetched
-    monkeypatch.setattr(StreamReader, "_fetched", lambda groups, group: count.update([group.first]) or fetch(groups, group))
+    count = counted(monkeypatch)
     source = opened(files)
     assert set(count) <= {0}
     source.item(31)

@@ -1,7 +1,5 @@
 """Features on disk: resumed, shared by ranks, refused where they are not finite, and never in memory as a whole."""
 
-import errno
-import os
 from itertools import chain
 
 import numpy as np
@@ -11,6 +9,7 @@ import torch
 from dmpctl.errors import NumericalError, UsageError
 from dmpctl.measuring.feature_store import FeatureStore
 from dmpctl.types import Outputs
+from tests.helpers import largest_file
 
 KEY = {"images": "a", "extractor": "e"}
 
@@ -89,14 +88,9 @@ def test_a_store_whose_beginning_was_cut_off_begins_anew(tmp_path):
     assert FeatureStore(tmp_path, KEY, 4).missing() == [0, 1, 2, 3]
 
 
-def test_a_full_disk_is_a_sentence_and_not_a_dead_process(tmp_path, monkeypatch):
+def test_a_full_disk_is_a_sentence_and_not_a_dead_process(tmp_path):
     """A hole in a memory map on a full disk is SIGBUS later: its place is taken while that can still be said."""
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(UsageError, match="No space left"):
+    with largest_file(10), pytest.raises(UsageError, match="File too large"):
         FeatureStore(tmp_path, KEY, 4)
 
 

@@ -5,7 +5,6 @@ from scipy import stats
 from dmpctl.codecs.identity import Identity
 from dmpctl.data.bundled import Digits
 from dmpctl.diffusion.schedule import NoiseSchedule
-from dmpctl.measuring import paired_loss
 from dmpctl.measuring.paired_loss import epsilon_errors, loss_difference
 from dmpctl.models.patch_files import load_patch, load_result
 from dmpctl.models.patched import Patched
@@ -76,9 +75,8 @@ def test_labels_reach_a_conditional_backbone(conditional):
     assert found.isfinite().all()
 
 
-def test_at_most_so_many_images(finished, monkeypatch):
-    monkeypatch.setattr(paired_loss, "MOST_IMAGES", 4)
-    assert epsilon_errors(load_patch(finished), Few(9), CPU, 0, Silent())[0].shape == (25, 4)
+def test_at_most_so_many_images(finished):
+    assert epsilon_errors(load_patch(finished), Few(9), CPU, 0, Silent(), most=4)[0].shape == (25, 4)
 
 
 def test_the_difference_and_its_error():

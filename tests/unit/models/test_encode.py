@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import time
-from collections import namedtuple
 
 import pytest
 import torch
@@ -272,15 +271,14 @@ def test_waiting_for_another_ends_with_a_signal_too(tmp_path):
         holder.join(30)
 
 
-def test_a_disk_that_is_too_small_is_seen_before_anything_is_encoded(whole, tmp_path, monkeypatch):
-    usage = namedtuple("usage", "free")
+def test_a_disk_that_is_too_small_is_seen_before_anything_is_encoded(whole, tmp_path, free_bytes):
     codec, needed = Ramp(), FEW * 2 * 2 * 1 * 4 * 4 * 2 + MARGIN  # images, views, mean and logvar, C, h, w, bytes
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(needed - 1))
+    free_bytes(needed - 1)
     with pytest.raises(UsageError, match=r"encoding digits once and for all needs 3\.84 kB in "):
         build(tmp_path, codec)
     assert codec.encoded == 0
     build(whole, codec)  # what is there needs nothing more
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(needed))
+    free_bytes(needed)
     build(tmp_path, codec)
     assert codec.encoded == 2 * FEW
 

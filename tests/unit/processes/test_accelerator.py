@@ -1,4 +1,3 @@
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,19 @@ from dmpctl.processes.ranks import VARIABLES, own_device
 from tests.helpers import settings_for
 
 
+@pytest.fixture
+def gpus(monkeypatch):
+    """Call it with how many GPUs this machine is to have."""
+
+    def there(count: int) -> None:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+
+    return there
+
+
 @pytest.mark.parametrize(
-    ("given", "gpus", "expected"),
+    ("given", "found", "expected"),
     [
         ({}, 0, 0),
         ({}, 1, 0),
@@ -30,8 +40,8 @@ from tests.helpers import settings_for
         ({"nnodes": "1:4", "rdzv_endpoint": "a:1"}, 0, 1),
     ],
 )
-def test_one_process_for_each_gpu_unless_it_says_otherwise(monkeypatch, given, gpus, expected):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+def test_one_process_for_each_gpu_unless_it_says_otherwise(monkeypatch, gpus, given, found, expected):
+    gpus(found)
     launch = settings_for("patch", **given).launch
     assert processes_to_start(launch) == expected
     for name in VARIABLES:
@@ -39,10 +49,9 @@ def test_one_process_for_each_gpu_unless_it_says_otherwise(monkeypatch, given, g
     assert processes_to_start(launch) == 0  # somebody else has started this one
 
 
-def test_a_rank_has_a_gpu_of_its_own_or_says_that_there_is_none(monkeypatch):
+def test_a_rank_has_a_gpu_of_its_own_or_says_that_there_is_none(monkeypatch, gpus):
     chosen = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    gpus(2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert own_device(settings_for("patch").launch) == torch.device("cuda", 1) == chosen[0]
@@ -63,16 +72,14 @@ def test_what_is_left_for_other_processes_is_what_was_asked_for(tmp_path):
         assert type(found.argument) is type(argument) or isinstance(argument, Path)
 
 
-def test_devices(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+def test_devices(gpus):
+    gpus(0)
     for given in ({}, {"device": "cpu"}, {"cpu": True}):
         assert resolve_device(settings_for("patch", **given).launch) == torch.device("cpu")
     with pytest.raises(UsageError, match=r"--device cuda:1 is not there \(0 found\)"):
         resolve_device(settings_for("patch", device="cuda:1").launch)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    gpus(2)
     assert resolve_device(settings_for("patch", device="cuda:1").launch) == torch.device("cuda:1")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert resolve_device(settings_for("patch").launch) == torch.device("cuda")
 
 
@@ -81,6 +88,6 @@ def test_half_precision_on_a_cpu_is_a_sentence():
         accelerator_for(settings_for("patch", precision="fp16", cpu=True))
 
 
-def test_the_command_that_goes_on_is_the_one_that_was_typed(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["/bin/dmpctl", "patch", "--run", "my run"])
+def test_the_command_that_goes_on_is_the_one_that_was_typed(typed):
+    typed("/bin/dmpctl", "patch", "--run", "my run")
     assert again_command() == "dmpctl patch --run 'my run'"

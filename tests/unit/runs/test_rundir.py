@@ -168,8 +168,8 @@ def test_a_torn_line_goes(tmp_path):
         assert run.metrics() == [{"step": 1}]
 
 
-def test_provenance_has_one_entry_per_session(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["/somewhere/dmpctl", "patch", "--iters", "5"])
+def test_provenance_has_one_entry_per_session(tmp_path, typed):
+    typed("/somewhere/dmpctl", "patch", "--iters", "5")
     for _ in range(2):
         begun(tmp_path)
     sessions = json.loads((tmp_path / "provenance.json").read_text())["sessions"]

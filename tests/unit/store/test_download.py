@@ -3,14 +3,12 @@
 import hashlib
 import json
 import os
-import socket
 
 import pytest
 
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.settings.assets import AssetRow, Assets
 from dmpctl.store import download as download_command
-from dmpctl.store import https
 from dmpctl.store.cache import read_index, working_on
 from dmpctl.store.fetch import cached, require
 from dmpctl.store.locate import fetch_weights
@@ -36,9 +34,6 @@ def server():
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("DMPCTL_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(https, "sleep", lambda _: None)
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
     return tmp_path / "cache"
 
 
@@ -200,12 +195,8 @@ def test_the_licence_of_the_whole_holds_for_its_parts(given, cache):
 # Offline, dry run, lists
 
 
-def test_offline_opens_no_connection(given, server, cache, monkeypatch):
-    def refuse(*_, **__):
-        raise AssertionError("a connection")
-
-    monkeypatch.setattr(socket, "create_connection", refuse)
-    monkeypatch.setattr(socket.socket, "connect", refuse)
+def test_offline_opens_no_connection(given, server, cache, no_connection):
+    no_connection()
     with pytest.raises(MissingError, match="not in the cache: thing, vae-ema, and --offline forbids") as failure:
         download(given(offline=True), "thing", "vae-ema")
     assert (failure.value.exit_code, failure.value.hint) == (3, "online: dmpctl download thing vae-ema")

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import socket
-from collections import namedtuple
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
@@ -13,7 +12,7 @@ from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.settings.assets import AssetRow
 from dmpctl.store import cache, https
 from dmpctl.store.https import fetch_file, retry_after
-from tests.helpers import files
+from tests.helpers import files, largest_file
 from tests.standin import Answer, Repository, running
 
 CONTENT = bytes(range(256)) * 9000  # more than two chunks
@@ -49,16 +48,6 @@ def server():
     with running() as standin:
         standin.files[PATH] = CONTENT
         yield standin
-
-
-@pytest.fixture
-def pauses(monkeypatch):
-    """No test waits: what would have been waited for is noted."""
-    noted = []
-    monkeypatch.setattr(https, "sleep", noted.append)
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    return noted
 
 
 @pytest.fixture
@@ -288,24 +277,20 @@ def test_nobody_answers(pauses, tmp_path):
     assert files(tmp_path) == set()
 
 
-def test_the_disk_is_looked_at_first(get, tmp_path, monkeypatch):
-    usage, talk = namedtuple("Usage", "free"), Talk()
-    monkeypatch.setattr("shutil.disk_usage", lambda _: usage(cache.MARGIN + len(CONTENT) - 1))
+def test_the_disk_is_looked_at_first(get, tmp_path, free_bytes):
+    talk = Talk()
+    free_bytes(cache.MARGIN + len(CONTENT) - 1)
     with pytest.raises(UsageError, match=r"thing needs 2\.3 MB in .*, 69\.4 MB are free") as failure:
         get(talk)
     assert "--cache-dir" in failure.value.hint
     assert (talk.done, files(tmp_path)) == (0, set())
-    monkeypatch.setattr("shutil.disk_usage", lambda _: usage(cache.MARGIN + len(CONTENT)))
+    free_bytes(cache.MARGIN + len(CONTENT))
     get()
     assert whole(tmp_path)
 
 
-def test_a_full_disk_is_no_matter_of_the_connection(get, pauses, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(UsageError, match="No space left on device") as failure:
+def test_a_full_disk_is_no_matter_of_the_connection(get, pauses, tmp_path):
+    with largest_file(len(CONTENT) - 1), pytest.raises(UsageError, match="File too large") as failure:
         get()
     assert "free some space" in failure.value.hint
     assert pauses == []

@@ -7,7 +7,7 @@ import pytest
 
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.settings.assets import AssetRow, Assets
-from dmpctl.store import cache, https, hub
+from dmpctl.store import cache, hub
 from dmpctl.store import download as download_command
 from dmpctl.store.addresses import of_files
 from dmpctl.store.cache import Fact
@@ -33,9 +33,6 @@ def server(monkeypatch, tmp_path):
         standin.repositories["datasets/owner/rows"] = Repository({"data/a.parquet": b"rows" * 50, "README.md": b"card"})
         monkeypatch.setenv("HF_ENDPOINT", standin.url)
         monkeypatch.setenv("DMPCTL_CACHE_DIR", str(tmp_path / "cache"))
-        monkeypatch.setattr(https, "sleep", lambda _: None)
-        for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "HF_TOKEN"):
-            monkeypatch.delenv(name, raising=False)
         yield standin
 
 
@@ -80,14 +77,11 @@ def test_a_data_set(server, tmp_path):
     assert files(tmp_path / "cache/hub/datasets--owner--rows/snapshots" / COMMIT) == {"data/a.parquet"}
 
 
-def test_what_is_there_asks_nobody(server, tmp_path, monkeypatch):
+def test_what_is_there_asks_nobody(server, tmp_path, no_connection):
     download(row())
     asked = len(server.asked)
 
-    def refuse(*_, **__):
-        raise AssertionError("a connection")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
+    no_connection()
     assert download(row(), offline=True).data["files"][0]["path"] == str(snapshot(tmp_path))
     assert require("thing", settings(row())) == snapshot(tmp_path)
     with pytest.raises(MissingError, match="not in the cache: other, and --offline") as failure:

@@ -90,7 +90,7 @@ def trainer_of(session: Session[Description], settings: Settings, run: RunDir, k
     return kind(session.subject, inputs_of(session, run, command), run, command, accelerator)
 
 
-def run_cli(*args: object, cwd: Path, env: dict[str, str] | None = None, timeout: float = 240) -> Done:
+def run_cli(*args: object, cwd: Path, env: dict[str, str] | None = None, timeout: float = 500) -> Done:
     """`dmpctl args` in a process of its own, from the source that is tested."""
     command = [sys.executable, "-m", "dmpctl", *map(str, args)]
     done = subprocess.run(command, cwd=cwd, env=environment() | (env or {}), capture_output=True, text=True, timeout=timeout)

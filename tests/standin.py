@@ -23,7 +23,8 @@ class Answer:
     """How one request for a file is answered. `status` None: as it should be; `drop`: close after so many bytes.
 
     `ranges`: whether parts are given; `shift`: by how much the part that is given lies beside the one asked for;
-    `pause`: sec between pieces of `piece` bytes; `body`: other bytes; `length`: whether the answer says how long it is.
+    `pause`: sec between pieces of `piece` bytes; `body`: other bytes; `length`: whether the answer says how long it is;
+    `gate`: the second half is sent when it is set.
     """
 
     status: int | None = None
@@ -35,6 +36,7 @@ class Answer:
     piece: int = 1 << 16
     body: bytes | None = None
     length: bool = True
+    gate: threading.Event | None = None
 
 
 @dataclass
@@ -254,6 +256,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def send(self, body: bytes, answer: Answer) -> None:
         for begin in range(0, len(body), answer.piece):
+            if answer.gate is not None and 2 * begin >= len(body):
+                answer.gate.wait(300)
             self.wfile.write(body[begin : begin + answer.piece])
             self.wfile.flush()
             time.sleep(answer.pause)

@@ -75,7 +75,7 @@ def test_a_signal_to_the_real_process(tmp_path, number, code, more):
     while not (run / "metrics.jsonl").is_file() and process.poll() is None and time.monotonic() < limit:
         time.sleep(0.005)
     process.send_signal(getattr(signal, f"SIG{number}"))
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=240)
     assert (process.returncode, out) == (code, "")
     assert f"error: stopped by SIG{number}, saved at step " in err
     assert f"hint: go on with: dmpctl patch --run {run}" in err

@@ -95,7 +95,7 @@ def measure(shape: str, batch: int, count: int, rounds: int, device: str, folder
         trainer.train()
 
     seconds = interleaved({"bare": bare, "trainer": whole}, rounds, device)
-    lines = run.metrics()
+    lines = run.metrics.lines()
     state, waits, writes = trainer._state(), [], []
     for _ in range(max(rounds, 5)):
         with Saver(folder / "saves", "patch", 2) as saver:

@@ -110,16 +110,16 @@ def page_of(run: RunDir, settings: Settings, progress: Progress) -> RunPage:
     sessions = _json(run.path / "provenance.json").get("sessions", [])
     return RunPage(
         name=run.path.name,
-        command=config["command"],
+        command=config.command,
         record=record_of(run.path),
         comparison=_json(comparisons[-1]) if comparisons else {},
         sheets=contact_sheets(run.path),
         measurements=measurements(run.path),
-        curves=curves(run.metrics()),
+        curves=curves(run.metrics.lines()),
         gates=gates(run, settings, progress),
         again=shlex.join([Path(sessions[0]["argv"][0]).name, *sessions[0]["argv"][1:]]) if sessions else "",
         sessions=sessions,
-        settings=config["settings"],
+        settings=config.settings,
     )
 
 

@@ -33,6 +33,7 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow")
     newest: ClassVar[int] = 1  # schema_version that this code writes
     left_out: ClassVar[tuple[str, ...]] = ()  # keys that are not written where they are None
+    hint: ClassVar[str | None] = None  # for a file that lacks keys
 
     @model_validator(mode="before")
     @classmethod
@@ -75,7 +76,7 @@ def as_record(value: object, kind: type[R], what: str) -> R:
     if missing:
         *where, _ = missing[0]
         names = ", ".join(str(place[-1]) for place in missing if list(place[:-1]) == where)
-        raise IntegrityError(f"{what} lacks {names}" + (f" of its {'.'.join(map(str, where))}" if where else ""))
+        raise IntegrityError(f"{what} lacks {names}" + (f" of its {'.'.join(map(str, where))}" if where else ""), kind.hint)
     place = wrong[0]["loc"]
     if place[0] == "method":  # its second part is the kind of method, which the settings of that kind do not repeat
         place = place[2:] or place[:1]

@@ -12,12 +12,32 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from dmpctl.errors import IntegrityError, InUse, MissingError, UsageError
-from dmpctl.files import read_json, write_atomic, write_json, writing
+from dmpctl.errors import InUse, MissingError, UsageError
+from dmpctl.files import write_json, writing
+from dmpctl.runs.metrics_log import MetricsLog
+from dmpctl.runs.records import Record, read_record
 from dmpctl.settings.options import defaults_of
+from dmpctl.words import differences
 
 SCHEMA_VERSION = 1
 Kind = str  # "patch" or "backbone": what the run trains, and the name of the files that hold it
+
+
+class RunConfig(Record):
+    """config.json. `science`: flat values that make the run this experiment and no other; `settings`: by section."""
+
+    hint = "name another --run"
+    schema_version: int
+    command: str
+    science: dict[str, Any]
+    settings: dict[str, dict[str, Any]]
+
+
+class Provenance(Record):
+    """provenance.json: one entry for each session, with versions, command line and what was found."""
+
+    schema_version: int
+    sessions: list[dict[str, Any]]
 
 
 class RunDir:
@@ -66,14 +86,16 @@ class RunDir:
         names = [p.name for p in self.path.iterdir()]
         return "config.json" in names or all(name == ".lock" or name.startswith(".config.json.") for name in names)
 
-    def config(self) -> dict[str, Any]:
-        """config.json: the command and its settings; MissingError if this is no run, IntegrityError if it lacks something."""
+    @property
+    def metrics(self) -> MetricsLog:
+        """metrics.jsonl of the run."""
+        return MetricsLog(self.path / "metrics.jsonl")
+
+    def config(self) -> RunConfig:
+        """Returns config.json; MissingError if this is no run, IntegrityError if it lacks something."""
         if not (self.path / "config.json").is_file():
             raise MissingError(f"{self.path} is no run: it has no config.json", "name a run made by dmpctl patch or pretrain")
-        found = read_json(self.path / "config.json", SCHEMA_VERSION)
-        if missing := {"command", "science", "settings"} - set(found):
-            raise IntegrityError(f"{self.path / 'config.json'} lacks {', '.join(sorted(missing))}", "name another --run")
-        return found
+        return read_record(self.path / "config.json", RunConfig)
 
     def refuse_other(self, command: str, science: Mapping[str, Any], allowed: Collection[str] = ()) -> None:
         """UsageError if the run holds another experiment: `science` is flat name -> value of all that makes it this one.
@@ -86,20 +108,20 @@ class RunDir:
             )
         if (self.path / "config.json").is_file():
             before = self.config()
-            if before["command"] != command:
-                raise UsageError(f"{self.path} was made by dmpctl {before['command']}, not {command}", "name another --run")
-            old = before["science"]
+            if before.command != command:
+                raise UsageError(f"{self.path} was made by dmpctl {before.command}, not {command}", "name another --run")
+            old = before.science
             newer = {key: value for key, value in defaults_of(command).items() if key in science and key not in old}
             now = json.loads(json.dumps(dict(science)))
             kept = {key: now[key] for key in allowed}
             self._refuse_other_science(old | newer | kept, now)
 
     def differences(self, settings: Mapping[str, Any]) -> list[str]:
-        """What a resume asks for otherwise than the run did before: `save_every: 500 before, 50 now`."""
+        """Returns what a resume asks for otherwise than the run did before: `save_every: 500 before, 50 now`."""
         if not (self.path / "config.json").is_file():
             return []
-        old, new = _flat(self.config()["settings"]), _flat(json.loads(json.dumps(settings)))
-        return [f"{key}: {old.get(key)} before, {new[key]} now" for key in new if old.get(key) != new[key]]
+        old, new = _flat(self.config().settings), _flat(json.loads(json.dumps(settings)))
+        return [f"{key}: {a} before, {b} now" for key, a, b in differences({key: old.get(key) for key in new}, new)]
 
     def begin(self, command: str, science: Mapping[str, Any], settings: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
         """Record what the run is asked to do from now on, and the facts of this session."""
@@ -108,7 +130,7 @@ class RunDir:
         self._record(facts)
 
     def _refuse_other_science(self, old: dict[str, Any], new: dict[str, Any]) -> None:
-        changed = [f"{key}: {old.get(key)} there, {new.get(key)} now" for key in old | new if old.get(key) != new.get(key)]
+        changed = [f"{key}: {there} there, {now} now" for key, there, now in differences(old, new)]
         if changed:
             raise UsageError(
                 f"{self.path} holds another experiment ({'; '.join(changed[:4])})",
@@ -118,7 +140,7 @@ class RunDir:
     def _record(self, facts: Mapping[str, Any]) -> None:
         """provenance.json: versions, command line and what was found; one entry per session."""
         path = self.path / "provenance.json"
-        sessions = read_json(path, SCHEMA_VERSION)["sessions"] if path.is_file() else []
+        sessions = read_record(path, Provenance).sessions if path.is_file() else []
         packages = ("dmpctl", "torch", "accelerate", "numpy", "safetensors")
         session = {
             "at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -131,48 +153,13 @@ class RunDir:
     def amend(self, facts: Mapping[str, Any]) -> None:
         """Add to this session's entry in provenance.json what was only found on the way."""
         path = self.path / "provenance.json"
-        *before, last = read_json(path, SCHEMA_VERSION)["sessions"]
+        *before, last = read_record(path, Provenance).sessions
         write_json(path, {"schema_version": SCHEMA_VERSION, "sessions": [*before, {**last, **facts}]})
-
-    def log_metrics(self, line: Mapping[str, Any]) -> None:
-        """Append one line to metrics.jsonl."""
-        path = self.path / "metrics.jsonl"
-        with writing(path), path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def cut_metrics(self, step: int) -> None:
-        """Drop the lines after `step`: training goes on from there and will write them again."""
-        path = self.path / "metrics.jsonl"
-        if path.is_file():
-            kept = [line for line in path.read_text("utf-8").splitlines() if _step_of(line) <= step]
-            write_atomic(path, "".join(line + "\n" for line in kept).encode())
-
-    def last_logged(self) -> int:
-        """The last step of metrics.jsonl, 0 if there is none; a torn line counts for nothing."""
-        path = self.path / "metrics.jsonl"
-        steps = map(_step_of, path.read_text("utf-8").splitlines()) if path.is_file() else ()
-        return int(max((step for step in steps if step < float("inf")), default=0))
-
-    def metrics(self) -> list[dict[str, Any]]:
-        """All lines of metrics.jsonl; IntegrityError at a line that is not JSON."""
-        path = self.path / "metrics.jsonl"
-        try:
-            return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []
-        except json.JSONDecodeError as error:
-            raise IntegrityError(f"{path} is not valid JSON lines ({error})") from None
 
 
 def _flat(sections: Mapping[str, Any]) -> dict[str, Any]:
     """Settings without their sections: names are unique across them."""
     return {key: value for section in sections.values() for key, value in section.items()}
-
-
-def _step_of(line: str) -> float:
-    """The step of a line; a torn last line counts as beyond every step."""
-    try:
-        return float(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError):
-        return float("inf")
 
 
 def version_of(package: str) -> str:

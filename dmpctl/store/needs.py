@@ -21,7 +21,7 @@ def settings_in(experiment: Path) -> list[Settings]:
     """Returns the settings that a run has recorded, or that each command finds in a settings file."""
     path = experiment.expanduser()
     if path.is_dir() or path.suffix == ".json":
-        recorded = RunDir(path if path.is_dir() else path.parent).config()["settings"]
+        recorded = RunDir(path if path.is_dir() else path.parent).config().settings
         try:
             return [Settings.from_dict(recorded)]
         except IntegrityError as error:

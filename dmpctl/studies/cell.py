@@ -99,7 +99,7 @@ def find_going_on(stage: Stage, variant: str, budget: Settings) -> GoingOn:
     if digest_of(read_tensors(path / "backbone.safetensors")[0]) != stage.loaded.digest:
         raise UsageError(f"{cannot}: {path} is not the backbone that {name} holds", leave_out)
     recorded = RunDir(run).config()
-    before = Settings.from_dict(recorded["settings"])
+    before = Settings.from_dict(recorded.settings)
     if before.train.lr_schedule != "constant":
         raise UsageError(f"{cannot}: the rate of {run} has decayed (lr_schedule {before.train.lr_schedule})", leave_out)
     if before.train.precision != budget.train.precision:
@@ -112,7 +112,7 @@ def find_going_on(stage: Stage, variant: str, budget: Settings) -> GoingOn:
     lasting = load_backbone(Base(base=str(run))).data if published else None  # a name that still means the same elsewhere
     data = before.data.model_copy(update={"data": lasting or before.data.data})
     source = open_source(data, data.size, data.channels)
-    if source.fingerprint != recorded["science"].get("data_fingerprint"):
+    if source.fingerprint != recorded.science.get("data_fingerprint"):
         raise UsageError(f"{cannot}: {data.data} is not what it was pretrained on")
     step = checkpoint.step_of(path)
     train = before.train.model_copy(update={"iters": step + budget.train.iters})
@@ -167,7 +167,7 @@ def _finished(cell: Cell, run: RunDir, side: Side) -> CellRecord:
         seed=cell.settings.run.seed,
         choice=dict(cell.choice),
         iterations=cell.iterations,
-        train_seconds=round(seconds_of(run.metrics(), cell.first_step), 2),
+        train_seconds=round(seconds_of(run.metrics.lines(), cell.first_step), 2),
         failed=failed,
         added_parameters=added,
         added_percent=percent,

@@ -104,4 +104,4 @@ def sent_before(run: RunDir) -> Sent:
 def remember(run: RunDir) -> None:
     """Write down what trackers were sent, before metrics.jsonl is cut back to a checkpoint."""
     known = sent_before(run)
-    write_json(run.path / NAME, known.model_copy(update={"step": max(run.last_logged(), known.step)}).model_dump())
+    write_json(run.path / NAME, known.model_copy(update={"step": max(run.metrics.last_step(), known.step)}).model_dump())

@@ -98,7 +98,7 @@ class Trainer:
             checkpoint.put_aside(self.run.checkpoints, self.step)
             if self.settings.save.track is not None:
                 remember(self.run)
-            self.run.cut_metrics(self.step)
+            self.run.metrics.cut_back(self.step)
         return self.step, wrong
 
     def train(self) -> None:
@@ -247,7 +247,7 @@ class Trainer:
         if self.ranks.is_main:
             figures: dict[str, float | list[float]] = {**means, "lr": [g["lr"] for g in self.optimizer.param_groups], **speed}
             figures = {k: v for k, v in figures.items() if not isinstance(v, float) or math.isfinite(v)}
-            self.run.log_metrics({"step": self.step, **figures})
+            self.run.metrics.append({"step": self.step, **figures})
             self.trackers.log(self.step, figures)
 
     def save(self, saver: Saver) -> None:

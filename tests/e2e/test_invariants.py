@@ -158,7 +158,7 @@ def same_run(one: Path, other: Path) -> None:
     newest = [checkpoint.complete(run / "checkpoints")[-1] for run in (one, other)]
     assert newest[0].name == newest[1].name
     assert sha256_of(newest[0] / "trainer.safetensors") == sha256_of(newest[1] / "trainer.safetensors")
-    assert same_but_time(RunDir(one).metrics()) == same_but_time(RunDir(other).metrics())
+    assert same_but_time(RunDir(one).metrics.lines()) == same_but_time(RunDir(other).metrics.lines())
 
 
 # 1797 digits in batches of 400: steps 4 and 8 lie across two epochs, and every stop is in the middle of one.
@@ -179,7 +179,7 @@ def test_4_ten_and_ten_are_twenty(tmp_path, straight):
     patch_run(tmp_path / "run", **LONG)
     same_run(tmp_path / "run", straight)
     assert half != sha256_of(straight / "patch.safetensors")
-    assert [line["step"] for line in RunDir(straight).metrics()] == list(range(1, 21))
+    assert [line["step"] for line in RunDir(straight).metrics.lines()] == list(range(1, 21))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
@@ -217,7 +217,7 @@ def test_4_steps_after_the_last_checkpoint_are_taken_again(tmp_path, straight, m
         patched.setattr(Saver, "check", Saver.finish)  # what fails in the background is heard of in the same step
         with pytest.raises(KeyboardInterrupt):
             patch_run(tmp_path / "run", **LONG)
-    assert RunDir(tmp_path / "run").metrics()[-1]["step"] == 14
+    assert RunDir(tmp_path / "run").metrics.lines()[-1]["step"] == 14
     patch_run(tmp_path / "run", **LONG)
     same_run(tmp_path / "run", straight)
 

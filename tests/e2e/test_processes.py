@@ -95,7 +95,7 @@ def test_two_processes_are_one(tmp_path, given, scale):
     done = run_cli("patch", "--run", tmp_path / "two", "--iters", 12, *STEPS, *TWO, *flags, cwd=tmp_path)
     assert done.code == 0, done.err
     close(tmp_path / "one", tmp_path / "two", scale)
-    one, two = (RunDir(tmp_path / name).metrics() for name in ("one", "two"))
+    one, two = (RunDir(tmp_path / name).metrics.lines() for name in ("one", "two"))
     assert [line["step"] for line in two] == [line["step"] for line in one] == list(range(1, 13))
     for name in ("loss", "mse", "grad_norm", *({"importance", "load"} & set(one[0]))):
         assert [line[name] for line in two] == pytest.approx([line[name] for line in one], rel=2e-4)

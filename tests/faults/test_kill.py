@@ -53,7 +53,7 @@ def test_kill_at_any_moment(tmp_path):
     done = run_cli("patch", "--run", run, *LINE, cwd=tmp_path)
     assert done.code == 0, done.err
     assert sha256_of(run / "patch.safetensors") == sha256_of(tmp_path / "straight" / "patch.safetensors")
-    assert same_but_time(RunDir(run).metrics()) == same_but_time(RunDir(tmp_path / "straight").metrics())
+    assert same_but_time(RunDir(run).metrics.lines()) == same_but_time(RunDir(tmp_path / "straight").metrics.lines())
     left = {name for name in files(run) if not name.startswith(".")}
     assert left == {name for name in files(tmp_path / "straight") if not name.startswith(".")}
 

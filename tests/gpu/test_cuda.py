@@ -64,7 +64,7 @@ def test_what_makes_it_faster_or_smaller_trains_the_same_patch(tmp_path: Path, g
     plain = {"precision": given["precision"]} if "precision" in given else {}
     patch_run(tmp_path / "one", prompt_lr=0.05, **plain, **GPU)
     patch_run(tmp_path / "two", prompt_lr=0.05, **given, **GPU)
-    one, two = ([line["loss"] for line in RunDir(tmp_path / name).metrics()] for name in ("one", "two"))
+    one, two = ([line["loss"] for line in RunDir(tmp_path / name).metrics.lines()] for name in ("one", "two"))
     assert two == pytest.approx(one, rel=2e-3)  # AdamW turns the sign of a gradient near zero into a whole step
     assert tensors_of(tmp_path / "two" / "patch.safetensors")["prompt_embeddings"].abs().max() > 0
 

@@ -23,7 +23,7 @@ def begun(path: Path, science=None, command="patch", save_every: int = 5) -> Non
 
 def test_a_new_run_holds_its_config(tmp_path):
     begun(tmp_path / "a" / "b")
-    config = RunDir(tmp_path / "a" / "b").config()
+    config = RunDir(tmp_path / "a" / "b").config().to_json()
     assert config == {"schema_version": 1, "command": "patch", "science": SCIENCE, "settings": {"save": {"save_every": 5}}}
     assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == [".lock", "config.json", "provenance.json"]
 
@@ -117,7 +117,7 @@ def test_another_command_is_refused(tmp_path):
 def test_other_settings_are_recorded(tmp_path):
     begun(tmp_path / "run")
     begun(tmp_path / "run", save_every=9)
-    assert RunDir(tmp_path / "run").config()["settings"] == {"save": {"save_every": 9}}
+    assert RunDir(tmp_path / "run").config().settings == {"save": {"save_every": 9}}
 
 
 @pytest.mark.parametrize("key", ["command", "science", "settings"])
@@ -146,26 +146,26 @@ def test_what_is_no_run(tmp_path):
 
 def test_metrics_are_appended_and_cut(tmp_path):
     with RunDir(tmp_path) as run:
-        run.cut_metrics(0)  # none yet
-        assert run.metrics() == []
+        run.metrics.cut_back(0)  # none yet
+        assert run.metrics.lines() == []
         for step in (1, 2, 3, 4):
-            run.log_metrics({"step": step, "loss": step / 3})
-        run.cut_metrics(2)
-        run.log_metrics({"step": 3, "loss": 9.0})
-        assert run.metrics() == [{"step": 1, "loss": 1 / 3}, {"step": 2, "loss": 2 / 3}, {"step": 3, "loss": 9.0}]
-        run.cut_metrics(0)
-        assert run.metrics() == []
+            run.metrics.append({"step": step, "loss": step / 3})
+        run.metrics.cut_back(2)
+        run.metrics.append({"step": 3, "loss": 9.0})
+        assert run.metrics.lines() == [{"step": 1, "loss": 1 / 3}, {"step": 2, "loss": 2 / 3}, {"step": 3, "loss": 9.0}]
+        run.metrics.cut_back(0)
+        assert run.metrics.lines() == []
 
 
 def test_a_torn_line_goes(tmp_path):
     with RunDir(tmp_path) as run:
-        run.log_metrics({"step": 1})
+        run.metrics.append({"step": 1})
         with (tmp_path / "metrics.jsonl").open("a") as file:
             file.write('{"step": 2, "lo')
         with pytest.raises(IntegrityError, match="not valid JSON lines"):
-            run.metrics()
-        run.cut_metrics(5)
-        assert run.metrics() == [{"step": 1}]
+            run.metrics.lines()
+        run.metrics.cut_back(5)
+        assert run.metrics.lines() == [{"step": 1}]
 
 
 def test_provenance_has_one_entry_per_session(tmp_path, typed):
@@ -197,5 +197,5 @@ def test_a_change_that_is_allowed_by_name_is_taken_and_recorded(tmp_path: Path) 
     with pytest.raises(UsageError, match="--allow-change nonsense: there is no such setting"):
         patch_run(tmp_path / "run", prompt_lr=0.5, allow_change="prompt-lr,nonsense")
     patch_run(tmp_path / "run", prompt_lr=0.5, allow_change="prompt-lr")
-    assert RunDir(tmp_path / "run").metrics()[-1]["lr"][0] == 0.5
+    assert RunDir(tmp_path / "run").metrics.lines()[-1]["lr"][0] == 0.5
     patch_run(tmp_path / "run", prompt_lr=0.5, iters=7)  # from now on it is this experiment

@@ -31,9 +31,11 @@ def test_every_line_is_sent_once_over_a_kill_and_a_resume(tmp_path):
         path.rename(tmp_path / "gone")
     patch_run(run, iters=12, track="tensorboard", save_every=3)
     assert [step for step, _ in sent(run)] == list(range(1, 13))
-    assert [line["step"] for line in RunDir(run).metrics()] == list(range(1, 13))
-    assert [value for _, value in sent(run)] == pytest.approx([line["loss"] for line in RunDir(run).metrics()], rel=1e-6)
-    assert [value for _, value in sent(run, "lr/0")] == pytest.approx([line["lr"][0] for line in RunDir(run).metrics()], rel=1e-6)
+    assert [line["step"] for line in RunDir(run).metrics.lines()] == list(range(1, 13))
+    assert [value for _, value in sent(run)] == pytest.approx([line["loss"] for line in RunDir(run).metrics.lines()], rel=1e-6)
+    assert [value for _, value in sent(run, "lr/0")] == pytest.approx(
+        [line["lr"][0] for line in RunDir(run).metrics.lines()], rel=1e-6
+    )
 
 
 def test_a_tracker_that_fails_is_said_once_and_left_out(tmp_path, monkeypatch):

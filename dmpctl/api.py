@@ -27,7 +27,7 @@ __all__ = ["apply", "load_backbone", "load_patch", "measure", "sample", "train"]
 
 
 def load_backbone(name: str = "digits", weights: str | Path | None = None) -> Loaded:
-    """A frozen backbone, by what `--base` takes: bundled, a shape with `weights`, a file, a run, a folder of diffusers.
+    """Returns a frozen backbone by `--base`: bundled, a shape with `weights`, a file, a run, a folder of diffusers.
 
     Its `model` is a torch module: `model.denoise(x, t, cond)`. Raises errors.DmpError as `dmpctl patch` does.
     """
@@ -35,12 +35,12 @@ def load_backbone(name: str = "digits", weights: str | Path | None = None) -> Lo
 
 
 def load_patch(run: str | Path) -> Patched:
-    """What a run has made: a patch on its backbone, checked by sha256. `run`: a folder, or what `export --to merged` wrote."""
+    """Returns the patch of a run on its backbone, checked by sha256. `run`: a folder, or what `export --to merged` wrote."""
     return load_result(Path(run))
 
 
 def apply(target: Any, patch: Patched | None) -> Any:
-    """`target` with a patch on it, in place: a pipeline of diffusers, or its transformer or U-Net; None takes it off.
+    """Puts a patch on `target` in place: a pipeline of diffusers, or its transformer or U-Net; None takes it off.
 
     `target` may be a `Loaded` backbone, too: then a new `Patched` is returned, and nothing changes. IntegrityError for a
     patch that was trained on other weights.
@@ -53,7 +53,7 @@ def apply(target: Any, patch: Patched | None) -> Any:
 
 
 def sample(model: Patched | Loaded, count: int, prompts: str | Sequence[str] | None = None, **settings: Any) -> Tensor:
-    """Images uint8 [count, C, H, W]. `settings`: options of `dmpctl sample` (sampler="ddim", steps=50, cfg=2.0, label=3).
+    """Returns images uint8 [count, C, H, W]. `settings`: options of `dmpctl sample` (sampler="ddim", steps=50, cfg=2.0, label=3).
 
     `prompts` for a text-conditional model: image k shows prompt k modulo their number; None: captions of its data.
     """
@@ -73,7 +73,7 @@ def sample(model: Patched | Loaded, count: int, prompts: str | Sequence[str] | N
 
 
 def measure(what: str | Path, **settings: Any) -> dict[str, Any]:
-    """What `dmpctl fid WHAT --json` prints: the distance of a run, a folder or an npz, with its protocol and standard error.
+    """Returns the JSON of `dmpctl fid WHAT`: the distance of a run, a folder or an npz, with its protocol and standard error.
 
     `settings`: options of `dmpctl fid` (reference="coco-val", max_images=5000, sampler="ddim").
     """

@@ -62,7 +62,7 @@ class Interrupted(DmpError):
         self.exit_code = 128 + (signal.SIGINT if signal_number == signal.SIGINT else signal.SIGTERM)
 
     def requeued(self) -> "Interrupted":
-        """The same where a scheduler is to put the job into its queue again."""
+        """Returns this error with exit code 75, which asks a scheduler to put the job into its queue again; SIGINT stays 130."""
         if self.signal_number != signal.SIGINT:
             self.exit_code = PREEMPTED
         return self

@@ -20,7 +20,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Around all that writes `path`: a full disk, or a place that cannot be written to, becomes a UsageError."""
+    """Wraps code that writes `path`: a full disk, or a place that cannot be written to, becomes a UsageError."""
     try:
         yield
     except OSError as error:
@@ -29,7 +29,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def amount(size: float) -> str:
-    """Bytes for people: `95.6 MB`, powers of ten."""
+    """Returns bytes for people: `95.6 MB`, powers of ten."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 999.5:
             return f"{size:.3g} {unit}"
@@ -38,7 +38,7 @@ def amount(size: float) -> str:
 
 
 def make_folder(path: Path) -> Path:
-    """The folder, made if it is not there; UsageError where it cannot be made."""
+    """Returns the folder, made if it is not there; UsageError where it cannot be made."""
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
     return path
@@ -67,18 +67,18 @@ def locked(path: Path, wait: bool = True, busy: Callable[[], None] | None = None
 
 
 def sha256_of(path: Path) -> str:
-    """sha256 of a file's bytes, hexadecimal."""
+    """Returns the sha256 of a file's bytes, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_of_bytes(data: bytes) -> str:
-    """The same for bytes that are at hand."""
+    """Returns the sha256 of bytes, hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
 
-def sha256_of_json(value: Mapping[str, Any]) -> str:
-    """sha256 of what is JSON-able, whatever the order of its keys."""
+def sha256_of_json(value: Mapping[str, object]) -> str:
+    """Returns the sha256 of a JSON object, whatever the order of its keys."""
     return sha256_of_bytes(json.dumps(value, sort_keys=True).encode())
 
 
@@ -107,12 +107,12 @@ def write_atomic(path: Path, data: bytes) -> None:
         fsync(path.parent)
 
 
-def json_to_bytes(value: Mapping[str, Any]) -> bytes:
-    """JSON, readable and with stable order."""
+def json_to_bytes(value: Mapping[str, object]) -> bytes:
+    """Returns readable JSON, its keys in their order; ValueError for NaN or infinity, which JSON has not."""
     return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, object]) -> None:
     """Atomically write JSON."""
     write_atomic(path, json_to_bytes(value))
 
@@ -148,7 +148,7 @@ def json_object(text: str, what: str, schema_version: int | None = None) -> dict
 
 
 def tensors_to_bytes(tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None = None) -> bytes:
-    """safetensors bytes with a sorted header: equal content gives equal bytes (and so equal hashes)."""
+    """Returns safetensors bytes with a sorted header: equal content gives equal bytes (and so equal hashes)."""
     from safetensors.torch import save
 
     data = save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, metadata=dict(metadata or {}))
@@ -169,13 +169,13 @@ def write_tensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping
 
 
 def tensor_names(path: Path) -> set[str]:
-    """Names of the tensors in a safetensors file; its header alone is read. Raises as `read_tensors`."""
+    """Returns the names of the tensors in a safetensors file; reads its header alone. Raises as `read_tensors`."""
     with _safetensors(path) as file:
         return set(file.keys())
 
 
 def read_tensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, str]]:
-    """Tensors (on the CPU) and metadata of a safetensors file.
+    """Returns tensors (on the CPU) and metadata of a safetensors file.
 
     Raises MissingError if it is not there, IntegrityError if it is corrupt.
     """

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def seed_of(*parts: int | str) -> int:
-    """A 63-bit seed from its parts: stable across machines, processes and Python versions."""
+    """Returns a 63-bit seed from its parts: stable across machines, processes and Python versions."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -24,20 +24,20 @@ class StepDraws:
         self._generator = torch.Generator()
 
     def at(self, step: int, purpose: str) -> "StepDraws":
-        """Rewind to the stream of one purpose at one step (so that one draw never shifts another)."""
+        """Rewinds to the stream of one purpose at one step, so that one draw never shifts another; returns itself."""
         self._generator.manual_seed(seed_of(self.seed, purpose, step))
         return self
 
     def normal(self, *shape: int) -> Tensor:
-        """Standard normal [B, *shape] float32."""
+        """Returns standard normal noise [B, *shape] float32."""
         return torch.randn(self.size, *shape, generator=self._generator)[self.mine]
 
     def uniform(self) -> Tensor:
-        """Uniform in [0, 1) [B] float32."""
+        """Returns uniform numbers in [0, 1), [B] float32."""
         return torch.rand(self.size, generator=self._generator)[self.mine]
 
     def integers(self, high: int) -> Tensor:
-        """Uniform integers in [0, high) [B] int64."""
+        """Returns uniform integers in [0, high), [B] int64."""
         return torch.randint(high, (self.size,), generator=self._generator)[self.mine]
 
 
@@ -49,5 +49,5 @@ class ImageDraws:
         self._shape, self._device = shape, device
 
     def __call__(self) -> Tensor:
-        """The next standard normal [B, *shape] float32."""
+        """Returns the next standard normal noise [B, *shape] float32."""
         return torch.stack([torch.randn(self._shape, generator=g) for g in self._generators]).to(self._device)

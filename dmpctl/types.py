@@ -38,7 +38,7 @@ class ScheduleSpec:
 
 @dataclass(frozen=True)
 class TextSpec:
-    """What a text-conditional backbone attends to: the states of `tokens` tokens, each of `width` numbers."""
+    """Sizes of the text states that a backbone attends to: `tokens` of them, each of `width` numbers."""
 
     tokens: int
     width: int
@@ -46,11 +46,11 @@ class TextSpec:
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """What everything else may know of a backbone.
+    """Facts of a backbone, which everything outside its room is built from.
 
-    `latent_shape` is (C, H, W) of what is noised. `num_classes` 0 means no labels; `text` None means no captions.
-    `null_class` is the label that means "no class", for guidance; None where there is none. `cond_width`: of what `embed`
-    gives, None: that of the sites.
+    `latent_shape` is (C, H, W) of the noised latents. `num_classes` 0 means no labels; `text` None means no captions.
+    `null_class` is the label that means "no class", for guidance; None where there is none. `cond_width` is the width D of
+    the vectors that `embed` returns; None: the width of the sites.
     """
 
     latent_shape: tuple[int, int, int]
@@ -66,12 +66,12 @@ class BackboneSpec:
 
 
 def text_parts(cond: Tensor) -> tuple[Tensor, Tensor]:
-    """States [B, T, D] and mask bool [B, T] of text conditions [B, T, D + 1], whose last column is 1 where a token counts."""
+    """Returns states [B, T, D] and mask bool [B, T] of conditions [B, T, D + 1], whose last column is 1 where a token counts."""
     return cond[..., :-1].contiguous(), cond[..., -1] > 0.5
 
 
 class Edit(Protocol):
-    """What a method does to the tokens [B, T, D] that enter block `site`."""
+    """A function that a method applies to the tokens [B, T, D] that enter block `site`; it returns tokens of that shape."""
 
     def __call__(self, site: int, tokens: Tensor) -> Tensor: ...
 
@@ -84,7 +84,7 @@ class Backbone(Protocol):
 
     @property
     def linears(self) -> Mapping[str, tuple[str, ...]]:
-        """Linear layers by what they are for (`qkv`, `proj`, `mlp`): how the names of their modules end."""
+        """Linear layers by purpose (`qkv`, `proj`, `mlp`): the ends of the names of their modules."""
         ...
 
     @property
@@ -93,18 +93,18 @@ class Backbone(Protocol):
         ...
 
     def embed(self, t: Tensor, cond: Tensor | None) -> Tensor:
-        """Conditioning vector c [B, D] of timesteps t [B] and `cond`: labels int64 [B], or text [B, T, D + 1] (`text_parts`).
+        """Returns the conditioning vector c [B, D] of timesteps t [B] and `cond`.
 
-        None: an unconditional backbone.
+        `cond`: labels int64 [B], or text [B, T, D + 1] (`text_parts`); None for an unconditional backbone.
         """
         ...
 
     def embed_time(self, t: Tensor) -> Tensor:
-        """The timestep's share of `embed`, [B, D]."""
+        """Returns the timestep's share of `embed`, [B, D]."""
         ...
 
     def denoise(self, x: Tensor, t: Tensor, cond: Tensor | None, edit: Edit | None = None) -> Tensor:
-        """Prediction [B, C or 2C, H, W] for noised x [B, C, H, W]; `edit` None leaves the tokens alone."""
+        """Returns the prediction [B, C or 2C, H, W] for noised x [B, C, H, W]; `edit` None leaves the tokens alone."""
         ...
 
 
@@ -126,10 +126,10 @@ Routings = Routing | tuple[Routing, ...] | None
 
 @dataclass(frozen=True)
 class Plan:
-    """What one conditioning batch asks of the backbone.
+    """How a patch changes the backbone for one batch of conditioning vectors.
 
-    `edit` None leaves the tokens alone; `routing` is None for a method without gates; `backbone` is the one with changed
-    weights to run instead, None for the frozen one itself.
+    `edit` None leaves the tokens alone; `routing` is None for a method without gates; `backbone` has changed weights and is
+    run instead of the frozen one, None: the frozen one runs.
     """
 
     edit: Edit | None = None
@@ -149,7 +149,7 @@ class Patch(Protocol):
     """The trainable part: a module whose forward is `plan`, so that it can be wrapped for many processes."""
 
     def plan(self, c: Tensor, noise: Tensor | None = None) -> Plan:
-        """Plan for conditioning c [B, D]; `noise` [B, L, N] standard normal, None: no gate noise."""
+        """Returns the plan for conditioning c [B, D]; `noise` [B, L, N] standard normal, None: no gate noise."""
         ...
 
     @property
@@ -159,23 +159,23 @@ class Patch(Protocol):
 
     @property
     def added(self) -> int:
-        """Numbers that the patch adds, as the paper counts them: what is needed after training."""
+        """Count of the numbers that the patch adds and that are needed after training, as the paper counts them."""
         ...
 
     def merged(self) -> dict[str, Tensor] | None:
-        """The backbone's state dict with this patch folded in; None where the patch is no change of weights."""
+        """Returns the backbone's state dict with this patch folded in; None where the patch is no change of weights."""
         ...
 
     def noise_shape(self) -> tuple[int, ...] | None:
-        """Shape of one sample's gate noise, None if the method draws none."""
+        """Returns the shape of one sample's gate noise, None if the method draws none."""
         ...
 
     def param_groups(self) -> list[ParamGroup]:
-        """AdamW parameter groups with their learning rates; together exactly the patch's parameters."""
+        """Returns AdamW parameter groups with their learning rates; together exactly the patch's parameters."""
         ...
 
     def penalty(self, routing: Routings) -> dict[str, Tensor]:
-        """Weighted balance losses by name, each a scalar; empty where there is nothing to balance."""
+        """Returns weighted balance losses by name, each a scalar; empty where there is nothing to balance."""
         ...
 
 
@@ -195,20 +195,20 @@ class Codec(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over what latents and pixels are made with."""
+        """sha256 over the weights and settings that make latents and pixels."""
         ...
 
     @property
     def scale(self) -> float:
-        """What raw latents are multiplied by; `encode` and `decode` speak of scaled ones."""
+        """Factor on raw latents; `encode` returns and `decode` takes scaled ones."""
         ...
 
     def latent_shape(self, channels: int, size: int) -> tuple[int, int, int]:
-        """(C, H, W) of the latents of images with this many channels and this side in pixels."""
+        """Returns (C, H, W) of the latents of images with this many channels and this side in pixels."""
         ...
 
     def image_shape(self, latents: tuple[int, int, int]) -> tuple[int, int, int]:
-        """(C, H, W) of the images behind latents (C, H, W)."""
+        """Returns (C, H, W) of the images behind latents (C, H, W)."""
         ...
 
     def encode(self, images: Tensor) -> Moments: ...
@@ -235,7 +235,7 @@ class Source(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over what the items are made of."""
+        """sha256 over the files or arrays that the items come from."""
         ...
 
     def __len__(self) -> int: ...
@@ -245,7 +245,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Outputs:
-    """What an extractor says of a batch: `features` float32 [B, width], which distances are taken in.
+    """An extractor's outputs for a batch of B images: `features` float32 [B, width], the space that distances are taken in.
 
     `logits` [B, K] of a network with classes (Inception Score), `spatial` [B, W] of its feature maps (sFID); else None.
     """
@@ -272,14 +272,14 @@ class Extractor(Protocol):
     def __call__(self, images: Tensor) -> Tensor: ...
 
     def outputs(self, images: Tensor) -> Outputs:
-        """All that one pass over the images gives; its features are those of a plain call."""
+        """Returns all outputs of one pass over the images; the features equal those of a plain call."""
         ...
 
 
 class Denoiser(Protocol):
-    """What a sampler calls: x [B, C, H, W], t [B] in the original 0..steps-1 -> prediction [B, C or 2C, H, W].
+    """The model that a sampler calls: x [B, C, H, W], t [B] in the original 0..steps-1 -> prediction [B, C or 2C, H, W].
 
-    Of a flow t is floating, in 0..steps.
+    For a flow, t is floating, in 0..steps.
     """
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor: ...
@@ -293,7 +293,7 @@ class Draw(Protocol):
 
 @dataclass(frozen=True)
 class Report:
-    """What a command found: `data` is JSON (all that --json prints); people see `table` (rows), then `lines` (sentences).
+    """The result of a command: `data` is JSON (all that --json prints); people see `table` (rows), then `lines` (sentences).
 
     `exit_code` is not 0 where the command did its work and the answer is no: a threshold that was not met.
     """
@@ -305,7 +305,7 @@ class Report:
 
 
 class Progress(Protocol):
-    """Carries events from the engine up to whatever shows them."""
+    """Carries events from a command at work up to whatever shows them."""
 
     def track(self, what: str, total: int, start: int = 0, unit: Unit = "it") -> ProgressTask:
         """A piece of work of `total` steps (0: not known), or bytes with the unit B."""

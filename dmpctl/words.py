@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:  # a help page does without pydantic, which is slow to import
     from pydantic import ValidationError
@@ -29,7 +29,7 @@ def nearest_or(word: str, known: Iterable[str], otherwise: str, cutoff: float = 
     return f"did you mean {near[0]}?" if near else otherwise
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+def differences(before: Mapping[str, object], now: Mapping[str, object]) -> list[tuple[str, object, object]]:
     """Returns (key, value before, value now) for each key of two flat mappings whose values differ; None for a missing value.
 
     Keys of `before` come first. Values that were read from JSON equal others only if those went through JSON too.

@@ -15,7 +15,7 @@ from dmpctl.settings.model import Settings
 from dmpctl.settings.options import options_of
 
 
-def call(command: Row, given: Mapping[str, Any], argument: Any, config: Path | None, state: dict[str, bool]) -> int:
+def call(command: Row, given: Mapping[str, object], argument: Any, config: Path | None, state: dict[str, bool]) -> int:
     """Do what one line asks for and print it; returns the exit code.
 
     `given`: field name -> value of the options that were typed; `argument` None: there is none; `config` None: no file was

@@ -29,29 +29,29 @@ UNBOUNDED = 100_000  # columns of a pipe: tables and paths stay whole
 
 
 def is_main() -> bool:
-    """Whether this process speaks: under torchrun or accelerate launch, only rank 0 does."""
+    """Returns whether this process may write to the terminal: under torchrun or accelerate launch, only rank 0 does."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def is_terminal(stream: TextIO) -> bool:
-    """A person is watching: a terminal that can move its cursor, and no CI."""
+    """Returns whether a person is watching: a terminal that can move its cursor, and no CI."""
     return stream.isatty() and not os.environ.get("CI") and os.environ.get("TERM") != "dumb"
 
 
 def progress_for(console: sections.Console) -> Progress:
-    """How progress is shown: a bar on a terminal, plain lines in a pipe or under CI, nothing with --quiet."""
+    """Returns the display of progress: a bar on a terminal, plain lines in a pipe or under CI, nothing with --quiet."""
     if console.quiet or not is_main():
         return Silent()
     return Bars() if is_terminal(sys.stderr) else Lines(sys.stderr)
 
 
 def counted(number: float, unit: Unit) -> str:
-    """A count as it is; bytes as `95.6 MB`."""
+    """Returns a count as a whole number, bytes as `95.6 MB`."""
     return amount(number) if unit == "B" else f"{number:.0f}"
 
 
 def shown(figures: Mapping[str, float], rate: float | None, unit: Unit = "it") -> str:
-    """`loss 0.0912, 12.5 it/s`. `rate` in units/sec, None: not known yet; left out where the figures hold a speed already."""
+    """Returns `loss 0.0912, 12.5 it/s`. `rate` in units/sec, None: not known yet; left out beside a speed in the figures."""
     parts = [f"{value:.4g} {name}" if name.endswith("/s") else f"{name} {value:.4g}" for name, value in figures.items()]
     if rate is not None and not any(name.endswith("/s") and name != "images/s" for name in figures):
         parts.append(f"{rate:.3g} it/s" if unit == "it" else f"{counted(rate, unit)}/s")
@@ -111,7 +111,7 @@ class LinesTask:
 
 
 class Amounts(ProgressColumn):
-    """How much of how much is done, in the task's unit."""
+    """The column `120/4000` of a bar, in the task's unit."""
 
     def render(self, task: Task) -> Text:
         of_total = f"/{counted(task.total, task.fields['unit'])}" if task.total is not None else ""
@@ -189,7 +189,7 @@ def show(report: Report, as_json: bool) -> None:
 
 
 def table_of(report: Report) -> Table:
-    """The rows of a report; columns in the order in which they first appear."""
+    """Returns the rows of a report as a table; columns in the order in which they first appear."""
     columns = list(dict.fromkeys(name for row in report.table for name in row))
     table = Table(*map(escape, columns), box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for column in table.columns:
@@ -200,7 +200,7 @@ def table_of(report: Report) -> Table:
 
 
 def jsonable(value: Any) -> Any:
-    """JSON has no NaN and no infinity: None instead. Paths and the like become text."""
+    """Returns `value` without NaN and infinity, which JSON has not: None instead. Paths and the like become text."""
     if isinstance(value, Mapping):
         return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -211,7 +211,7 @@ def jsonable(value: Any) -> Any:
 
 
 def config_report(command: str, resolved: Resolved) -> Report:
-    """--print-config: every value and where it came from."""
+    """Returns the report of --print-config: every value and where it came from."""
     data, rows = {}, []
     for name, option in options_of(command).items():
         value = getattr(getattr(resolved.settings, field_of(option.section)), name, None)

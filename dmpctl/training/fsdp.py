@@ -4,6 +4,7 @@ For backbones that do not fit into one device. A patch itself is small and whole
 """
 
 from dmpctl.errors import UsageError
+from dmpctl.methods.lora import LoraPatch
 from dmpctl.models.speed import blocks_of
 from dmpctl.processes.ranks import Ranks
 from dmpctl.runs.records import Description
@@ -15,13 +16,13 @@ ENTRIES = ("denoise", "embed", "embed_time")  # methods of a backbone that are c
 def shard(subject: Subject[Description], ranks: Ranks) -> None:
     """Share out the subject's network: its parameters are other tensors from then on.
 
-    UsageError for one process, and for a method whose network cannot be shared out.
+    UsageError for one process, and for LoRA.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     network = subject.network
-    if not subject.shardable:
+    if isinstance(subject.patch, LoraPatch):
         raise UsageError("--fsdp shares out a backbone, which LoRA has tied its own weights to", "leave --fsdp out")
     if ranks.world == 1:
         raise UsageError("--fsdp shares weights out over several processes, this is one", "add --num-processes, or leave it out")

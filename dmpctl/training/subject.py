@@ -6,7 +6,6 @@ from typing import Generic, Literal, TypeVar
 from torch import Tensor, nn
 
 from dmpctl.methods.base import ChangedBackbone
-from dmpctl.methods.lora import LoraPatch
 from dmpctl.models.backbone import BackboneModule
 from dmpctl.models.build import PatchModule
 from dmpctl.models.patched import predict_patched, routing_of
@@ -42,11 +41,6 @@ class Subject(Generic[D_co]):
     def network(self) -> nn.Module:
         """The backbone that is run: the one given, or a changed one."""
         return self.patch.changed if isinstance(self.patch, ChangedBackbone) else self.model
-
-    @property
-    def shardable(self) -> bool:
-        """Whether --fsdp can share the network out: LoRA has tied it to the backbone's own tensors."""
-        return not isinstance(self.patch, LoraPatch)
 
     @property
     def gate_noise_shape(self) -> tuple[int, ...] | None:

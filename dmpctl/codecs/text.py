@@ -18,14 +18,14 @@ from dmpctl.files import read_json, sha256_of
 
 T5_TOKENS = 120  # PixArt-alpha's; a T5 takes any number
 KINDS = ("clip", "clip_text_model", "t5")
-READ = (".json", ".txt", ".model", ".safetensors")  # files that decide what states come out
+READ = (".json", ".txt", ".model", ".safetensors")  # files that decide the states
 
 
 class TextEncoder:
     """The text encoder and the tokenizer in `folder`: of a pipeline (text_encoder/ and tokenizer/), or both in one place.
 
-    `name` says what it is; `tokens` per caption, None: CLIP's own 77, T5 120; longer captions are cut. States are those of the
-    last layer, float32; padding is hidden from T5, and lies behind the words for CLIP, which never looks ahead.
+    `name`: its name in records; `tokens` per caption, None: CLIP's own 77, T5 120; longer captions are cut. States are those
+    of the last layer, float32; padding is hidden from T5, and lies behind the words for CLIP, which never looks ahead.
     Raises MissingError for a file that is not there, IntegrityError for one that cannot be read, UsageError for another kind.
     """
 

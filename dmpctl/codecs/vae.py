@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmpctl.codecs.identity import Identity
 from dmpctl.errors import DmpError, IntegrityError, MissingError, UsageError
 from dmpctl.files import read_json, sha256_of
 from dmpctl.types import Moments
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-DECIDING = (  # of the config, what the weights do not tell
+DECIDING = (  # entries of the config that the weights do not tell
     "act_fn",
     "block_out_channels",
     "down_block_types",
@@ -31,14 +32,14 @@ DECIDING = (  # of the config, what the weights do not tell
     "up_block_types",
 )
 SCALE = 0.18215  # Rombach et al. 2022, where the config has none
-CHANNELS = 3
+CHANNELS, PIXELS = 3, Identity()
 
 
 class Vae:
     """diffusers' AutoencoderKL, frozen: float32 always, outside any autocast, at most `batch` images at once.
 
     `folder` holds config.json and the weights as diffusers saves them, or is a pipeline that has them in `vae/`. `name`
-    says what it is (vae-ema, ...). Latents are scaled: mean (m - shift) s, log variance v + 2 ln s. It works where its
+    is its name in records (vae-ema, ...). Latents are scaled: mean (m - shift) s, log variance v + 2 ln s. It works where its
     argument lies. Raises MissingError for a file that is not there, IntegrityError for one that is no such autoencoder.
     """
 
@@ -60,7 +61,7 @@ class Vae:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over the file of weights and what the config decides."""
+        """sha256 over the file of weights and the deciding entries of the config."""
         described = json.dumps(self._config, sort_keys=True)
         return hashlib.sha256(f"{sha256_of(self._folder / WEIGHTS)} {described}".encode()).hexdigest()
 
@@ -93,12 +94,11 @@ class Vae:
         return Moments((mean - self._shift) * self.scale, logvar + 2 * math.log(self.scale))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents [B, C, h, w] -> uint8 [B, 3, f h, f w]: 127.5 x + 128, clamped, truncated (as DiT's sampler does)."""
-        pixels = self._in_parts(self._pixels, latents.to(torch.float32) / self.scale + self._shift)
-        return (127.5 * pixels + 128).clamp(0, 255).to(torch.uint8)
+        """Scaled latents [B, C, h, w] -> uint8 [B, 3, f h, f w], rounded as `Identity.decode` does."""
+        return PIXELS.decode(self._in_parts(self._pixels, latents.to(torch.float32) / self.scale + self._shift))
 
     def _posterior(self, images: Tensor) -> Tensor:
-        found = self._model.encode(images.to(torch.float32) / 127.5 - 1).latent_dist
+        found = self._model.encode(PIXELS.encode(images).mean).latent_dist
         return torch.cat([found.mean, found.logvar], 1)
 
     def _pixels(self, latents: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 import os
 import random
-import struct
-import zlib
 from functools import partial
 from pathlib import Path
 
@@ -13,14 +11,9 @@ from PIL import Image
 from dmpctl.data import folder
 from dmpctl.errors import DmpError, IntegrityError, MissingError, UsageError
 from dmpctl.images import scan, stored
-from tests.unit.data.made import folder_images
+from tests.unit.data.made import folder_images, header_of, picture
 
 FORMS = {".png": "PNG", ".jpg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
-
-
-def picture(seed: int, size: int = 8, channels: int = 3) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, channels), dtype=np.uint8)
-    return Image.fromarray(pixels if channels > 1 else pixels[..., 0])
 
 
 def fill(root: Path, *names: str, **options: int) -> Path:
@@ -29,13 +22,6 @@ def fill(root: Path, *names: str, **options: int) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         picture(seed, **options).save(path, FORMS[path.suffix.lower()])
     return root
-
-
-def header_of(width: int, height: int) -> bytes:
-    """A PNG that says it is large, and has no pixels."""
-    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(b"\0")), (b"IEND", b"")]
-    packed = (struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
 
 def empty(path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import JsonValue
 from torch import nn
 
 from dmpctl.backbones.diffusers_dit import DiffusersDiT
@@ -63,7 +64,7 @@ def wrapped(model: nn.Module, schedule: ScheduleSpec | None = None, text_tokens:
         raise UsageError(f"this {name} cannot be patched: {error}", "Stable Diffusion 1.x is known to work") from None
 
 
-def made(config: Mapping[str, Any], schedule: ScheduleSpec | None, text_tokens: int | None) -> Foreign:
+def made(config: Mapping[str, JsonValue], schedule: ScheduleSpec | None, text_tokens: int | None) -> Foreign:
     """Returns a model of this config, with the start that diffusers gives it. IntegrityError for a config that makes none."""
     import diffusers
 

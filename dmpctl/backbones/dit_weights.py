@@ -10,32 +10,31 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import JsonValue
 from torch import Tensor, nn
 
 from dmpctl.backbones.dit import DiT, DiTConfig
 from dmpctl.backbones.foreign import INERT_GLOBALS, Scalar, said_by
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.files import read_tensors
-from dmpctl.runs.records import CodecRecord, EncoderRecord, as_record
+from dmpctl.runs.records import BackboneDescription, CodecRecord, EncoderRecord, as_record
 from dmpctl.store.shapes import SHAPES
 from dmpctl.types import ScheduleSpec
 
-AVERAGE, LAST = ("ema",), ("model", "state_dict")  # entries of a checkpoint; an average is what one samples from
+AVERAGE, LAST = ("ema",), ("model", "state_dict")  # entries of a checkpoint; one samples from the average
+SELF = "dmpctl.dit"  # metadata of a DiT that describes itself
 MODEL = "dmpctl.model"  # metadata of a backbone that is a model of diffusers
 PATCH = "dmpctl.patch"  # metadata of a file that holds a patch beside its backbone
-UNREADABLE = "describes itself in a way that cannot be read"
 PREFIXES = ("module.", "_orig_mod.")
 HEADS = {width: heads for width, _, heads in SHAPES.values()}
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A state dict in the published layout. `taken` says which part of the file it came from.
+    """A state dict in the published layout. `taken`: the part of the file that it came from, in words.
 
-    `config`, `schedule`, `data`: what the file says of itself; None where it does not (other people's files).
-    `codec`: name, fingerprint and scale of the codec whose latents it denoises; None where the file does not say.
-    `text`: the record of the encoder of its captions; `model`: diffusers' config of a network that is no DiT; None where it
-    has none.
+    The rest is the file's own description, None where it has none (other people's files): `config` of a DiT, or `model`,
+    diffusers' config of another network; `codec` whose latents it denoises; `text`, the encoder of its captions.
     `said`: the plain values of the config that other people's files carry, by dotted path.
     """
 
@@ -47,7 +46,7 @@ class Weights:
     said: Mapping[str, Scalar] = field(default_factory=dict)
     codec: CodecRecord | None = None
     text: EncoderRecord | None = None
-    model: Mapping[str, Any] | None = None
+    model: Mapping[str, JsonValue] | None = None
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
@@ -64,12 +63,20 @@ def dit_metadata(config: DiTConfig, schedule: ScheduleSpec, data: str | None, co
     """safetensors metadata of a DiT: shape, schedule, the data it was trained on and its codec (None: unknown)."""
     value = {"schema_version": 1, "config": asdict(config), "schedule": asdict(schedule), "data": data}
     value |= {} if codec is None else {"codec": codec.to_json()}
-    return {"dmpctl.dit": json.dumps(value, sort_keys=True)}
+    return {SELF: json.dumps(value, sort_keys=True)}
 
 
-def model_metadata(about: Mapping[str, Any]) -> dict[str, str]:
-    """safetensors metadata of a backbone that is a model of diffusers: what backbone.json says of it."""
-    return {MODEL: json.dumps(dict(about), sort_keys=True)}
+def model_metadata(
+    config: Mapping[str, JsonValue],
+    schedule: ScheduleSpec,
+    data: str | None,
+    codec: CodecRecord | None,
+    text: EncoderRecord | None,
+) -> dict[str, str]:
+    """safetensors metadata of a model of diffusers: as of a DiT, with its own config and the encoder of its captions."""
+    value = {"schema_version": 1, "model": dict(config), "schedule": asdict(schedule), "data": data}
+    value |= {"codec": codec and codec.to_json(), "text": text and text.to_json()}
+    return {MODEL: json.dumps(value, sort_keys=True)}
 
 
 def read_weights(path: Path, which: Literal["ema", "raw"] | None = None) -> Weights:
@@ -95,7 +102,7 @@ def read_weights(path: Path, which: Literal["ema", "raw"] | None = None) -> Weig
 
 
 def is_patched(path: Path) -> bool:
-    """Whether the file holds a patch beside its backbone; reads no tensor, and leaves it to others to say what is damaged."""
+    """Whether the file holds a patch beside its backbone; reads no tensor, and reports no damage."""
     from safetensors import SafetensorError, safe_open
 
     if path.suffix != ".safetensors" or not path.is_file():
@@ -113,38 +120,33 @@ def _no_such(path: Path, which: str) -> UsageError:
 
 
 def described_weights(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> Weights:
-    """The backbone of a safetensors file, with what its metadata says of it; IntegrityError where that cannot be read."""
-    if MODEL in metadata:
-        return described_model(path, Weights(tensors, "the file"), metadata[MODEL])
-    if "dmpctl.dit" not in metadata:
-        return Weights(_plain_names(tensors), "the file")
+    """Returns the backbone of a safetensors file as its metadata describes it; IntegrityError where that cannot be read."""
+    content, weights = metadata.get(MODEL, metadata.get(SELF)), Weights(tensors, "the file")
+    if content is None:
+        return replace(weights, tensors=_plain_names(tensors))
+    wrong = f"{path} describes itself in a way that cannot be read"
     try:
-        value = json.loads(metadata["dmpctl.dit"])
+        value = json.loads(content)
         if value["schema_version"] != 1:
             raise IntegrityError(f"{path} has schema_version {value['schema_version']}, this dmpctl reads 1", "upgrade dmpctl")
-        config, schedule = DiTConfig(**value["config"]), ScheduleSpec(**value["schedule"])
-        return Weights(tensors, "the file", config, schedule, value["data"], codec=codec_in(value, path))
-    except (json.JSONDecodeError, KeyError, TypeError, UsageError) as error:
-        raise IntegrityError(f"{path} {UNREADABLE} ({error})") from None
-
-
-def described_model(path: Path, weights: Weights, content: str | Mapping[str, Any]) -> Weights:
-    """`weights` of a model of diffusers with what is said of it; IntegrityError where that cannot be read."""
-    try:
-        value = json.loads(content) if isinstance(content, str) else content
-        if value["schema_version"] != 1:
-            raise IntegrityError(f"{path} has schema_version {value['schema_version']}, this dmpctl reads 1", "upgrade dmpctl")
-        schedule = ScheduleSpec(**value["schedule"])
-        text = as_record(value["text"], EncoderRecord, f"{path} {UNREADABLE}: its text encoder") if value["text"] else None
-        codec = codec_in(value, path)
-        return replace(weights, schedule=schedule, data=value["data"], codec=codec, text=text, model=value["model"])
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise IntegrityError(f"{path} {UNREADABLE} ({error})") from None
+        raise IntegrityError(f"{wrong} ({error})") from None
+    return described(weights, value, wrong)
 
 
-def codec_in(value: Mapping[str, Any], path: Path) -> CodecRecord | None:
-    """The codec that a backbone's description, read from `path`, names; None where it names none."""
-    return as_record(value["codec"], CodecRecord, f"{path} {UNREADABLE}: its codec") if value.get("codec") else None
+def described(weights: Weights, about: Mapping[str, Any], wrong: str) -> Weights:
+    """Returns `weights` with a description of them: metadata of their file, or backbone.json.
+
+    IntegrityError, which begins with `wrong`, where it describes no backbone.
+    """
+    found = as_record(about, BackboneDescription, f"{wrong}: it")
+    config: Any = found.config or {}
+    try:
+        shape, schedule = None if found.model is not None else DiTConfig(**config), ScheduleSpec(**about["schedule"])
+    except (TypeError, UsageError) as error:
+        raise IntegrityError(f"{wrong} ({error})") from None
+    weights = replace(weights, config=shape, model=found.model, schedule=schedule)
+    return replace(weights, data=found.data, codec=found.codec, text=found.text)
 
 
 def _unpickle(path: Path) -> Any:

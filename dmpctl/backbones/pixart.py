@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from pydantic import JsonValue
 from torch import Tensor, nn
 
 from dmpctl.backbones.dit import DiTConfig, start_afresh
@@ -102,7 +103,7 @@ def fresh(config: DiTConfig, text: TextSpec) -> nn.Module:
     return model
 
 
-def plain_config(model: nn.Module) -> dict[str, Any]:
-    """Its config as diffusers saves it, without what only says where and with what it was saved."""
+def plain_config(model: nn.Module) -> dict[str, JsonValue]:
+    """Config of a model as diffusers saves it, without the entries about the file and version it was saved with."""
     config: Any = model.config
     return {"_class_name": type(model).__name__, **{key: value for key, value in config.items() if not key.startswith("_")}}

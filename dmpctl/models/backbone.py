@@ -11,8 +11,7 @@ from dmpctl.backbones.diffusers_folder import Foreign, holds_diffusers, made, op
 from dmpctl.backbones.dit import DiT, DiTConfig, shape_config
 from dmpctl.backbones.dit_weights import (
     Weights,
-    codec_in,
-    described_model,
+    described,
     digest_of,
     dit_from,
     dit_metadata,
@@ -22,7 +21,7 @@ from dmpctl.backbones.dit_weights import (
 )
 from dmpctl.backbones.pixart import PixArt, fresh, plain_config
 from dmpctl.codecs.vae import Vae
-from dmpctl.errors import IntegrityError, MissingError, UsageError
+from dmpctl.errors import MissingError, UsageError
 from dmpctl.files import read_json
 from dmpctl.runs.records import CodecRecord, EncoderRecord
 from dmpctl.settings.sections import Base
@@ -65,8 +64,7 @@ def metadata_of(loaded: Loaded, codec: CodecRecord | None = None, text: EncoderR
     codec, text, model = codec or loaded.codec, text or loaded.text, loaded.model
     if isinstance(model, DiT):
         return dit_metadata(model.config, model.schedule, loaded.data, codec)
-    records = {"codec": codec and codec.to_json(), "text": text and text.to_json()}
-    return model_metadata({"schema_version": 1, **facts_of(model), "data": loaded.data, **records})
+    return model_metadata(plain_config(model.model), model.schedule, loaded.data, codec, text)
 
 
 M = TypeVar("M", bound=nn.Module)
@@ -128,14 +126,7 @@ def described_beside(path: Path, weights: Weights) -> Weights:
     beside = path.parent / "backbone.json"
     if weights.config is not None or path.name != "backbone.safetensors" or not beside.is_file():
         return weights
-    about = read_json(beside, 1)
-    if "model" in about:
-        return described_model(beside, weights, about)
-    try:
-        config, schedule = DiTConfig(**about["config"]), ScheduleSpec(**about["schedule"])
-        return replace(weights, config=config, schedule=schedule, data=about["data"], codec=codec_in(about, beside))
-    except (KeyError, TypeError) as error:
-        raise IntegrityError(f"{beside} does not describe the backbone beside it ({error})") from None
+    return described(weights, read_json(beside, 1), f"{beside} does not describe the backbone beside it")
 
 
 def backbone_file(base: Base, data: str | None = None) -> tuple[Path, int | None]:

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from dmpctl.files import sha256_of
-from tests.helpers import BUNDLED, BUNDLED_PATCH, colour_folder, files, run_cli, same_but_time, tree
+from tests.helpers import BUNDLED_PATCH, BUNDLED_SPEC, colour_folder, files, run_cli, same_but_time, tree
 
-SHARE = f"(+{100 * BUNDLED_PATCH / BUNDLED.parameters():.2f} %)"
+SHARE = f"(+{100 * BUNDLED_PATCH / BUNDLED_SPEC.parameters:.2f} %)"
 
 PATCH = ("--iters", 6, "--batch-size", 8, "--save-every", 3, "--log-every", 2, "--eval-images", 80, "--steps", 4, "--cpu")
 SHAPE = ("--hidden-size", 16, "--depth", 2, "--num-heads", 2, "--batch-size", 8, "--log-every", 2, "--cpu")

@@ -16,7 +16,7 @@ from dmpctl.backbones.dit import DiTConfig
 from dmpctl.backbones.dit_weights import Weights, digest_of, dit_from
 from dmpctl.data.bundled import Digits
 from dmpctl.files import read_json, read_tensors, write_json
-from dmpctl.measuring.extraction import extract, in_parts
+from dmpctl.measuring.features import extract, in_parts
 from dmpctl.measuring.image_sets import images_of
 from dmpctl.measuring.paired_loss import epsilon_errors
 from dmpctl.metrics.frechet import Factor, features_to_fid

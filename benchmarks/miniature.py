@@ -18,7 +18,7 @@ from scipy.stats import ttest_1samp
 from benchmarks.digit_features import DigitFeatures
 from dmpctl.data.bundled import Digits
 from dmpctl.files import write_json
-from dmpctl.measuring.extraction import extract, in_parts
+from dmpctl.measuring.features import extract, in_parts
 from dmpctl.measuring.image_sets import images_of
 from dmpctl.measuring.paired_loss import epsilon_errors, loss_difference
 from dmpctl.metrics.features.pixels import Pixels

@@ -16,7 +16,7 @@ import torch
 
 from dmpctl.data.source import open_source
 from dmpctl.diffusion.samplers import Sampler
-from dmpctl.measuring.extraction import extract
+from dmpctl.measuring.features import extract
 from dmpctl.measuring.image_sets import images_of
 from dmpctl.metrics.features.pixels import Pixels
 from dmpctl.metrics.frechet import Factor, features_to_fid

@@ -1,43 +1,77 @@
 """Patch against backbone on common seeds: the numbers, the verdict in plain words and the picture that end `dmpctl patch`."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict
-from typing import Any
+import time
+from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
+from pydantic import BaseModel, JsonValue
 from torch import Tensor
 
-from dmpctl.measuring.extraction import build_extractor, extract, in_parts
+from dmpctl.files import make_folder, read_json, write_json
+from dmpctl.measuring.comparison import Comparison, Trial
+from dmpctl.measuring.features import build_extractor, extract, in_parts
 from dmpctl.measuring.image_sets import images_of
-from dmpctl.measuring.paired_loss import epsilon_errors, loss_difference
-from dmpctl.measuring.record import distance_verdict
+from dmpctl.measuring.paired_loss import LossDifference, epsilon_errors
+from dmpctl.measuring.verdict import distance_verdict, loss_verdict
 from dmpctl.metrics.features.pixels import Pixels
-from dmpctl.metrics.frechet import CONFIDENCE, noise_floor, paired_difference, verdict
+from dmpctl.metrics.frechet import FidEstimate, noise_floor
 from dmpctl.metrics.moments import features_to_moments
 from dmpctl.models.patched import Patched
+from dmpctl.processes.command import Command
 from dmpctl.sampling.generate import in_batches
-from dmpctl.sampling.pictures import contact_sheet
+from dmpctl.sampling.pictures import contact_sheet, write_picture
 from dmpctl.settings.measuring import Fid
 from dmpctl.settings.model import Settings
 from dmpctl.store.fetch import cached
-from dmpctl.types import Extractor, Progress, Source
+from dmpctl.types import Extractor, Source
+from dmpctl.words import plus_minus
 
+SCHEMA_VERSION = 1
 CAUTION = "; another training seed may differ"
 SHOWN = 32  # images of each side on the before/after sheet
 MOST_PIXELS = 4096  # numbers of an image, up to which pixels are its features
-NOTHING = dict.fromkeys(("metric", "backbone", "patched", "difference", "noise_floor", "verdict"))
 NO_DISTANCE = "Fréchet distance: not measured, Inception's weights are not in the cache; fetch them: dmpctl download inception"
 
 
-def protocol(settings: Settings, source: Source) -> dict[str, Any]:
-    """All that fixes the numbers of a comparison, beside the two models."""
-    return {
-        "sampling": settings.sampling.model_dump(mode="json", exclude={"sample_batch"}),
-        "images": settings.evaluate.eval_images,
-        "reference": source.fingerprint,
-    }
+class ComparisonProtocol(BaseModel, frozen=True):
+    """All that fixes the numbers of a comparison, beside the two models; `reference`: fingerprint of the real images."""
+
+    sampling: dict[str, JsonValue]
+    images: int
+    reference: str
+
+
+class DistanceGap(BaseModel, frozen=True):
+    """A paired difference of distances; negative is an improvement. Its error covers the sampling of images, not the training."""
+
+    value: float
+    standard_error: float | None
+    p_value: float | None
+
+
+class BeforeAfter(BaseModel, frozen=True):
+    """metrics/comparison-<step>.json. `metric` to `verdict` are None where no extractor was at hand."""
+
+    schema_version: int = SCHEMA_VERSION
+    patch_sha256: str | None = None
+    protocol: ComparisonProtocol
+    metric: str | None = None
+    backbone: FidEstimate | None = None
+    patched: FidEstimate | None = None
+    difference: DistanceGap | None = None
+    noise_floor: float | None = None
+    verdict: str | None = None
+    paired_loss: LossDifference
+    paired_loss_verdict: str
+    eval_seconds: float = 0.0
+
+
+def protocol(settings: Settings, source: Source) -> ComparisonProtocol:
+    """The protocol of a comparison under these settings."""
+    sampling = settings.sampling.model_dump(mode="json", exclude={"sample_batch"})
+    return ComparisonProtocol(sampling=sampling, images=settings.evaluate.eval_images, reference=source.fingerprint)
 
 
 def extractor_for(shape: tuple[int, int, int], device: torch.device) -> Extractor | None:
@@ -47,79 +81,79 @@ def extractor_for(shape: tuple[int, int, int], device: torch.device) -> Extracto
     return build_extractor(Fid(extractor="inception"), shape, device) if cached("inception") is not None else None
 
 
-def measure(
-    patched: Patched, source: Source, settings: Settings, device: torch.device, progress: Progress
-) -> tuple[dict[str, Any], Image.Image]:
-    """Measure both against the training images, and on their paired loss; JSON-able figures and the sheet.
+def recorded(patched: Patched, source: Source, run: Path, command: Command) -> BeforeAfter:
+    """The comparison of a run's patch under these settings: read, or made now and recorded with its sheet."""
+    path, picture = run / "metrics" / f"comparison-{patched.step:07d}.json", run / "before-after.png"
+    if path.is_file() and picture.is_file():
+        before = read_json(path, SCHEMA_VERSION)
+        wanted = {"patch_sha256": patched.patch_sha256, "protocol": protocol(command.settings, source).model_dump()}
+        if all(before.get(key) == value for key, value in wanted.items()):
+            return BeforeAfter.model_validate(before)
+    began = time.perf_counter()
+    found, image = measure(patched, source, command)
+    make_folder(path.parent)
+    write_picture(picture, image)
+    found = found.model_copy(update={"eval_seconds": round(time.perf_counter() - began, 1)})
+    write_json(path, found.model_dump(mode="json"))
+    return found
 
-    A negative difference is an improvement. The standard error covers the sampling of images, not that of training.
+
+def measure(patched: Patched, source: Source, command: Command) -> tuple[BeforeAfter, Image.Image]:
+    """Measures backbone and patch against the training images, and on their paired loss; returns the record and the sheet.
+
     Without an extractor there is a loss and a sheet, and no distance.
     """
-    extractor, seed = extractor_for(patched.image_shape, device), settings.sampling.sample_seed
+    settings, device, progress = command.settings, command.device, command.progress
+    extractor, sampling = extractor_for(patched.image_shape, device), settings.sampling
     count = SHOWN if extractor is None else settings.evaluate.eval_images
-    patched = patched.with_prompts(settings, count, progress, source).in_precision(settings.sampling.sample_precision)
-    plain = patched.unpatched()
-    errors, steps = epsilon_errors(plain, source, device, seed, progress)
-    loss = loss_difference(errors, epsilon_errors(patched, source, device, seed, progress)[0], steps)
-    before, after = (
-        torch.cat([images for _, images in in_batches(model, range(count), settings.sampling, device, progress)])
-        for model in (plain, patched)
+    patched = patched.with_prompts(settings, count, progress, source).in_precision(sampling.sample_precision)
+    models = (patched.unpatched(), patched)
+    losses = [epsilon_errors(model, source, device, sampling.sample_seed, progress) for model in models]
+    images = [torch.cat([part for _, part in in_batches(model, range(count), sampling, device, progress)]) for model in models]
+    features = [None if extractor is None else extract(extractor, in_parts(each)) for each in images]
+    real = None if extractor is None else extract(extractor, images_of(source))
+    old, new = (Trial(seen, *loss) for seen, loss in zip(features, losses, strict=True))
+    found = Comparison.of(new, old, None if real is None else features_to_moments([real]))
+    gap, loss = found.distance, found.loss
+    if loss is None:
+        raise ValueError("both trials have a loss")
+    record = BeforeAfter(
+        patch_sha256=patched.patch_sha256,
+        protocol=protocol(settings, source),
+        paired_loss=loss,
+        paired_loss_verdict=loss_verdict(loss.difference, loss.standard_error, loss.images),
     )
-    figures = {
-        "protocol": protocol(settings, source),
-        **(NOTHING if extractor is None else _distances(extractor, before, after, source, settings)),
-        "paired_loss": asdict(loss),
-        "paired_loss_verdict": loss_verdict(loss.difference, loss.standard_error, loss.images),
-    }
-    return figures, sheet(before[:SHOWN], after[:SHOWN])
+    if gap is not None and real is not None and extractor is not None:
+        distances = {
+            "metric": f"Fréchet distance in {extractor.name}",
+            "backbone": gap.b,
+            "patched": gap.a,
+            "difference": DistanceGap(value=gap.value, standard_error=gap.standard_error, p_value=gap.p_value),
+            "noise_floor": noise_floor(real, count, sampling.sample_seed),
+            "verdict": distance_verdict(gap.value, gap.standard_error, CAUTION),
+        }
+        record = record.model_copy(update=distances)
+    return record, sheet(*(each[:SHOWN] for each in images))
 
 
-def _distances(extractor: Extractor, before: Tensor, after: Tensor, source: Source, settings: Settings) -> dict[str, Any]:
-    real = extract(extractor, images_of(source))
-    reference = features_to_moments([real])
-    found = paired_difference(extract(extractor, in_parts(after)), extract(extractor, in_parts(before)), reference)
-    return {
-        "metric": f"Fréchet distance in {extractor.name}",
-        "backbone": asdict(found.b),
-        "patched": asdict(found.a),
-        "difference": {"value": found.value, "standard_error": found.standard_error, "p_value": found.p_value},
-        "noise_floor": noise_floor(real, settings.evaluate.eval_images, settings.sampling.sample_seed),
-        "verdict": distance_verdict(found.value, found.standard_error, CAUTION),
-    }
-
-
-def loss_verdict(difference: float, standard_error: float, images: int) -> str:
-    """What a difference of paired losses, which are taken on the training images, says in plain words."""
-    return f"{verdict(difference, standard_error)} ({100 * CONFIDENCE:.0f} % confidence over the {images} training images)"
-
-
-def table(figures: Mapping[str, Any]) -> tuple[dict[str, str], ...]:
+def table(figures: BeforeAfter) -> tuple[dict[str, str], ...]:
     """Backbone, patch and their paired difference; distance and loss."""
-    loss, gain = figures["paired_loss"], figures["difference"]
+    loss, gap = figures.paired_loss, figures.difference
     losses = (
-        ("backbone", f"{loss['backbone']:.6f}"),
-        ("patched", f"{loss['patched']:.6f}"),
-        ("difference (paired)", _with_error(loss["difference"], loss["standard_error"], 6, "+")),
+        ("backbone", f"{loss.backbone:.6f}"),
+        ("patched", f"{loss.patched:.6f}"),
+        ("difference (paired)", f"{loss.difference:+.6f}{plus_minus(loss.standard_error, '.6f')}"),
     )
-    if gain is None:
+    if figures.metric is None or gap is None:
         return tuple({"": name, "paired loss": value} for name, value in losses)
-    distances = (
-        _with_error(**_value(figures["backbone"]), digits=4),
-        _with_error(**_value(figures["patched"]), digits=4),
-        _with_error(**_value(gain), digits=4, sign="+"),
-    )
-    column = f"{figures['metric'].replace(' in ', ' (')}, {figures['protocol']['images']} images)"
+    distances = [
+        "" if each is None else f"{each.value:.4f}{plus_minus(each.standard_error, '.4f')}"
+        for each in (figures.backbone, figures.patched)
+    ]
+    distances.append(f"{gap.value:+.4f}{plus_minus(gap.standard_error, '.4f')}")
+    column = f"{figures.metric.replace(' in ', ' (')}, {figures.protocol.images} images)"
     rows = [{"": name, column: distance, "paired loss": value} for (name, value), distance in zip(losses, distances, strict=True)]
-    floor = {"": "noise floor (as many real images)", column: f"{figures['noise_floor']:.4f}", "paired loss": ""}
-    return (*rows, floor)
-
-
-def _value(figures: Mapping[str, Any]) -> dict[str, Any]:
-    return {"value": figures["value"], "error": figures["standard_error"]}
-
-
-def _with_error(value: float, error: float | None, digits: int, sign: str = "") -> str:
-    return f"{value:{sign}.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+    return (*rows, {"": "noise floor (as many real images)", column: f"{figures.noise_floor:.4f}", "paired loss": ""})
 
 
 def sheet(before: Tensor, after: Tensor) -> Image.Image:

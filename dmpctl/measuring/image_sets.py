@@ -1,12 +1,12 @@
-"""What `dmpctl fid` can measure: the images of a run, a folder, an npz or a source, by their indices."""
+"""Images to measure, by their indices: those of a run, a folder, an npz or a source."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+from pydantic import JsonValue
 from torch import Tensor
 
 from dmpctl.data.folder import FolderReader
@@ -14,26 +14,21 @@ from dmpctl.errors import MissingError, UsageError
 from dmpctl.files import read_json
 from dmpctl.images.stored import StoredImages
 from dmpctl.metrics.npz import NpzImages, npz_images
+from dmpctl.models.patch_files import load_result
 from dmpctl.models.patched import Patched
 from dmpctl.models.speed import compile_blocks
+from dmpctl.processes.command import Command
 from dmpctl.sampling.generate import begin_samples, in_batches, samples_about, samples_folder
 from dmpctl.sampling.pictures import png_if_whole, read_png, write_pngs
-from dmpctl.settings.model import Settings
+from dmpctl.store.addresses import address_in
 from dmpctl.types import Silent, Source
 
 BATCH = 256
 LOSSY = (".jpg", ".jpeg", ".webp")
-IDENTITY = (
-    "sampling",
-    "label",
-    "backbone_sha256",
-    "patch_sha256",
-    "step",
-    "codec",
-    "prompts",
-    "text",
-)  # of generated images, in samples.json
-SEEDS = ("sampling", "label", "prompts")  # what two sets share whose images pair up
+MODELS = (".safetensors", ".pt")  # files that are models, where they are no statistics
+# Keys of samples.json: those that make the images what they are, and those that two sets share whose images pair up.
+IDENTITY = ("sampling", "label", "backbone_sha256", "patch_sha256", "step", "codec", "prompts", "text")
+SEEDS = ("sampling", "label", "prompts")
 Read = Callable[[Sequence[int]], Iterable[tuple[Sequence[int], Tensor]]]
 
 
@@ -41,31 +36,30 @@ Read = Callable[[Sequence[int]], Iterable[tuple[Sequence[int], Tensor]]]
 class ImageSet:
     """Images uint8 [C, H, W] of this `shape`. `read(indices)` gives them in batches, in the order asked for.
 
-    `identity` is all that makes them these images, JSON-able; `seeds` what image k of another set has to share to be paired
-    with image k of this one, None where nothing says. `warnings`: sentences on what they are.
+    `identity` is all that makes them these images; `seeds` what another set has to share so that images k of both pair up,
+    None where nothing says. `model` makes them, None: they are on disk. `warnings`: sentences on what they are.
     """
 
     name: str
     shape: tuple[int, int, int]
     count: int
     read: Read
-    identity: Mapping[str, Any]
-    seeds: Mapping[str, Any] | None = None
+    identity: Mapping[str, JsonValue]
+    seeds: Mapping[str, JsonValue] | None = None
     model: Patched | None = None
     warnings: tuple[str, ...] = ()
 
 
 def images_of(source: Source, limit: int | None = None, batch: int = BATCH) -> Iterator[Tensor]:
-    """The images of a source in order, uint8 batches; `limit` None: all."""
+    """Yields the images of a source in order, uint8 batches; `limit` None: all."""
     count = len(source) if limit is None else min(limit, len(source))
-    for _, images in _one_by_one(lambda i: source.item(i)[0], range(count), batch):
-        yield images
+    return (images for _, images in _one_by_one(lambda i: source.item(i)[0], range(count), batch))
 
 
 def _one_by_one(
     image: Callable[[int], Tensor], indices: Sequence[int], batch: int = BATCH
 ) -> Iterator[tuple[Sequence[int], Tensor]]:
-    """Batches of images that are read one by one."""
+    """Yields (indices, images) in batches of images that are read one by one."""
     for first in range(0, len(indices), batch):
         part = indices[first : first + batch]
         yield part, torch.stack([image(i) for i in part])
@@ -75,15 +69,9 @@ def source_images(name: str, source: Source, limit: int | None = None) -> ImageS
     """A source of data as images to measure."""
     channels, height, width = source.item(0)[0].shape
     count = len(source) if limit is None else min(limit, len(source))
-    identity = {"source": source.fingerprint, "shape": [channels, height, width]}
-    return ImageSet(
-        name,
-        (channels, height, width),
-        count,
-        partial(_one_by_one, lambda i: source.item(i)[0]),
-        identity,
-        warnings=_about_source(source),
-    )
+    identity: dict[str, JsonValue] = {"source": source.fingerprint, "shape": [channels, height, width]}
+    read = partial(_one_by_one, lambda i: source.item(i)[0])
+    return ImageSet(name, (channels, height, width), count, read, identity, warnings=_about_source(source))
 
 
 def _about_source(source: Source) -> tuple[str, ...]:
@@ -101,7 +89,7 @@ def _about_source(source: Source) -> tuple[str, ...]:
 
 
 def folder_images(path: Path, limit: int) -> ImageSet:
-    """An image folder; of one that `dmpctl sample` wrote the numbered images, whose seeds are known."""
+    """An image folder; from one that `dmpctl sample` wrote, the numbered images, whose seeds are known."""
     if not (path / "samples.json").is_file():
         return source_images(str(path), StoredImages(FolderReader(path)), limit)
     about, count = read_json(path / "samples.json"), 0
@@ -110,9 +98,15 @@ def folder_images(path: Path, limit: int) -> ImageSet:
     if not count:
         raise UsageError(f"{path} holds no 000000.png", "make its images: dmpctl sample")
     channels, height, width = read_png(_place(path, 0)).shape
-    identity, seeds = ({key: about[key] for key in keys if key in about} for keys in (IDENTITY, SEEDS))
+    identity, seeds = _identity_in(about)
     read = partial(_one_by_one, lambda k: read_png(_place(path, k)))
     return ImageSet(str(path), (channels, height, width), count, read, identity, seeds)
+
+
+def _identity_in(about: Mapping[str, JsonValue]) -> tuple[dict[str, JsonValue], dict[str, JsonValue]]:
+    """(identity, seeds) of generated images, from their samples.json."""
+    identity, seeds = ({key: about[key] for key in keys if key in about} for keys in (IDENTITY, SEEDS))
+    return identity, seeds
 
 
 def _place(folder: Path, k: int) -> Path:
@@ -120,11 +114,11 @@ def _place(folder: Path, k: int) -> Path:
     return folder / f"{k:06d}.png"
 
 
-def npz_set(path: Path, limit: int) -> ImageSet:
+def npz_set(path: Path, limit: int = 2**62) -> ImageSet:
     """An npz in ADM's layout, read through once; nothing of it is unpickled."""
     found = npz_images(path)
     stat = path.stat()
-    identity = {"npz": str(path.absolute()), "bytes": stat.st_size, "modified": stat.st_mtime_ns}
+    identity: dict[str, JsonValue] = {"npz": str(path.absolute()), "bytes": stat.st_size, "modified": stat.st_mtime_ns}
     return ImageSet(str(path), found.shape, min(limit, found.count), partial(_npz_items, found), identity)
 
 
@@ -138,30 +132,23 @@ def _npz_items(images: NpzImages, indices: Sequence[int]) -> Iterator[tuple[Sequ
         first += len(batch)
 
 
-def run_images(path: Path, model: Patched, settings: Settings, device: torch.device) -> ImageSet:
+def run_images(path: Path, model: Patched, command: Command) -> ImageSet:
     """The images of a run: those that `dmpctl sample` made with the same settings, and the missing ones, made when asked for.
 
     They are written where `dmpctl sample` writes them; with --stream none is.
     """
-    about, sampling = samples_about(model, settings), settings.sampling
+    settings = command.settings
     compile_blocks(model.network, settings.launch)
-    folder = samples_folder(path, model, sampling)
-    identity, seeds = ({key: about[key] for key in keys if key in about} for keys in (IDENTITY, SEEDS))
-    read = partial(_made, folder, about, model, settings, device)
+    identity, seeds = _identity_in(samples_about(model, settings))
+    read = partial(_made, path, model, command)
     return ImageSet(str(path), model.image_shape, settings.fid.max_images, read, identity, seeds, model)
 
 
-def _made(
-    folder: Path,
-    about: dict[str, Any],
-    model: Patched,
-    settings: Settings,
-    device: torch.device,
-    indices: Sequence[int],
-) -> Iterator[tuple[Sequence[int], Tensor]]:
-    keep, missing = not settings.fid.stream, list(indices)
+def _made(path: Path, model: Patched, command: Command, indices: Sequence[int]) -> Iterator[tuple[Sequence[int], Tensor]]:
+    settings = command.settings
+    folder, keep, missing = samples_folder(path, model, settings.sampling), not settings.fid.stream, list(indices)
     if keep and indices:
-        begin_samples(folder, about)
+        begin_samples(folder, samples_about(model, settings))
         missing = []
         for first in range(0, len(indices), BATCH):
             part = {k: png_if_whole(_place(folder, k)) for k in indices[first : first + BATCH]}
@@ -169,18 +156,21 @@ def _made(
             missing += [k for k in part if k not in there]
             if there:
                 yield list(there), torch.stack(list(there.values()))
-    for made, images in in_batches(model, missing, settings.sampling, device, Silent()):
+    for made, images in in_batches(model, missing, settings.sampling, command.device, Silent()):
         if keep:
             write_pngs(folder, made, images)
         yield made, images
 
 
-def open_images_of(path: Path, model: Patched | None, settings: Settings, device: torch.device) -> ImageSet:
-    """Open WHAT once: a run, a folder of images or an npz; MissingError where it is none of them."""
-    if model is not None:
-        return run_images(path, model, settings, device)
+def open_images_of(path: Path, command: Command) -> ImageSet:
+    """Opens WHAT once: a run or a model, a folder of images or an npz; MissingError where it is none of them."""
+    limit = command.settings.fid.max_images
+    model_file = path.suffix in MODELS or address_in(path) is not None
+    if model_file or any((path / name).is_file() for name in ("config.json", "patch.json")):
+        model = load_result(path, command.settings.result.result_weights).with_codec(command.settings)
+        return run_images(path, model.with_prompts(command.settings, limit, command.progress), command)
     if path.is_dir():
-        return folder_images(path, settings.fid.max_images)
+        return folder_images(path, limit)
     if path.suffix == ".npz" and path.is_file():
-        return npz_set(path, settings.fid.max_images)
+        return npz_set(path, limit)
     raise MissingError(f"{path} is no run, no folder of images and no .npz file", "name a run, such as runs/digits")

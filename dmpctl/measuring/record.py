@@ -1,45 +1,170 @@
-"""What is written down of a measurement (R27), how two of them may be compared, and the history of a run."""
+"""The record of a measurement in a run's metrics/: all that fixes its numbers, its file's name, and the history of a run."""
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dmpctl.errors import MissingError, UsageError
+from pydantic import BaseModel, JsonValue
+
+from dmpctl.errors import MissingError
 from dmpctl.files import make_folder, read_json, sha256_of_json, write_json
-from dmpctl.measuring.image_sets import ImageSet
-from dmpctl.measuring.reference import Reference
-from dmpctl.metrics.features.protocols import MetricProtocol
-from dmpctl.metrics.frechet import CONFIDENCE, FidEstimate, PairedDifference, verdict
+from dmpctl.measuring.case import Case
+from dmpctl.measuring.reference import Reference, ReferenceRecord
+from dmpctl.measuring.scores import Score
+from dmpctl.measuring.verdict import distance_verdict
+from dmpctl.metrics.frechet import FidEstimate, PairedDifference
 from dmpctl.models.codec import codec_record
 from dmpctl.models.patch_files import outputs_of
 from dmpctl.models.patched import Patched
 from dmpctl.runs.rundir import version_of
 from dmpctl.sampling.generate import prompts_record
-from dmpctl.settings.measuring import Fid
-from dmpctl.settings.model import Settings
-from dmpctl.types import Extractor, Report
+from dmpctl.types import Report
+from dmpctl.words import plus_minus
 
 SCHEMA_VERSION = 2
 PROTOCOL = ("protocol", "reference", "images", "sampling", "codec", "prompts")  # parts of a record that have to be alike
+JsonObject = dict[str, JsonValue]
 
 
-def metric_name(extractor: Extractor, n: int, metric: str = "fid") -> str:
-    """A name that carries N: fid50k, sfid50k, fd-pixels-5k."""
-    if extractor.name == "inception":
-        return f"{metric}{short(n)}"
-    return f"{'fd' if metric == 'fid' else metric}-{extractor.name}-{short(n)}"
+class ProtocolRecord(BaseModel, frozen=True):
+    """How images become a number. `published_images`: how many published numbers use, None: as many as there are."""
+
+    name: str
+    extractor: str
+    shape: tuple[int, int, int]
+    published_images: int | None
+    inception_score_split_size: int | None
 
 
-def short(n: int) -> str:
-    """A number of images as names have it: 50k, 2049."""
-    return f"{n // 1000}k" if n % 1000 == 0 else str(n)
+class ModelRecord(BaseModel, frozen=True):
+    """The model whose images were measured; None: no patch."""
+
+    step: int
+    weights: str | None
+    patch_sha256: str | None
+    backbone_sha256: str
 
 
-def plus_minus(error: float | None) -> str:
-    """A standard error behind a value; nothing where there is none."""
-    return "" if error is None else f" ± {error:.4g}"
+class VersusRecord(BaseModel, frozen=True):
+    """The paired difference from `what`, whose own distance is `distance`; negative: the measured images are closer."""
+
+    what: str
+    distance: FidEstimate
+    value: float
+    standard_error: float | None
+    z: float | None
+    p_value: float | None
+    n: int
+    n_reference: int | None
+    verdict: str
+
+    @classmethod
+    def of(cls, what: str, gap: PairedDifference) -> "VersusRecord":
+        """The record of a difference, with its verdict in words."""
+        words = distance_verdict(gap.value, gap.standard_error)
+        return cls(what=what, distance=gap.b, verdict=words, **{k: v for k, v in asdict(gap).items() if k not in ("a", "b")})
+
+
+class Measurement(BaseModel, frozen=True):
+    """One measurement; keys that were not set are absent in its file. `value` to `debiased` are the distance's."""
+
+    metric: str
+    value: float
+    standard_error: float | None
+    n: int
+    n_reference: int | None
+    debiased: float | None
+    metrics: dict[str, JsonObject]
+    schema_version: int
+    protocol: ProtocolRecord
+    reference: ReferenceRecord
+    images: JsonObject
+    sampling: JsonObject | None
+    codec: JsonObject | None
+    prompts: JsonObject = {}
+    text: JsonObject | None = None
+    patch: ModelRecord | None
+    arithmetic: JsonObject
+    versions: JsonObject
+    noise_floor: JsonObject = {}
+    versus: VersusRecord | None = None
+    warnings: list[str]
+    failed: list[str]
+
+    @classmethod
+    def of(
+        cls,
+        case: Case,
+        reference: Reference,
+        estimate: FidEstimate,
+        scores: Sequence[Score],
+        floor: Score | None,
+        versus: VersusRecord | None,
+        warnings: list[str],
+        failed: list[str],
+    ) -> "Measurement":
+        """The record of what was found, with all that fixes it."""
+        model, images = case.images.model, case.images
+        sampling = case.command.settings.sampling.model_dump(mode="json", exclude={"sample_batch"})
+        optional = prompts_record(model) if model else {}
+        optional |= {} if floor is None else {"noise_floor": floor.figures}
+        optional |= {} if versus is None else {"versus": versus}
+        return cls(
+            metric=scores[0].name,
+            **asdict(estimate),
+            metrics={score.name: dict(score.figures) for score in scores},
+            schema_version=SCHEMA_VERSION,
+            protocol=ProtocolRecord(
+                name=case.protocol.name,
+                extractor=case.extractor.fingerprint,
+                shape=images.shape,
+                published_images=case.protocol.images,
+                inception_score_split_size=case.protocol.split_size,
+            ),
+            reference=reference.record,
+            images={"what": images.name, "n": images.count, **({} if model else {"identity": dict(images.identity)})},
+            sampling=sampling if model else None,
+            codec=codec_record(model.codec).to_json() if model else None,
+            patch=model_record(model) if model else None,
+            arithmetic={"features": "float32", "moments": "float64", "tf32": False, "device": str(case.command.device)},
+            versions={name: version_of(name) for name in ("dmpctl", "torch", "torch-fidelity", "timm")},
+            warnings=warnings,
+            failed=failed,
+            **optional,
+        )
+
+    def to_json(self) -> JsonObject:
+        """The keys that its file has, in order."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+    def write(self, case: Case) -> Path:
+        """Writes it into the run that was measured, with the time; replaces what was measured there in the same way."""
+        path = self.file(case)
+        make_folder(path.parent)
+        write_json(path, {**self.to_json(), "measured": datetime.now(UTC).isoformat(timespec="milliseconds")})
+        return path
+
+    def file(self, case: Case) -> Path:
+        """Its file in the run: named by what people look for, and a digest of all the rest.
+
+        The digest covers what was asked for, so that a plain measurement does not take the place of one with more metrics.
+        """
+        settings, found = case.command.settings, self.to_json()
+        asked = settings.fid.model_dump(mode="json", include={"metrics", "noise_floor", "versus", "fail_unless_better_than"})
+        digest = sha256_of_json({"asked": asked, **{key: found.get(key) for key in (*PROTOCOL, "patch")}})[:8]
+        sampling, step = settings.sampling, 0 if self.patch is None else self.patch.step
+        made = f"{step:07d}-{sampling.sampler}-{sampling.steps}-cfg{sampling.cfg:g}-seed{sampling.sample_seed}"
+        return outputs_of(case.path) / "metrics" / f"{self.metric}-{made}-{digest}.json"
+
+
+def model_record(model: Patched) -> ModelRecord:
+    """The record of a model whose images are measured."""
+    return ModelRecord(
+        step=model.step, weights=model.weights, patch_sha256=model.patch_sha256, backbone_sha256=model.backbone.digest
+    )
 
 
 def sampling_words(values: Mapping[str, Any] | None) -> str:
@@ -47,110 +172,6 @@ def sampling_words(values: Mapping[str, Any] | None) -> str:
     if not values:
         return ""
     return f"{values['sampler']} {values['steps']}, cfg {values['cfg']:g}, seed {values['sample_seed']}"
-
-
-def record_of(
-    images: ImageSet, reference: Reference, extractor: Extractor, protocol: MetricProtocol, settings: Settings, device: str
-) -> dict[str, Any]:
-    """All that fixes a number beside the number itself, JSON-able."""
-    model = images.model
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "protocol": {
-            "name": protocol.name,
-            "extractor": extractor.fingerprint,
-            "shape": list(images.shape),
-            "published_images": protocol.images,
-            "inception_score_split_size": protocol.split_size,
-        },
-        "reference": reference.record,
-        "images": {"what": images.name, "n": images.count, **({} if model else {"identity": dict(images.identity)})},
-        "sampling": settings.sampling.model_dump(mode="json", exclude={"sample_batch"}) if model else None,
-        "codec": codec_record(model.codec).to_json() if model else None,
-        **(prompts_record(model) if model else {}),
-        "patch": _patch_of(model),
-        "arithmetic": {"features": "float32", "moments": "float64", "tf32": False, "device": device},
-        "versions": {name: version_of(name) for name in ("dmpctl", "torch", "torch-fidelity", "timm")},
-    }
-
-
-def _patch_of(model: Patched | None) -> dict[str, Any] | None:
-    if model is None:
-        return None
-    return {
-        "step": model.step,
-        "weights": model.weights,
-        "patch_sha256": model.patch_sha256,
-        "backbone_sha256": model.backbone.digest,
-    }
-
-
-def refuse_unpaired(images: ImageSet, other: ImageSet) -> str | None:
-    """UsageError, with the list of what differs, unless image k of both comes from the same seed; a warning where no one says."""
-    if images.shape != other.shape or images.count != other.count:
-        raise UsageError(
-            f"{images.name} ({images.count} images {list(images.shape)}) and {other.name} ({other.count} images "
-            f"{list(other.shape)}) do not pair up",
-            "make as many images of both, with the same seeds",
-        )
-    if images.seeds is None or other.seeds is None:
-        return "warning: nothing says that these two sets come from the same seeds; if they do not, their difference is less sure"
-    one, two = _flat(images.seeds), _flat(other.seeds)
-    differing = [f"{key}: {one.get(key)} and {two.get(key)}" for key in one | two if one.get(key) != two.get(key)]
-    if differing:
-        raise UsageError(f"{images.name} and {other.name} were sampled differently ({'; '.join(differing)})", "sample both alike")
-    return None
-
-
-def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= _flat(value) if isinstance(value, Mapping) else {key: value}
-    return found
-
-
-def failures_of(estimate: FidEstimate, gap: PairedDifference | None, options: Fid) -> list[str]:
-    """One sentence for every threshold that was not met; under --strict one that lies within 2 standard errors is not."""
-    found = []
-    if options.fail_above is not None:
-        error = (estimate.standard_error or 0.0) if options.strict else 0.0
-        if estimate.value + 2 * error > options.fail_above:
-            unsure = f" within 2 standard errors ({error:.4g})" if estimate.value <= options.fail_above else ""
-            found.append(f"failed: the distance {estimate.value:.4f} is above --fail-above {options.fail_above:g}{unsure}")
-    if options.fail_unless_better_than is not None and gap is not None:
-        error = (gap.standard_error or 0.0) if options.strict else 0.0
-        if gap.value + 2 * error >= 0:
-            unsure = f" within 2 standard errors ({error:.4g})" if gap.value < 0 else ""
-            found.append(f"failed: not better than {options.fail_unless_better_than}: {gap.value:+.4f}{unsure}")
-    if options.strict and found == [] and None in (estimate.standard_error, gap.standard_error if gap else 0.0):
-        found.append("failed: --strict needs a standard error, which takes more images than features")
-    return found
-
-
-def distance_verdict(difference: float, standard_error: float | None, caution: str = "") -> str:
-    """What a paired difference says in plain words, at a stated confidence; `caution`: what else should be thought of."""
-    if standard_error is None:
-        return "no verdict: a standard error takes more images than features"
-    word = verdict(difference, standard_error)
-    return f"{word} ({100 * CONFIDENCE:.0f} % confidence over the sampling of images{caution})"
-
-
-def metrics_file(run: Path, name: str, record: Mapping[str, Any], model: Patched, settings: Settings) -> Path:
-    """Where a measurement of a run is kept: by what people look for, and a digest of all the rest.
-
-    What was asked for is in it, so that a plain measurement does not take the place of one with more metrics.
-    """
-    sampling = settings.sampling
-    asked = settings.fid.model_dump(mode="json", include={"metrics", "noise_floor", "versus", "fail_unless_better_than"})
-    digest = sha256_of_json({"asked": asked, **{key: record.get(key) for key in (*PROTOCOL, "patch")}})[:8]
-    made = f"{model.step:07d}-{sampling.sampler}-{sampling.steps}-cfg{sampling.cfg:g}-seed{sampling.sample_seed}"
-    return outputs_of(run) / "metrics" / f"{name}-{made}-{digest}.json"
-
-
-def write_record(path: Path, data: Mapping[str, Any]) -> None:
-    """Write it with the time; what was measured there before in the same way is replaced."""
-    make_folder(path.parent)
-    write_json(path, {**data, "measured": datetime.now(UTC).isoformat(timespec="milliseconds")})
 
 
 def history(run: Path) -> Report:
@@ -162,7 +183,9 @@ def history(run: Path) -> Report:
         raise MissingError(f"nothing was measured of {run}", f"measure it: dmpctl fid {run}")
     records.sort(key=lambda record: str(record.get("measured")))
     rows = tuple(_row(record) for record in records)
-    return Report({"run": str(run), "measurements": records}, rows, _other_protocols(records))
+    kinds = {json.dumps({key: record.get(key) for key in PROTOCOL}, sort_keys=True) for record in records}
+    mixed = () if len(kinds) < 2 else (f"these are {len(kinds)} different protocols: compare numbers of one only",)
+    return Report({"run": str(run), "measurements": records}, rows, mixed)
 
 
 def _row(record: Mapping[str, Any]) -> dict[str, str]:
@@ -176,11 +199,3 @@ def _row(record: Mapping[str, Any]) -> dict[str, str]:
         "reference": str(record["reference"]["name"]),
         "measured": str(record.get("measured", ""))[:16],
     }
-
-
-def _other_protocols(records: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """A sentence where rows of the table may not be compared with each other."""
-    kinds = {json.dumps({key: record.get(key) for key in PROTOCOL}, sort_keys=True) for record in records}
-    if len(kinds) < 2:
-        return ()
-    return (f"these are {len(kinds)} different protocols: compare numbers of one only",)

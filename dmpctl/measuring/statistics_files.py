@@ -5,16 +5,17 @@ from typing import Any
 
 from dmpctl.errors import ThresholdError, UsageError
 from dmpctl.files import sha256_of
-from dmpctl.measuring.record import failures_of, short
+from dmpctl.measuring.scores import short
+from dmpctl.measuring.verdict import failures_of
 from dmpctl.metrics.frechet import FidEstimate, moments_to_fid
 from dmpctl.metrics.statistics import SUFFIXES, Statistics, disagreements, read_statistics
-from dmpctl.settings.model import Settings
+from dmpctl.settings.measuring import Fid
 from dmpctl.types import Report
 
 
-def statistics_report(path: Path, settings: Settings) -> Report:
+def statistics_report(path: Path, options: Fid) -> Report:
     """The distance of two files of statistics. UsageError where they were made in different ways, or more is asked of them."""
-    options, found = settings.fid, read_statistics(path)
+    found = read_statistics(path)
     other = Path(options.reference or "").expanduser()
     if other.suffix not in SUFFIXES or not other.is_file():
         raise UsageError(

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import JsonValue
 from torch import Tensor
 
 from dmpctl.errors import IntegrityError, MissingError, NumericalError
@@ -20,6 +21,7 @@ from dmpctl.metrics.features.networks import one_line
 from dmpctl.metrics.frechet import Factor, Gaussian
 from dmpctl.metrics.moments import FeatureMoments
 from dmpctl.metrics.npz import IMAGES, names_of, npz_arrays, npz_images
+from dmpctl.words import differences
 
 SCHEMA_VERSION = 1
 SUFFIXES = (".npz", ".safetensors", ".pt")
@@ -43,7 +45,7 @@ class Statistics:
     spatial: Gaussian | None = None
     protocol: str | None = None
     images: int = 0
-    about: Mapping[str, Any] = field(default_factory=dict)
+    about: Mapping[str, JsonValue] = field(default_factory=dict)
 
     @property
     def count(self) -> int | None:
@@ -51,17 +53,17 @@ class Statistics:
         return self.features.count
 
     @property
-    def made(self) -> dict[str, Any]:
-        """How it was made, as far as it says: what has to be alike before two may be compared; None where it does not say."""
+    def made(self) -> dict[str, JsonValue]:
+        """How it was made, which has to be alike before two may be compared; None where it does not say."""
         return {"protocol": self.protocol, "extractor": self.about.get("extractor"), "shape": self.about.get("shape")}
 
 
-def disagreements(one: Mapping[str, Any], two: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(what, value of one, value of two) wherever both say something, and not the same."""
-    return [(key, one[key], two[key]) for key in one if None not in (one[key], two[key]) and one[key] != two[key]]
+def disagreements(one: Mapping[str, JsonValue], two: Mapping[str, JsonValue]) -> list[tuple[str, JsonValue, JsonValue]]:
+    """Returns (key, value of one, value of two) wherever both say something, and they differ."""
+    return [found for found in differences(one, two) if None not in found]
 
 
-def write_statistics(path: Path, features: FeatureMoments, spatial: FeatureMoments | None, about: Mapping[str, Any]) -> str:
+def write_statistics(path: Path, features: FeatureMoments, spatial: FeatureMoments | None, about: Mapping[str, JsonValue]) -> str:
     """Atomically write our file, `about` (JSON-able) in it; returns its sha256."""
     tensors = _tensors_of(features, "") | ({} if spatial is None else _tensors_of(spatial, SPATIAL))
     return write_tensors(path, tensors, {"schema_version": str(SCHEMA_VERSION), "about": json.dumps(about, sort_keys=True)})

@@ -31,6 +31,10 @@ class Command:
         """Works by itself, whatever the other processes do: nothing that it calls waits for them."""
         return cls(settings, progress, Ranks(0, 1, resolve_device(settings.launch)))
 
+    def by_itself(self) -> Self:
+        """The rest of the work, which waits for no other process."""
+        return replace(self, ranks=Ranks(0, 1, self.device))
+
     @property
     def device(self) -> torch.device:
         """The device that this process computes on."""

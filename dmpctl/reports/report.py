@@ -13,6 +13,7 @@ from dmpctl.errors import DmpError
 from dmpctl.files import make_folder, read_json, write_atomic
 from dmpctl.gates.figures import gates_seen, judge, sites_table
 from dmpctl.gates.plots import heat_map
+from dmpctl.measuring.before_after import BeforeAfter
 from dmpctl.measuring.before_after import table as comparison_table
 from dmpctl.measuring.record import sampling_words
 from dmpctl.models.patch_files import load_result
@@ -64,7 +65,7 @@ class RunPage:
     name: str
     command: str
     record: PatchRecord | PretrainedRecord | None
-    comparison: Mapping[str, object]
+    comparison: BeforeAfter | None
     sheets: Sequence[Picture]
     measurements: Rows
     curves: Sequence[Picture]
@@ -80,7 +81,7 @@ class RunPage:
     @property
     def compared(self) -> Rows:
         """Table of backbone, patch and their difference."""
-        return comparison_table(self.comparison)
+        return () if self.comparison is None else comparison_table(self.comparison)
 
     @property
     def found(self) -> dict[str, object]:
@@ -112,7 +113,7 @@ def page_of(run: RunDir, settings: Settings, progress: Progress) -> RunPage:
         name=run.path.name,
         command=config.command,
         record=record_of(run.path),
-        comparison=_json(comparisons[-1]) if comparisons else {},
+        comparison=BeforeAfter.model_validate(_json(comparisons[-1])) if comparisons else None,
         sheets=contact_sheets(run.path),
         measurements=measurements(run.path),
         curves=curves(run.metrics.lines()),

@@ -1,13 +1,14 @@
 """How results are looked at: the comparison that ends a training, distances, gates."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, cast, get_args
 
 from pydantic import Field, model_validator
 
 from dmpctl.settings.sections import Flag, Section
 
-_METRIC = "fid|sfid|is|pr|dc|kid|fid-infinity|clip-score"
+Metric = Literal["fid", "sfid", "is", "pr", "dc", "kid", "fid-infinity", "clip-score"]
+_METRIC = "|".join(get_args(Metric))
 SMALL_SIDE = 32  # pixels: below it, Inception has nothing to say
 
 
@@ -61,9 +62,9 @@ class Fid(Section, panel="Distance", science=False):
         return self
 
     @property
-    def wanted(self) -> tuple[str, ...]:
+    def wanted(self) -> tuple[Metric, ...]:
         """The metrics asked for, each once."""
-        return tuple(dict.fromkeys(("fid", *self.metrics.split(","))))
+        return tuple(cast(dict[Metric, None], dict.fromkeys(("fid", *self.metrics.split(",")))))
 
 
 class Gates(Section, panel="Gates", science=False):

@@ -11,7 +11,7 @@ from dmpctl.codecs.text import TextEncoder
 from dmpctl.errors import UsageError
 from dmpctl.files import locked, make_folder, read_tensors, sha256_of_json, write_json, write_tensors
 from dmpctl.measuring import paired_loss
-from dmpctl.measuring.extraction import build_extractor, extract
+from dmpctl.measuring.features import build_extractor, extract
 from dmpctl.measuring.image_sets import images_of
 from dmpctl.measuring.paired_loss import epsilon_errors
 from dmpctl.metrics.frechet import Factor, features_to_fid, noise_floor

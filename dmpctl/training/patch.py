@@ -1,6 +1,5 @@
 """`dmpctl patch`: train a patch on a frozen backbone, and say with numbers and pictures what it did."""
 
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,6 @@ import torch
 from dmpctl.backbones.dit_weights import digest_of
 from dmpctl.diffusion.samplers import refuse_other_kind
 from dmpctl.errors import IntegrityError
-from dmpctl.files import make_folder, read_json, write_json
 from dmpctl.measuring import before_after
 from dmpctl.measuring.paired_loss import error_profile
 from dmpctl.models.backbone import Loaded, is_planned, load_backbone, planned_model
@@ -23,11 +21,10 @@ from dmpctl.models.patched import Patched
 from dmpctl.models.sources import open_data
 from dmpctl.models.speed import state_as_cast
 from dmpctl.processes.accelerator import accelerator_for
-from dmpctl.processes.device import resolve_device
+from dmpctl.processes.command import Command
 from dmpctl.runs.records import DataRecord, PatchDescription
 from dmpctl.runs.rundir import RunDir
 from dmpctl.sampling.generate import denoiser_of
-from dmpctl.sampling.pictures import write_picture
 from dmpctl.settings.model import Settings
 from dmpctl.store.locate import fetch_weights, lasting_data, locate
 from dmpctl.training.session import Session, Trained, train_in
@@ -165,30 +162,13 @@ def _report(settings: Settings, run: RunDir, session: Session[PatchDescription],
     where = f"patch: {run.path / 'patch.safetensors'}"
     if not settings.evaluate.evaluate:
         return Report(data, (), (first, where))
-    data |= _compared(settings, run, session.source, patched, progress)
+    found = before_after.recorded(patched, session.source, run.path, Command.alone(settings, progress))
+    data |= found.model_dump(mode="json")
     lines = (
         first,
-        *([f"Fréchet distance: {data['verdict']}"] if data["difference"] else [before_after.NO_DISTANCE]),
-        f"denoising loss: {data['paired_loss_verdict']}",
+        *([f"Fréchet distance: {found.verdict}"] if found.difference else [before_after.NO_DISTANCE]),
+        f"denoising loss: {found.paired_loss_verdict}",
         where,
         f"look at: {run.path / 'before-after.png'}",
     )
-    return Report(data, before_after.table(data), lines)
-
-
-def _compared(settings: Settings, run: RunDir, source: Source, patched: Patched, progress: Progress) -> dict[str, Any]:
-    """The comparison of this patch under these settings: recorded, or made now and recorded with its sheet."""
-    path = run.path / "metrics" / f"comparison-{patched.step:07d}.json"
-    sheet = run.path / "before-after.png"
-    identity = {"patch_sha256": patched.patch_sha256, "protocol": before_after.protocol(settings, source)}
-    if path.is_file() and sheet.is_file():
-        before = read_json(path, SCHEMA_VERSION)
-        if all(before.get(key) == value for key, value in identity.items()):
-            return before
-    began = time.perf_counter()
-    figures, picture = before_after.measure(patched, source, settings, resolve_device(settings.launch), progress)
-    make_folder(path.parent)
-    write_picture(sheet, picture)
-    recorded = {"schema_version": SCHEMA_VERSION, **identity, **figures, "eval_seconds": round(time.perf_counter() - began, 1)}
-    write_json(path, recorded)
-    return recorded
+    return Report(data, before_after.table(found), lines)

@@ -8,9 +8,9 @@ from torchmetrics.image.fid import _compute_fid
 
 from dmpctl.data.bundled import Digits
 from dmpctl.errors import IntegrityError, MissingError, UsageError
-from dmpctl.measuring import evaluate, extraction
+from dmpctl.measuring import evaluate, features
 from dmpctl.measuring.image_sets import images_of
-from dmpctl.measuring.record import metric_name
+from dmpctl.measuring.scores import metric_name
 from dmpctl.metrics.features.pixels import Pixels
 from dmpctl.models.patch_files import load_patch
 from dmpctl.sampling.generate import generate
@@ -189,14 +189,14 @@ def test_other_networks_need_their_weights(real, tmp_path, monkeypatch):
 
 def test_the_extractor_follows_the_size():
     options, device = settings_for("fid").fid, torch.device("cpu")
-    assert extraction.build_extractor(options, (1, 31, 31), device).name == "pixels"
-    assert extraction.build_extractor(options.model_copy(update={"extractor": "pixels"}), (3, 64, 64), device).width == 3 * 64**2
+    assert features.build_extractor(options, (1, 31, 31), device).name == "pixels"
+    assert features.build_extractor(options.model_copy(update={"extractor": "pixels"}), (3, 64, 64), device).width == 3 * 64**2
 
 
 def test_images_in_batches_are_all_the_images():
     source = Digits()
     assert torch.equal(torch.cat(list(images_of(source, batch=500))), source.images())
     assert [len(part) for part in images_of(source, 300)] == [256, 44]
-    assert [len(part) for part in extraction.in_parts(source.images(), 1000)] == [1000, 797]
+    assert [len(part) for part in features.in_parts(source.images(), 1000)] == [1000, 797]
     with pytest.raises(UsageError, match="there are no images"):
-        extraction.extract(Pixels(1, 8), [])
+        features.extract(Pixels(1, 8), [])

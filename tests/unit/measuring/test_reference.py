@@ -9,6 +9,7 @@ from dmpctl.measuring.image_sets import ImageSet
 from dmpctl.measuring.reference import find_reference, open_reference
 from dmpctl.metrics.features.pixels import Pixels
 from dmpctl.metrics.moments import features_to_moments
+from dmpctl.processes.command import Command
 from dmpctl.store.cache import cache_dir
 from dmpctl.types import Silent
 from tests.helpers import settings_for
@@ -20,9 +21,9 @@ def _own_cache(tmp_path, monkeypatch):
 
 
 def opened(name, shape=(1, 8, 8), protocol="pixels", **given):
-    settings, extractor = settings_for("fid", cpu=True, **given), Pixels(*shape[:2])
-    found = find_reference(str(name), shape, settings)
-    return found, open_reference(found, shape, extractor, protocol, settings, Silent())
+    command, extractor = Command.alone(settings_for("fid", cpu=True, **given), Silent()), Pixels(*shape[:2])
+    found = find_reference(str(name), shape, command)
+    return found, open_reference(found, shape, extractor, protocol, command)
 
 
 def test_a_source_an_npz_of_images_and_statistics(tmp_path):
@@ -38,7 +39,7 @@ def test_a_source_an_npz_of_images_and_statistics(tmp_path):
     assert file == tmp_path / "stats.npz"
     assert (of_source.count, of_pictures.count, of_file.count) == (1797, 300, None)
     torch.testing.assert_close(of_file.features.mean, of_source.features.mean)
-    assert of_source.record["fingerprint"] == Digits().fingerprint
+    assert of_source.record.fingerprint == Digits().fingerprint
 
 
 def test_features_are_kept_only_where_a_metric_wants_them(tmp_path):

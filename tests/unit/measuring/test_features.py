@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dmpctl.errors import NumericalError, UsageError
-from dmpctl.measuring.feature_store import FeatureStore
+from dmpctl.measuring.features import FeatureStore
 from dmpctl.types import Outputs
 from tests.helpers import largest_file
 
@@ -52,13 +52,13 @@ def test_other_images_another_extractor_or_another_count_are_another_store(tmp_p
         FeatureStore(tmp_path, KEY, 3).folder,
         FeatureStore(tmp_path, {**KEY, "extractor": "f"}, 3).folder,
         FeatureStore(tmp_path, KEY, 4).folder,
-        FeatureStore(tmp_path, KEY, 3, logits=True).folder,
+        FeatureStore(tmp_path, KEY, 3, ("logits",)).folder,
     }
     assert len(folders) == 4
 
 
 def test_logits_and_spatial_features_are_kept_where_they_are_asked_for(tmp_path):
-    store = FeatureStore(tmp_path, KEY, 3, logits=True, spatial=True)
+    store = FeatureStore(tmp_path, KEY, 3, ("logits", "spatial"))
     put(store, [0, 1, 2])
     assert torch.equal(store.logits, outputs(range(3)).logits)
     assert store.spatial.shape == (3, 4)

@@ -22,7 +22,8 @@ from dmpctl.models.conditions import Conditions, Labels, encoder_record
 from dmpctl.models.patch_files import load_result, outputs_of
 from dmpctl.models.patched import Patched
 from dmpctl.models.speed import compile_blocks
-from dmpctl.processes.ranks import Ranks, join
+from dmpctl.processes.command import Command
+from dmpctl.processes.ranks import Ranks
 from dmpctl.processes.stop import Stop, interrupted
 from dmpctl.rng import ImageDraws, seed_of
 from dmpctl.sampling.pictures import is_png, read_png, write_contact_sheet, write_npz, write_pngs
@@ -119,47 +120,56 @@ def folder_name(model: Patched, settings: Sampling) -> str:
 
 
 def sample(settings: Settings, run: Path, progress: Progress) -> Report:
-    """Write images of a run: a PNG folder and a contact sheet, or one npz in ADM layout. What is there already is kept."""
+    """Writes images of a run: a PNG folder and a contact sheet, or one npz in ADM layout. What is there already is kept."""
+    command, wanted, sampling = Command.begin(settings, progress), settings.images, settings.sampling
     model = load_result(run, settings.result.result_weights).with_codec(settings)
-    wanted, sampling = settings.images, settings.sampling
     model = model.with_prompts(settings, wanted.num_images, progress)
     model = model.unpatched() if wanted.unpatched else model
     folder = (wanted.out or samples_folder(run, model, sampling)).absolute()
     about = samples_about(model, settings)
-    ranks = join(settings.launch)
-    denoiser_of(model, [0], sampling, ranks.device, wanted.image_label)  # what does not fit fails before anything is written
+    denoiser_of(model, [0], sampling, command.device, wanted.image_label)  # what does not fit fails before anything is written
     if settings.console.dry_run:
-        return Report(
-            {"dry_run": True, "out": str(folder), **about},
-            (),
-            (f"would write {wanted.num_images} images to {folder}", "dry run: nothing was written"),
-        )
+        lines = (f"would write {wanted.num_images} images to {folder}", "dry run: nothing was written")
+        return Report({"dry_run": True, "out": str(folder), **about}, (), lines)
     compile_blocks(model.network, settings.launch)
-    if ranks.is_main:
+    if command.ranks.is_main:
         begin_samples(folder, about)
-    ranks.wait()
-    if wanted.image_format == "npz":
-        made, target = wanted.num_images, folder / f"{wanted.num_images}.npz"
-        batches = in_batches(model, ranks.mine(range(made)), sampling, ranks.device, progress, wanted.image_label)
-        with images_of_all(target, batches, (made, *model.image_shape), ranks) as everything:
-            if ranks.is_main:
-                write_npz(target, everything, made)
-    else:
-        missing = [k for k in ranks.mine(range(wanted.num_images)) if not is_png(folder / f"{k:06d}.png")]
-        for part, images in in_batches(model, missing, sampling, ranks.device, progress, wanted.image_label):
-            write_pngs(folder, part, images)
-        made, target = ranks.total(len(missing)), folder / "contact-sheet.png"  # when all are done
-        if ranks.is_main:
-            write_contact_sheet(target, [read_png(folder / f"{k:06d}.png") for k in range(min(64, wanted.num_images))])
-    kept = wanted.num_images - made
-    data = {"out": str(folder), "images": wanted.num_images, "made": made, "kept": kept, **about}
+    command.ranks.wait()
+    write = _write_npz if wanted.image_format == "npz" else _write_folder
+    made, target = write(folder, model, command)
+    counts = {"images": wanted.num_images, "made": made, "kept": wanted.num_images - made}
     row = {
         "images": str(wanted.num_images),
         "made now": str(made),
         "sampler": f"{sampling.sampler} {sampling.steps}",
         "seed": str(sampling.sample_seed),
     }
-    return Report(data, (row,), (f"images: {folder}", f"look at: {target}"))
+    return Report({"out": str(folder), **counts, **about}, (row,), (f"images: {folder}", f"look at: {target}"))
+
+
+def _write_npz(folder: Path, model: Patched, command: Command) -> tuple[int, Path]:
+    """Makes all images, in all processes, into one npz; returns how many, and the file."""
+    wanted, ranks = command.settings.images, command.ranks
+    count, target = wanted.num_images, folder / f"{wanted.num_images}.npz"
+    mine = ranks.mine(range(count))
+    batches = in_batches(model, mine, command.settings.sampling, ranks.device, command.progress, wanted.image_label)
+    with images_of_all(target, batches, (count, *model.image_shape), ranks) as everything:
+        if ranks.is_main:
+            write_npz(target, everything, count)
+    return count, target
+
+
+def _write_folder(folder: Path, model: Patched, command: Command) -> tuple[int, Path]:
+    """Makes the images whose PNG is missing; returns how many, and the contact sheet."""
+    wanted, ranks = command.settings.images, command.ranks
+    missing = [k for k in ranks.mine(range(wanted.num_images)) if not is_png(folder / f"{k:06d}.png")]
+    batches = in_batches(model, missing, command.settings.sampling, ranks.device, command.progress, wanted.image_label)
+    for part, images in batches:
+        write_pngs(folder, part, images)
+    made, target = ranks.total(len(missing)), folder / "contact-sheet.png"  # when all are done
+    if ranks.is_main:
+        write_contact_sheet(target, [read_png(folder / f"{k:06d}.png") for k in range(min(64, wanted.num_images))])
+    return made, target
 
 
 @contextmanager

@@ -58,7 +58,7 @@ class Statistics:
         return {"protocol": self.protocol, "extractor": self.about.get("extractor"), "shape": self.about.get("shape")}
 
 
-def disagreements(one: Mapping[str, JsonValue], two: Mapping[str, JsonValue]) -> list[tuple[str, JsonValue, JsonValue]]:
+def disagreements(one: Mapping[str, object], two: Mapping[str, object]) -> list[tuple[str, object, object]]:
     """Returns (key, value of one, value of two) wherever both say something, and they differ."""
     return [found for found in differences(one, two) if None not in found]
 

@@ -1,6 +1,6 @@
 """A small classifier of the digits; its 64 penultimate features are a second space to measure Fréchet distances in.
 
-`python -m benchmarks.digit_features` trains it anew (seconds) into tests/assets/digit-classifier.safetensors.
+`python -m benchmarks.digit_features` trains it anew (seconds) into benchmarks/assets/digit-classifier.safetensors.
 """
 
 from pathlib import Path

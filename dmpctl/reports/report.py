@@ -1,4 +1,4 @@
-"""`dmpctl report`: what a run was asked, did and measured, as one HTML page that can be sent to anybody.
+"""`dmpctl report`: settings, measurements and pictures of a run as one HTML page that can be sent to anybody.
 
 Each function below fills one section of pages/report.html.j2.
 """
@@ -22,6 +22,7 @@ from dmpctl.runs.records import PatchRecord, PretrainedRecord, read_record
 from dmpctl.runs.rundir import RunDir
 from dmpctl.settings.model import Settings
 from dmpctl.types import Progress, Report
+from dmpctl.words import plus_minus
 
 CURVES = {  # of metrics.jsonl: what it is called on the page, and whether it is drawn on a logarithmic scale
     "loss": ("training loss", False),
@@ -171,8 +172,7 @@ def _value(value: Mapping[str, Any]) -> str:
     """The numbers of one metric: its value and standard error, or all of them by name."""
     if "value" not in value:
         return ", ".join(f"{key} {number:.4f}" for key, number in value.items() if isinstance(number, float))
-    error = value.get("standard_error", value.get("deviation"))
-    return f"{value['value']:.4f}" + ("" if error is None else f" ± {error:.2g}")
+    return f"{value['value']:.4f}{plus_minus(value.get('standard_error', value.get('deviation')), '.2g')}"
 
 
 def curves(lines: Sequence[Mapping[str, float]]) -> list[Picture]:

@@ -1,4 +1,4 @@
-"""What a study keeps of its backbones (stage.json) and trainings (cell.json), typed, and all of it together."""
+"""Typed records of a study: stage.json of a backbone, cell.json of a training, and all of them together."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What a study says: per stage, variant and measure the mean over training seeds, a paired test, and a verdict in words.
+"""Verdicts of a study: per stage, variant and measure the mean over training seeds, a paired test, and a word.
 
 Tests are t tests of differences paired by training seed, corrected over the variants of a stage (Holm 1979).
 """

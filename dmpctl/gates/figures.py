@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dmpctl.methods.by_size import gates_of
-from dmpctl.models.patched import Patched
+from dmpctl.models.patched import Patched, conditioning_of
 from dmpctl.settings.model import Settings
 from dmpctl.types import Progress
 
@@ -127,7 +127,7 @@ def gates_seen(model: Patched, settings: Settings, progress: Progress) -> GatesS
         return GatesSeen(steps, [])
     network, t, found = model.backbone.model, torch.tensor(steps), dict[int, SeenGate]()
     each = [
-        gates_of(model.patch, network.embed_time(t) if model.patch.time_only else network.embed(t, cond))
+        gates_of(model.patch, conditioning_of(network, model.patch.time_only, t, cond))
         for cond in conditions_seen(model, t, settings, progress)
     ]
     for views in zip(*each, strict=True):  # one patch under every condition

@@ -15,7 +15,7 @@ from dmpctl.gates.figures import GatesSeen, gates_seen, judge, sites_table, time
 from dmpctl.gates.plots import heat_map, similarity_map
 from dmpctl.measuring.paired_loss import clean_images
 from dmpctl.models.patch_files import load_result, outputs_of
-from dmpctl.models.patched import Patched
+from dmpctl.models.patched import Patched, conditioning_of
 from dmpctl.models.sources import open_data
 from dmpctl.pages.page import render
 from dmpctl.processes.stop import Stop
@@ -190,7 +190,7 @@ def _ratios(model: Patched, x_t: Tensor, t: Tensor, cond: Tensor | None) -> dict
     network, patch = model.backbone.model, model.patch
     if patch is None:
         return {}
-    edit = patch.plan(network.embed_time(t) if patch.time_only else network.embed(t, cond)).edit
+    edit = patch.plan(conditioning_of(network, patch.time_only, t, cond)).edit
     found: dict[int, float] = {}
 
     def watched(site: int, tokens: Tensor) -> Tensor:

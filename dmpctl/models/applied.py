@@ -10,7 +10,7 @@ from torch import nn
 from dmpctl.backbones.diffusers_folder import wrapped
 from dmpctl.backbones.dit_weights import digest_of
 from dmpctl.errors import IntegrityError, UsageError
-from dmpctl.models.patched import Patched
+from dmpctl.models.patched import Patched, conditioning_of
 
 KEPT = "_dmpctl_patch"  # attribute of a patched model
 PARTS = ("transformer", "unet")  # of a pipeline
@@ -41,7 +41,7 @@ class AppliedPatch:
         t, cond = self._backbone.told(arguments)
         self._patch.to(t.device)
         with torch.no_grad():
-            c = self._backbone.embed_time(t) if self._patch.time_only else self._backbone.embed(t, cond)
+            c = conditioning_of(self._backbone, self._patch.time_only, t, cond)
             self._backbone.put_in_force(self._patch.plan(c).edit)
 
     def _end(self, *_: object) -> None:

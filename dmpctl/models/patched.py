@@ -20,6 +20,11 @@ from dmpctl.settings.sections import Data
 from dmpctl.types import Backbone, Codec, Progress, Routings, Source
 
 
+def conditioning_of(backbone: Backbone, time_only: bool, t: Tensor, cond: Tensor | None) -> Tensor:
+    """Returns the conditioning vector c [B, D] that a patch plans with; `time_only`: the timestep's share alone."""
+    return backbone.embed_time(t) if time_only else backbone.embed(t, cond)
+
+
 def predict_patched(
     backbone: Backbone,
     time_only: bool,
@@ -30,15 +35,15 @@ def predict_patched(
     gate_noise: Tensor | None = None,
 ) -> tuple[Tensor, Routings]:
     """Prediction and routing of a patched backbone; `plan` is the patch, as it is or wrapped for many processes."""
-    made = plan(backbone.embed_time(t) if time_only else backbone.embed(t, cond), gate_noise)
+    made = plan(conditioning_of(backbone, time_only, t, cond), gate_noise)
     return (made.backbone or backbone).denoise(x_t, t, cond, made.edit), made.routing
 
 
 def routing_of(
     backbone: Backbone, time_only: bool, plan: nn.Module, t: Tensor, cond: Tensor | None, gate_noise: Tensor | None = None
 ) -> Routings:
-    """The same routing alone: no block is run."""
-    routing: Routings = plan(backbone.embed_time(t) if time_only else backbone.embed(t, cond), gate_noise).routing
+    """Returns the routing of `predict_patched` without running a block."""
+    routing: Routings = plan(conditioning_of(backbone, time_only, t, cond), gate_noise).routing
     return routing
 
 

@@ -115,14 +115,15 @@ def _outcome(folder: Path, caught: "Failures | signal.Signals", hung: Collection
     `hung`: pids of processes that had to be killed after another's failure.
     """
     found = outcomes(folder)
-    if stopped := [outcome for outcome in found if outcome.signal]:
+    stopped = [outcome for outcome in found if outcome.signal]
+    if stopped and not _failed_before(min(outcome.at for outcome in stopped), found, caught, hung):
         raise _again(stopped[0])
     if isinstance(caught, signal.Signals):
         raise Interrupted(f"stopped by {caught.name}", caught.value, "the same command goes on with what is there")
     if not caught:
         return max((outcome.exit_code for outcome in found), default=0)
     where = f"logs: {folder / 'logs'}"
-    said = sorted((o for o in found if o.message), key=lambda o: (o.echo, not o.expected, o.at))
+    said = sorted((o for o in found if o.message and not o.signal), key=lambda o: (o.echo, not o.expected, o.at))
     by_launcher_last = sorted(caught.items(), key=lambda item: (item[1].exitcode == -signal.SIGTERM, item[0]))
     died = {rank: failure for rank, failure in by_launcher_last if rank not in {outcome.rank for outcome in said}}
     if said and not (said[0].echo and died):
@@ -136,6 +137,16 @@ def _outcome(folder: Path, caught: "Failures | signal.Signals", hung: Collection
         raise DmpError(f"{who} ended with exit code {failure.exitcode} and said nothing", where)
     memory = ", as where memory runs out" if failure.signal_name() == "SIGKILL" else ""
     raise DmpError(f"{who} was ended by {failure.signal_name()}{memory}", where)
+
+
+def _failed_before(stop: float, found: Collection[Outcome], caught: "Failures | signal.Signals", hung: Collection[int]) -> bool:
+    """Whether a process had failed or died before a stop at this time: then the launcher sent the signal, to end the others."""
+    if any(outcome.message and not outcome.signal and not outcome.echo and outcome.at <= stop for outcome in found):
+        return True
+    heard, died = {outcome.rank for outcome in found}, {} if isinstance(caught, signal.Signals) else caught
+    return any(
+        rank not in heard and failure.exitcode != -signal.SIGTERM and failure.pid not in hung for rank, failure in died.items()
+    )
 
 
 def _again(outcome: Outcome, all_alike: bool = False, hint: str | None = None) -> DmpError:

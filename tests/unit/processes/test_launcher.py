@@ -78,6 +78,24 @@ def test_a_stop_is_that_of_rank_0_whatever_the_launcher_caught(tmp_path):
     assert raised(tmp_path / "early", signal.SIGINT).exit_code == 130
 
 
+def test_a_stop_that_the_launcher_asked_for_is_not_the_cause(tmp_path):
+    """It ends the others with SIGTERM when one has failed, or has died without a word; they then say that they were stopped."""
+    stopped = {"message": "stopped by SIGTERM", "exit_code": 143, "signal": 15}
+    said(tmp_path, 0, **stopped, at=5)
+    said(tmp_path, 1, message="the disk is full", hint="free some space", exit_code=2, at=4)
+    error = raised(tmp_path, {0: Failure(10, 0), 1: Failure(11, 2)})
+    assert (error.message, error.exit_code) == ("rank 1: the disk is full", 2)
+    said(tmp_path / "died", 0, **stopped)
+    assert raised(tmp_path / "died", {1: Failure(11, -9)}).message.startswith("rank 1 (pid 11) was ended by SIGKILL")
+    assert raised(tmp_path / "died", {1: Failure(11, -9)}, hung=(11,)).exit_code == 143
+
+
+def test_what_fails_while_it_stops_does_not_hide_the_stop(tmp_path):
+    said(tmp_path, 0, message="stopped by SIGTERM, saved", exit_code=143, signal=15, at=4)
+    said(tmp_path, 1, message="ValueError: x", expected=False, exit_code=1, at=5)
+    assert raised(tmp_path, {1: Failure(11, 1)}).message == "stopped by SIGTERM, saved"
+
+
 def test_a_threshold_that_was_not_met_is_passed_on_and_only_the_last_attempt_counts(tmp_path):
     said(tmp_path, 0, message="lost", exit_code=1)
     said(tmp_path, 0, attempt=10, exit_code=6)

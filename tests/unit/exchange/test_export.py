@@ -181,6 +181,8 @@ def test_the_published_layout_and_back_is_bit_exact(tmp_path, name):
     assert same_state(before, after)
     assert torch.equal(predicted(before), predicted(after))
     assert after.step == before.step == 3
+    patched = torch.load(tmp_path / "0000003.pt", weights_only=True)["config"]["models"]["vp"]
+    assert patched["pt_depth"] == before.patch.shape.sites
     one, two = (
         [getattr(model.record.method, key, None) for key in ("method", "position", "gate", "topk")] for model in (before, after)
     )

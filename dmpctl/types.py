@@ -219,7 +219,7 @@ class Codec(Protocol):
 class Source(Protocol):
     """A finite list of images. Item i never changes: uint8 [C, S, S] and a label (0 without classes).
 
-    Where images are encoded already (`data.latents`) an item is their moments instead, floating [2C, h, w].
+    Where images are encoded already (`batches.latents`) an item is their moments instead, floating [2C, h, w].
     """
 
     @property

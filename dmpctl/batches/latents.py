@@ -36,7 +36,7 @@ def latent_shards(
 ) -> Shards:
     """The shards of these images' moments; `flip`: and of their mirrors'. `per_shard` None: as suits their size.
 
-    The key is all that decides them (R21). UsageError where the codec does not take such images.
+    The key is all that decides them. UsageError where the codec does not take such images.
     """
     channels, size, _ = source.item(0)[0].shape
     shape = codec.latent_shape(channels, size)

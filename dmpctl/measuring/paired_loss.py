@@ -1,6 +1,6 @@
 """The paired loss: denoising error of two models on the same images, timesteps, noise and captions. The sharpest there is.
 
-MINIATURE: 25 fixed timesteps, one fixed noise; differences of 1e-5 show where Fréchet distances of samples do not.
+25 fixed timesteps, one fixed noise; differences of 1e-5 show where Fréchet distances of samples do not.
 """
 
 from dataclasses import dataclass

@@ -48,7 +48,7 @@ def describe_patch(
     codec: CodecRecord | None = None,
     text: EncoderRecord | None = None,
 ) -> PatchDescription:
-    """Returns what is known of a patch before it is trained: method, and the one backbone, schedule and shape it fits (R40).
+    """Returns what is known of a patch before it is trained: method, and the one backbone, schedule and shape it fits.
 
     `codec`, `text`: those it is trained with, None: pixels as they are, no captions.
     """
@@ -86,7 +86,7 @@ def lasting_name(name: str) -> str:
 def load_patch(folder: Path, base: Base | None = None, which: Which | None = None) -> Patched:
     """The patch in `folder` (a run or a checkpoint) on its backbone; `base` None: the one beside it, or that patch.json names.
 
-    `which`: the average of the trained weights or the last ones, None: what training ended with (R26).
+    `which`: the average of the trained weights or the last ones, None: what training ended with.
     MissingError if there is no finished patch; IntegrityError if a file is damaged, or the backbone, its schedule or
     its shape is another than the patch was trained on.
     """

@@ -18,7 +18,7 @@ def noised(spec):
 
 
 def test_the_patch_is_applied(finished):
-    """After training, the output differs from the backbone's, and without the patch it does not (R40)."""
+    """After training, the output differs from the backbone's, and without the patch it does not."""
     model = load_patch(finished)
     x = noised(model.backbone.spec)
     plain = model.backbone.model.denoise(x, T, None)

@@ -31,7 +31,7 @@ def test_rates_warm_up_and_decay(tmp_path):
 
 
 def test_the_average_follows_its_formula(tmp_path):
-    """Decay min(ema, (1 + n) / (10 + n)) after the n-th step (R26), recomputed in float64 from the raw weights of every step."""
+    """Decay min(ema, (1 + n) / (10 + n)) after the n-th step, recomputed in float64 from the raw weights of every step."""
     patch_run(tmp_path / "run", ema=0.15, save_every=1, keep_last=9, prompt_lr=0.05, gate_lr=0.05)
     expected = None
     for step in range(1, 7):

@@ -28,7 +28,7 @@ from dmpctl.models.patch_files import load_patch
 from dmpctl.models.patched import Patched
 from dmpctl.sampling.generate import generate
 from dmpctl.settings.layers import resolve
-from dmpctl.settings.sections import Sampling
+from dmpctl.settings.measuring import Sampling
 from dmpctl.training.patch import patch
 from dmpctl.types import Silent
 

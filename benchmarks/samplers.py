@@ -24,7 +24,8 @@ from dmpctl.metrics.moments import features_to_moments
 from dmpctl.models.backbone import load_backbone
 from dmpctl.models.patched import Patched
 from dmpctl.sampling.generate import in_batches
-from dmpctl.settings.sections import Base, Data, Sampling
+from dmpctl.settings.measuring import Sampling
+from dmpctl.settings.sections import Base, Data
 from dmpctl.types import Silent
 
 STEPS = (10, 20, 50, 100, 250)

@@ -16,8 +16,8 @@ from dmpctl.models.build import build_patch
 from dmpctl.models.patched import Patched, predict_patched
 from dmpctl.models.speed import cast_frozen
 from dmpctl.sampling.generate import generate
+from dmpctl.settings.measuring import Sampling
 from dmpctl.settings.methods import Dmp
-from dmpctl.settings.sections import Sampling
 from dmpctl.settings.training import Objective
 from tests.helpers import settings_for
 

@@ -5,8 +5,8 @@ from torch import Tensor, nn
 
 from dmpctl.backbones.sites import Hooked
 from dmpctl.errors import UsageError
-from dmpctl.settings.launch import Launch
 from dmpctl.settings.model import Settings
+from dmpctl.settings.sections import Launch
 
 
 def compile_blocks(network: nn.Module, launch: Launch) -> None:

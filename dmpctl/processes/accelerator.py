@@ -7,8 +7,8 @@ from accelerate import Accelerator
 
 from dmpctl.errors import UsageError
 from dmpctl.processes.ranks import join
-from dmpctl.settings.launch import Launch
 from dmpctl.settings.model import Settings
+from dmpctl.settings.sections import Launch
 
 
 def accelerator_for(settings: Settings) -> Accelerator:

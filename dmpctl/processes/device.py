@@ -3,7 +3,7 @@
 import torch
 
 from dmpctl.errors import UsageError
-from dmpctl.settings.launch import Launch
+from dmpctl.settings.sections import Launch
 
 
 def resolve_device(launch: Launch) -> torch.device:

@@ -24,7 +24,7 @@ from dmpctl.errors import DmpError, Interrupted
 from dmpctl.processes.notes import Assignment, Outcome, outcomes
 from dmpctl.processes.ranks import launched
 from dmpctl.processes.stop import hold_signals, let_signals_in
-from dmpctl.settings.launch import Launch
+from dmpctl.settings.sections import Launch
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure

@@ -11,7 +11,7 @@ from torch import distributed
 
 from dmpctl.errors import UsageError
 from dmpctl.processes.device import resolve_device
-from dmpctl.settings.launch import Launch
+from dmpctl.settings.sections import Launch
 from dmpctl.types import Routing, Routings
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

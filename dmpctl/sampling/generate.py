@@ -27,8 +27,8 @@ from dmpctl.processes.ranks import Ranks
 from dmpctl.processes.stop import Stop, interrupted
 from dmpctl.rng import ImageDraws, seed_of
 from dmpctl.sampling.pictures import is_png, read_png, write_contact_sheet, write_npz, write_pngs
+from dmpctl.settings.measuring import Sampling
 from dmpctl.settings.model import Settings
-from dmpctl.settings.sections import Sampling
 from dmpctl.types import Denoiser, Progress, Report
 
 SCHEMA_VERSION = 1

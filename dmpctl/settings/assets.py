@@ -118,18 +118,16 @@ def rows_of(tables: Any, where: str) -> tuple[AssetRow, ...]:
     """Rows of the [assets.*] tables found in `where`; UsageError, one sentence, for a key or value that is wrong."""
     if not isinstance(tables, Mapping) or not all(isinstance(table, Mapping) for table in tables.values()):
         raise UsageError(f"{where}: an asset is a table [assets.NAME]")
-    return tuple(_row(name, table, f"{where} [assets.{name}]") for name, table in tables.items())
-
-
-def _row(name: str, table: Mapping[str, Any], where: str) -> AssetRow:
-    values = {key.replace("-", "_").replace("license", "licence"): value for key, value in table.items()}
-    known = sorted(set(AssetRow.model_fields) - {"name"})
-    for key in table:
-        if (plain := key.replace("-", "_").replace("license", "licence")) not in known:
-            raise UsageError(f"{where}: {key} is no key of an asset{did_you_mean(plain, known, n=1)}")
-    try:
-        return AssetRow(name=name, **values)
-    except ValidationError as error:
-        wrong = first_error(error)
-        key = wrong.where.partition(".")[0]
-        raise UsageError(f"{where}: {wrong.own or f'{key}: {wrong.message}'}") from None
+    rows, known = [], sorted(set(AssetRow.model_fields) - {"name"})
+    for name, table in tables.items():
+        plain = {key: key.replace("-", "_").replace("license", "licence") for key in table}
+        for key, field in plain.items():
+            if field not in known:
+                raise UsageError(f"{where} [assets.{name}]: {key} is no key of an asset{did_you_mean(field, known, n=1)}")
+        try:
+            rows.append(AssetRow(name=name, **{plain[key]: value for key, value in table.items()}))
+        except ValidationError as error:
+            wrong = first_error(error)
+            key = wrong.where.partition(".")[0]
+            raise UsageError(f"{where} [assets.{name}]: {wrong.own or f'{key}: {wrong.message}'}") from None
+    return tuple(rows)

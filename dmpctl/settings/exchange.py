@@ -1,4 +1,4 @@
-"""What comes from elsewhere and goes there: downloads, the cache, other people's files, the Hub."""
+"""Exchange with the world outside: downloads, the cache, other people's files, the Hub."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self

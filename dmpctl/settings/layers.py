@@ -53,17 +53,13 @@ def resolve(command: str, given: Mapping[str, object], config: Path | None = Non
         config = Path(os.environ[CONFIG_VARIABLE])
     found = from_file(config, command) if config is not None else {}
     found |= from_environment(options)
-    found |= from_flags(given, options)
+    for name, value in given.items():
+        found[name] = Found(value, options[name].off if value is False else options[name].flag)
     found = from_preset(found, options) | from_run(run, options) | found
     settings = validated(found, options)
     if rows := rows_of(read_toml(config).get(ASSETS, {}), str(config)) if config is not None else ():
         settings = settings.model_copy(update={"assets": Assets(rows=rows)})
     return Resolved(settings, {name: found[name].where if name in found else "default" for name in options})
-
-
-def from_flags(given: Mapping[str, object], options: Mapping[str, Option]) -> dict[str, Found]:
-    """Returns the typed values; `--no-x` is the origin of a no."""
-    return {name: Found(value, options[name].off if value is False else options[name].flag) for name, value in given.items()}
 
 
 def from_environment(options: Mapping[str, Option]) -> dict[str, Found]:
@@ -93,16 +89,17 @@ def from_file(path: Path, command: str) -> dict[str, Found]:
     for table in tables:
         if table not in COMMANDS:
             raise UsageError(f"{path}: [{table}] is no command of dmpctl{did_you_mean(table, COMMANDS)}")
-    own = _by_public_name(command)  # --weights of patch is a file, of sample a choice
+    own = by_public_name(command)  # --weights of patch is a file, of sample a choice
     shared = {key: value for key, value in content.items() if not isinstance(value, dict)}
     found = named(shared, str(path), every_option() | own)
     for table, values in tables.items():
-        over = named(values, f"{path} [{table}]", _by_public_name(table))
+        over = named(values, f"{path} [{table}]", by_public_name(table))
         found |= over if table == command else {}
     return {name: value for name, value in found.items() if name in options_of(command)}
 
 
-def _by_public_name(command: str) -> dict[str, Option]:
+def by_public_name(command: str) -> dict[str, Option]:
+    """Returns the options of `command` by the name that users write."""
     return {option.public: option for option in options_of(command).values()}
 
 
@@ -174,17 +171,13 @@ def validated(found: Mapping[str, Found], options: Mapping[str, Option]) -> Sett
     if "method" in sections:
         sections["method"]["method"] = next(iter(METHODS))
     for name, value in found.items():
-        sections[field_of(options[name].section)][name] = _as_choice(value.value, options[name].choices)
+        choices = {str(choice): choice for choice in options[name].choices}  # variables are text: "3" stands for 3
+        sections[field_of(options[name].section)][name] = choices.get(str(value.value), value.value)
     try:
         return Settings.model_validate(sections)
     except ValidationError as error:
         sentences = [_sentence(details, found, options) for details in error.errors(include_url=False)]
         raise UsageError("; ".join(dict.fromkeys(sentences))) from None
-
-
-def _as_choice(value: object, choices: Iterable[object]) -> object:
-    """Returns the choice that is written like `value`: "3" for 3 (variables are text), 3 for "3"; `value` itself for none."""
-    return next((choice for choice in choices if str(choice) == str(value)), value)
 
 
 def _sentence(details: ErrorDetails, found: Mapping[str, Found], options: Mapping[str, Option]) -> str:

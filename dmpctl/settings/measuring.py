@@ -1,4 +1,4 @@
-"""How results are looked at: the comparison that ends a training, distances, gates."""
+"""How images are made and results looked at: sampling, the comparison that ends a training, distances, gates."""
 
 from pathlib import Path
 from typing import Annotated, Literal, Self, cast, get_args
@@ -80,3 +80,51 @@ class Gates(Section, panel="Gates", science=False):
     watch: float | None = Field(
         default=None, ge=1, description="Look again every so many seconds at a run in progress; default: once."
     )
+
+
+class Sampling(Section, panel="Sampling", science=False):
+    sampler: Literal["ddpm", "ddim", "dpm-solver++", "unipc", "euler", "heun", "euler-maruyama"] = Field(
+        default="ddpm", description="Sampler; the last three are for a flow (SiT)."
+    )
+    steps: int = Field(default=250, ge=1, le=1000, description="Denoising steps.")
+    eta: float = Field(default=0.0, ge=0, le=1, description="Noise of DDIM, 0 = deterministic.")
+    cfg: float = Field(default=1.0, ge=0, description="Guidance scale, 1 = none.")
+    cfg_channels: Literal["auto", "3", "all"] = Field(
+        default="auto", description="Channels that guidance acts on; auto: 3 with classes (published DiT), all with captions."
+    )
+    sample_seed: int = Field(default=0, ge=0, description="Seed of images: image k depends on (seed, k) alone.")
+    sample_batch: int = Field(default=256, ge=1, description="Images denoised at once.")
+    sample_precision: Literal["no", "bf16"] = Field(
+        default="no", description="bf16: blocks under autocast, which other images come of; as the patch was trained."
+    )
+
+
+class Result(Section, panel="Run", science=False):
+    result_weights: Annotated[Literal["ema", "raw"] | None, Flag("weights")] = Field(
+        default=None, description="Average of the trained weights, or the last ones; default: what the run ended with."
+    )
+
+
+class Images(Section, panel="Images", science=False):
+    num_images: int = Field(default=64, ge=1, description="How many images.")
+    image_label: Annotated[int | None, Flag("label")] = Field(
+        default=None, ge=0, description="Class of all images; default: drawn."
+    )
+    image_format: Annotated[Literal["png", "npz"], Flag("format")] = Field(
+        default="png", description="PNG folder, or one npz as ADM's."
+    )
+    unpatched: bool = Field(default=False, description="Sample the backbone without its patch.")
+    out: Path | None = Field(default=None, description="Where to write; default: inside the run.")
+
+
+class Prompting(Section, panel="Text", science=False):
+    prompt: str | None = Field(default=None, description="Caption of all images; default: captions of --prompts.")
+    prompts_from: Annotated[str | None, Flag("prompts")] = Field(
+        default=None, description="Captions: a file, one on each line, or data such as coco-val; default: the run's own data."
+    )
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if self.prompt is not None and self.prompts_from is not None:
+            raise ValueError("prompt and prompts both say what the images show, give one of the two")
+        return self

@@ -1,4 +1,4 @@
-"""What can be trained on a frozen backbone, one section per method; they share the settings' one field `method`."""
+"""Methods that are trained on a frozen backbone, one section each; they share the settings' one field `method`."""
 
 from typing import Literal, Self, get_args
 
@@ -8,7 +8,7 @@ from dmpctl.settings.sections import Section
 
 
 class PromptMethod(Section, panel="Method"):
-    """What DMP and prompt tuning share: where prompts are, how many, and how they start."""
+    """Options that DMP and prompt tuning share: where prompts are, how many, and how they start."""
 
     prompts: int | None = Field(default=None, ge=1, description="Prompts per block; default: as many as tokens.")
     position: Literal["add", "prepend"] = Field(default="add", description="Add prompts to the tokens, or prepend them.")
@@ -77,7 +77,7 @@ class Dmp(PromptMethod):
 
 
 class PromptTuning(PromptMethod):
-    """The same prompts without a gate (Jia et al. 2022, as the paper compares with)."""
+    """Prompts without a gate (Jia et al. 2022, as the paper compares with)."""
 
     method: Literal["prompt"] = Field(default="prompt", description="What is trained.")
 

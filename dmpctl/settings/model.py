@@ -8,23 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from dmpctl.errors import IntegrityError
 from dmpctl.settings.assets import Assets
 from dmpctl.settings.exchange import Cache, Download, Exporting, Importing, Push
-from dmpctl.settings.launch import Launch
-from dmpctl.settings.measuring import Evaluate, Fid, Gates
+from dmpctl.settings.measuring import Evaluate, Fid, Gates, Images, Prompting, Result, Sampling
 from dmpctl.settings.methods import Dmp, Method
-from dmpctl.settings.sections import (
-    Base,
-    CodecSection,
-    Console,
-    Data,
-    Images,
-    Prompting,
-    Result,
-    Run,
-    Sampling,
-    Section,
-    Shape,
-    Text,
-)
+from dmpctl.settings.sections import Base, CodecSection, Console, Data, Launch, Run, Section, Shape, Text
 from dmpctl.settings.training import Objective, Pretrain, Save, Train
 from dmpctl.words import first_error
 

@@ -1,6 +1,5 @@
 """Which options each command shows, and the names that users write for them."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from types import NoneType
@@ -9,25 +8,9 @@ from typing import Any, get_args
 from pydantic.fields import FieldInfo
 
 from dmpctl.settings.exchange import Cache, Download, Exporting, Importing, Push
-from dmpctl.settings.launch import Launch
-from dmpctl.settings.measuring import Evaluate, Fid, Gates
+from dmpctl.settings.measuring import Evaluate, Fid, Gates, Images, Prompting, Result, Sampling
 from dmpctl.settings.methods import METHODS
-from dmpctl.settings.sections import (
-    Base,
-    CodecSection,
-    Console,
-    Data,
-    Flag,
-    Images,
-    Prompting,
-    Result,
-    Run,
-    Sampling,
-    Section,
-    Shape,
-    Text,
-    choices_of,
-)
+from dmpctl.settings.sections import Base, CodecSection, Console, Data, Flag, Launch, Run, Section, Shape, Text, choices_of
 from dmpctl.settings.training import Objective, Pretrain, Save, Train
 
 VARIABLE_PREFIX = "DMPCTL_"
@@ -114,10 +97,14 @@ COMMANDS: dict[str, tuple[Part, ...]] = {
 }
 
 
-def options_in(parts: Iterable[Part]) -> dict[str, Option]:
-    """The options of some parts by field name; a name that several methods share offers the choices of all of them."""
+@cache
+def options_of(command: str) -> dict[str, Option]:
+    """The options that `command` shows, by field name, in the order of its help.
+
+    A name that several methods share offers the choices of all of them.
+    """
     options: dict[str, Option] = {}
-    for part in parts:
+    for part in COMMANDS[command]:
         for name, field in part.section.model_fields.items():
             if part.only and name not in part.only:
                 continue
@@ -131,14 +118,8 @@ def options_in(parts: Iterable[Part]) -> dict[str, Option]:
     return options
 
 
-@cache
-def options_of(command: str) -> dict[str, Option]:
-    """The options that `command` shows, by field name, in the order of its help."""
-    return options_in(COMMANDS[command])
-
-
 def defaults_of(command: str) -> dict[str, Any]:
-    """What each option of `command` stands at where nothing gives it."""
+    """Returns the value of each option of `command` where nothing gives another."""
     return {name: option.field.default for name, option in options_of(command).items()}
 
 

@@ -95,6 +95,5 @@ PRESETS: dict[str, Preset] = {"dmp": DMP, "dmp+": DMP_PLUS, "digits": DIGITS}
 
 def chosen_preset(preset: str, base: str) -> str | None:
     """Returns the preset that `preset` stands for with the backbone `base`: auto is digits for the bundled one, else None."""
-    if preset == "auto":
-        return "digits" if base == "digits" else None
-    return preset if preset in PRESETS else None
+    chosen = "digits" if (preset, base) == ("auto", "digits") else preset
+    return chosen if chosen in PRESETS else None

@@ -99,13 +99,9 @@ class Shape(Section, panel="Backbone"):
     text_conditional: bool = Field(default=False, description="Condition on the captions of the data (PixArt's transformer).")
 
     @model_validator(mode="after")
-    def _heads_divide(self) -> Self:
+    def _one_transformer(self) -> Self:
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
-        return self
-
-    @model_validator(mode="after")
-    def _one_condition(self) -> Self:
         if self.class_conditional and self.text_conditional:
             raise ValueError("class_conditional and text_conditional are two kinds of condition, give one of the two")
         if self.text_conditional and self.schedule == "flow":
@@ -141,41 +137,6 @@ class Data(Section, panel="Data"):
     )
 
 
-class Sampling(Section, panel="Sampling", science=False):
-    sampler: Literal["ddpm", "ddim", "dpm-solver++", "unipc", "euler", "heun", "euler-maruyama"] = Field(
-        default="ddpm", description="Sampler; the last three are for a flow (SiT)."
-    )
-    steps: int = Field(default=250, ge=1, le=1000, description="Denoising steps.")
-    eta: float = Field(default=0.0, ge=0, le=1, description="Noise of DDIM, 0 = deterministic.")
-    cfg: float = Field(default=1.0, ge=0, description="Guidance scale, 1 = none.")
-    cfg_channels: Literal["auto", "3", "all"] = Field(
-        default="auto", description="Channels that guidance acts on; auto: 3 with classes (published DiT), all with captions."
-    )
-    sample_seed: int = Field(default=0, ge=0, description="Seed of images: image k depends on (seed, k) alone.")
-    sample_batch: int = Field(default=256, ge=1, description="Images denoised at once.")
-    sample_precision: Literal["no", "bf16"] = Field(
-        default="no", description="bf16: blocks under autocast, which other images come of; as the patch was trained."
-    )
-
-
-class Result(Section, panel="Run", science=False):
-    result_weights: Annotated[Literal["ema", "raw"] | None, Flag("weights")] = Field(
-        default=None, description="Average of the trained weights, or the last ones; default: what the run ended with."
-    )
-
-
-class Images(Section, panel="Images", science=False):
-    num_images: int = Field(default=64, ge=1, description="How many images.")
-    image_label: Annotated[int | None, Flag("label")] = Field(
-        default=None, ge=0, description="Class of all images; default: drawn."
-    )
-    image_format: Annotated[Literal["png", "npz"], Flag("format")] = Field(
-        default="png", description="PNG folder, or one npz as ADM's."
-    )
-    unpatched: bool = Field(default=False, description="Sample the backbone without its patch.")
-    out: Path | None = Field(default=None, description="Where to write; default: inside the run.")
-
-
 class Text(Section, panel="Text", science=False):  # the encoder's fingerprint is compared instead
     text_encoder: str | None = Field(
         default=None,
@@ -190,19 +151,6 @@ class Text(Section, panel="Text", science=False):  # the encoder's fingerprint i
     )
 
 
-class Prompting(Section, panel="Text", science=False):
-    prompt: str | None = Field(default=None, description="Caption of all images; default: captions of --prompts.")
-    prompts_from: Annotated[str | None, Flag("prompts")] = Field(
-        default=None, description="Captions: a file, one on each line, or data such as coco-val; default: the run's own data."
-    )
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> Self:
-        if self.prompt is not None and self.prompts_from is not None:
-            raise ValueError("prompt and prompts both say what the images show, give one of the two")
-        return self
-
-
 class CodecSection(Section, panel="Codec", science=False):  # the codec's fingerprint is compared instead
     codec: str = Field(
         default="auto",
@@ -210,3 +158,37 @@ class CodecSection(Section, panel="Codec", science=False):  # the codec's finger
     )
     codec_batch: int = Field(default=32, ge=1, description="Images encoded or decoded at once.")
     latents: bool = Field(default=True, description="Encode the images once, and keep their latents in the cache.")
+
+
+class Launch(Section, panel="Launch", science=False):
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:N or mps.")
+    cpu: bool = Field(default=False, description="Same as --device cpu.")
+    deterministic: bool = Field(default=False, description="Deterministic kernels (slower on a GPU).")
+    compile: bool = Field(default=False, description="Compile the blocks with torch.compile; pays on a GPU.")
+    tf32: bool = Field(default=True, description="TF32 for float32 matrix products on a GPU, as published.")
+    num_processes: int | None = Field(default=None, ge=1, description="Processes on this machine; default: one per GPU.")
+    nnodes: str = Field(
+        default="1", pattern=r"^[1-9]\d*(:[1-9]\d*)?$", description="Machines, or at least:at most; the same command on each."
+    )
+    node_rank: int | None = Field(default=None, ge=0, description="This machine's number; default: found out.")
+    rdzv_endpoint: str | None = Field(default=None, description="HOST:PORT where several machines meet; default: none.")
+    max_restarts: int = Field(default=0, ge=0, description="Times that processes which failed are started again.")
+    rank_timeout: int = Field(default=1800, ge=1, description="Seconds that processes wait for one that is silent.")
+    requeue: bool = Field(default=False, description="Exit 75 after SIGTERM or SIGUSR1: put this job into the queue again.")
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if self.cpu and self.device not in ("auto", "cpu"):
+            raise ValueError(f"cpu and device {self.device} contradict each other, give one of the two")
+        low, high = self.nodes
+        if high < low:
+            raise ValueError(f"nnodes {self.nnodes} asks for at most {high} machines and for at least {low}")
+        if high > 1 and self.rdzv_endpoint is None:
+            raise ValueError(f"nnodes {self.nnodes} needs rdzv_endpoint, the HOST:PORT where the machines meet")
+        return self
+
+    @property
+    def nodes(self) -> tuple[int, int]:
+        """Machines: at least, at most."""
+        low, _, high = self.nnodes.partition(":")
+        return int(low), int(high or low)

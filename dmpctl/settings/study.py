@@ -13,11 +13,11 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dmpctl.errors import MissingError, UsageError
-from dmpctl.settings.launch import Launch
-from dmpctl.settings.layers import Found, from_preset, named, read_toml, validated
+from dmpctl.settings.layers import Found, by_public_name, from_preset, named, read_toml, validated
+from dmpctl.settings.measuring import Sampling
 from dmpctl.settings.model import Settings
 from dmpctl.settings.options import options_of
-from dmpctl.settings.sections import Console, Sampling
+from dmpctl.settings.sections import Console, Launch
 from dmpctl.words import did_you_mean, first_error
 
 Seed = Annotated[int, Field(ge=0)]
@@ -136,10 +136,14 @@ def read_study(path: Path) -> Study:
     _options(settings, f"{path} [settings]")
     _known(compare.against, variants, f"{path} [compare] against", "variant")
     _known([compare.tune_stage] if compare.tune_stage else [], stages, f"{path} [compare] tune_stage", "stage")
-    study = Study(path, compare, stages, settings, variants)
     for name, variant in variants.items():
-        _tunable(study, name, variant)
-    return study
+        if len(variant.choices()) > 1:
+            where, stage = f"{path} [variants.{name}]", compare.tune_stage
+            if not compare.tuning_seeds:
+                raise UsageError(f"{where}: tune needs tuning_seeds in [compare]", "name seeds that are not in seeds")
+            if stage is not None and not variant.at(stage):
+                raise UsageError(f"{where}: it is tuned at stage {stage}, which is not among its stages")
+    return Study(path, compare, stages, settings, variants)
 
 
 def _variant(path: Path, name: str, value: Any, stages: Iterable[str]) -> Variant:
@@ -152,16 +156,6 @@ def _variant(path: Path, name: str, value: Any, stages: Iterable[str]) -> Varian
     if variant.goes_on and (more := [key for key in given if key not in GOING_ON or key in variant.tune]):
         raise UsageError(f"{given[more[0]].where} cannot be set beside continue: it goes on as the backbone was pretrained")
     return variant
-
-
-def _tunable(study: Study, name: str, variant: Variant) -> None:
-    """UsageError for a grid that nothing can choose from."""
-    where, stage = f"{study.path} [variants.{name}]", study.compare.tune_stage
-    if len(variant.choices()) > 1:
-        if not study.compare.tuning_seeds:
-            raise UsageError(f"{where}: tune needs tuning_seeds in [compare]", "name seeds that are not in seeds")
-        if stage is not None and not variant.at(stage):
-            raise UsageError(f"{where}: it is tuned at stage {stage}, which is not among its stages")
 
 
 M = TypeVar("M", bound=BaseModel)
@@ -185,8 +179,7 @@ def _known(names: Iterable[str], known: Iterable[str], where: str, what: str) ->
 
 def _options(values: Mapping[str, object], where: str, refused: Sequence[str] = ()) -> dict[str, Found]:
     """Keys as fields of `dmpctl patch`, each with its origin; UsageError for one that is unknown, twice there or not its own."""
-    known = {option.public: option for option in options_of("patch").values()}
-    found = named(values, where, known, ("continue", "stages", "tune"))
+    found = named(values, where, by_public_name("patch"), ("continue", "stages", "tune"))
     for key in values:
         public = key.replace("-", "_")
         if public in OURS:

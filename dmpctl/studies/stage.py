@@ -24,9 +24,8 @@ from dmpctl.models.sources import open_data
 from dmpctl.rng import seed_of
 from dmpctl.runs.records import read_record
 from dmpctl.sampling.generate import in_batches
-from dmpctl.settings.measuring import Fid
+from dmpctl.settings.measuring import Fid, Sampling
 from dmpctl.settings.model import Settings
-from dmpctl.settings.sections import Sampling
 from dmpctl.settings.study import Study, settings_of
 from dmpctl.studies.results import SampledDistance, StageRecord, refuse_other
 from dmpctl.training.patch import refuse_sampling

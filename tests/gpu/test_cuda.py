@@ -12,7 +12,7 @@ from dmpctl.models.patch_files import load_patch
 from dmpctl.runs import checkpoint
 from dmpctl.runs.rundir import RunDir
 from dmpctl.sampling.generate import generate
-from dmpctl.settings.sections import Sampling
+from dmpctl.settings.measuring import Sampling
 from tests.helpers import environment, patch_run, tensors_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]

@@ -12,7 +12,7 @@ from dmpctl.errors import Interrupted, UsageError
 from dmpctl.models.patch_files import load_patch, load_result
 from dmpctl.rng import seed_of
 from dmpctl.sampling import generate
-from dmpctl.settings.sections import Sampling
+from dmpctl.settings.measuring import Sampling
 from dmpctl.types import Silent
 from tests.helpers import copied, files, settings_for
 

@@ -8,7 +8,7 @@ from pydantic import Field
 from dmpctl.cli.commands import COMMANDS as SHOWN
 from dmpctl.settings.methods import Dmp
 from dmpctl.settings.model import Settings
-from dmpctl.settings.options import COMMANDS, Part, field_of, options_in, options_of
+from dmpctl.settings.options import COMMANDS, Part, field_of, options_of
 from dmpctl.settings.sections import Section
 
 
@@ -54,7 +54,8 @@ def test_plain_type_drops_none():
     assert options["iters"].plain_type is int
 
 
-def test_two_methods_share_one_option_with_the_choices_of_both():
-    options = options_in([Part(Dmp), Part(Other)])
+def test_two_methods_share_one_option_with_the_choices_of_both(monkeypatch):
+    monkeypatch.setitem(COMMANDS, "made-up", (Part(Dmp), Part(Other)))
+    options = options_of("made-up")
     assert options["method"].choices == ("dmp", "other")
     assert {"rank", "topk"} <= set(options)

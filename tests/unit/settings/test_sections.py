@@ -8,11 +8,10 @@ import pytest
 from pydantic import ValidationError
 
 from dmpctl.settings import exchange, launch, measuring, methods, sections, training
-from dmpctl.settings.launch import Launch
-from dmpctl.settings.measuring import Fid
+from dmpctl.settings.measuring import Fid, Sampling
 from dmpctl.settings.methods import METHODS, Dmp, Method, PromptMethod, PromptTuning
 from dmpctl.settings.options import COMMANDS, every_option, options_of
-from dmpctl.settings.sections import Data, Sampling, Section, Shape, choices_of
+from dmpctl.settings.sections import Data, Launch, Section, Shape, choices_of
 from dmpctl.settings.training import Train
 
 MODULES = (sections, methods, launch, training, measuring, exchange)

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -126,11 +127,7 @@ def changing_index() -> Iterator[Index]:
 def working_on(name: str, progress: Progress | None = None, wait: bool = True) -> Iterator[bool]:
     """One process at a time works on `name`; who has to wait says so. Without `wait`: yields whether nobody else does."""
     lock = make_folder(cache_dir() / "locks") / f"{name}.lock"
-
-    def busy() -> None:
-        if progress is not None:
-            progress.say(f"another process is fetching {name}, waiting for it")
-
+    busy = None if progress is None else partial(progress.say, f"another process is fetching {name}, waiting for it")
     with locked(lock, wait, busy) as free:
         yield free
 

@@ -74,20 +74,17 @@ def requested(settings: Settings, names: Sequence[str]) -> Request:
 def listed(request: Request) -> Report:
     """Every row: name, what, size, licence, present."""
     rows = [request.rows[name] for name in request.names] or list(request.rows.values())
-    data = [_described(row, request.settings) for row in rows]
-    table = tuple({key: str(row[key]) for key in ("name", "what", "size", "licence", "present")} for row in data)
+    data: list[dict[str, Any]] = []
+    for row in rows:
+        path, own = cached(row, request.settings), shipped().get(row.name) != row
+        shown = row.model_dump(include={"name", "what", "kind", "sha256", "non_commercial", "gated", "needs", "notes", "score"})
+        size = amount(row.size) if row.size is not None else f"about {amount(row.about)}" if row.about is not None else "unknown"
+        licence = row.licence + (" (non-commercial)" if row.non_commercial and "NC" not in row.licence else "")
+        shown |= {"size": size, "bytes": row.size, "licence": licence, "source": row.source}
+        data.append({**shown, "present": "yes" if path else "no", "path": path and str(path), "own": own})
+    table = tuple({key: str(shown[key]) for key in ("name", "what", "size", "licence", "present")} for shown in data)
     lines = (f"cache: {cache_dir()}", f"Hub repositories: {hub_dir()}")
     return Report({"assets": data, "cache": str(cache_dir()), "hub_cache": str(hub_dir())}, table, lines)
-
-
-def _described(row: AssetRow, settings: Settings) -> dict[str, Any]:
-    path = cached(row, settings)
-    fields = row.model_dump(include={"name", "what", "kind", "sha256", "non_commercial", "gated", "needs", "notes", "score"})
-    size = amount(row.size) if row.size is not None else f"about {amount(row.about)}" if row.about is not None else "unknown"
-    licence = row.licence + (" (non-commercial)" if row.non_commercial and "NC" not in row.licence else "")
-    found = {"size": size, "bytes": row.size, "licence": licence, "source": row.source}
-    own = shipped().get(row.name) != row
-    return fields | found | {"present": "yes" if path else "no", "path": path and str(path), "own": own}
 
 
 def accept_licences(request: Request) -> None:

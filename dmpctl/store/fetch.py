@@ -1,13 +1,12 @@
 """Rows of the registry on this disk: where their files lie, whether they are whole, and how they come here."""
 
-import hashlib
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dmpctl.errors import IntegrityError, MissingError, UsageError
-from dmpctl.files import sha256_of
+from dmpctl.files import sha256_of, sha256_of_bytes
 from dmpctl.settings.assets import AssetRow
 from dmpctl.settings.model import Settings
 from dmpctl.store import hub
@@ -128,12 +127,9 @@ def verify(row: AssetRow, deep: bool) -> dict[str, Fact]:
         if not file.path.is_file():
             raise MissingError(f"{file.path} is not there", f"run {command_for([row])}")
         size = file.path.stat().st_size
-        if file.sha256 is not None and not deep:
-            if file.size not in (None, size):
-                raise _damaged(row, file.path, f"{size} bytes", f"{file.size} bytes")
-            found[file.name] = Fact(sha256=file.sha256, size=size)
-            continue
-        digest = sha256_of(file.path)
+        digest = sha256_of(file.path) if deep or file.sha256 is None else file.sha256
+        if not deep and file.sha256 is not None and file.size not in (None, size):
+            raise _damaged(row, file.path, f"{size} bytes", f"{file.size} bytes")
         if file.sha256 not in (None, digest):
             raise _damaged(row, file.path, f"sha256 {digest}", str(file.sha256))
         found[file.name] = Fact(sha256=digest, size=size)
@@ -171,23 +167,21 @@ def fetch(row: AssetRow, progress: Progress) -> Path:
         raise MissingError(f"{row.filename} has no address to fetch it from", f"get it by hand, and put it at {target_of(row)}")
     with working_on(row.name, progress):
         if present(row) is None:
-            record(row, *(_from_hub if row.repo else _from_https)(row, progress))
+            record(row, *_received(row, progress))
     if (path := present(row)) is None:
         raise MissingError(f"{row.name} is gone again", "run the same command again")
     return path
 
 
-def _from_https(row: AssetRow, progress: Progress) -> tuple[dict[str, Fact], None]:
-    [file] = files_of(row) or [Expected(target_of(row), f"{row.name}/{row.filename}", row.sha256, row.size)]
-    return {file.name: fetch_file(row.model_copy(update={"sha256": file.sha256}), file.path, progress)}, None
-
-
-def _from_hub(row: AssetRow, progress: Progress) -> tuple[dict[str, Fact], str]:
+def _received(row: AssetRow, progress: Progress) -> tuple[dict[str, Fact], str | None]:
+    """The files of a row that were fetched now, and their commit (None: it is no repository)."""
+    if row.repo is None:
+        [file] = files_of(row) or [Expected(target_of(row), f"{row.name}/{row.filename}", row.sha256, row.size)]
+        return {file.name: fetch_file(row.model_copy(update={"sha256": file.sha256}), file.path, progress)}, None
     entry = entry_of(row)
     files, commit = hub.fetch_repo(row, row.revision if row.pinned else entry.revision if entry else None, progress)
-    fact = files.get(row.file or "")
-    if row.sha256 is not None and fact is not None and fact.sha256 != row.sha256:
-        raise _damaged(row, hub.snapshot_of(address_of(row), commit) / str(row.file), f"sha256 {fact.sha256}", row.sha256)
+    if row.sha256 is not None and row.file in files and (actual := files[row.file].sha256) != row.sha256:
+        raise _damaged(row, hub.snapshot_of(address_of(row), commit) / row.file, f"sha256 {actual}", row.sha256)
     return files, commit
 
 
@@ -198,12 +192,7 @@ def provenance(row: AssetRow) -> dict[str, Any]:
     about["accepted"] = accepted.accepted if accepted and accepted.licence == row.licence else None
     if entry is None:
         return about | {"revision": row.revision, "sha256": row.sha256}
-    digests = {name: fact.sha256 for name, fact in entry.files.items()}
-    one = next(iter(digests.values())) if len(digests) == 1 else _digest_of(digests)
-    return about | {"revision": entry.revision, "sha256": one, "fetched": entry.fetched}
-
-
-def _digest_of(digests: dict[str, str]) -> str:
-    """One sha256 for many files: over their names and hashes, sorted."""
-    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
-    return hashlib.sha256(lines.encode()).hexdigest()
+    digests = [fact.sha256 for fact in entry.files.values()]
+    lines = "".join(f"{fact.sha256}  {name}\n" for name, fact in sorted(entry.files.items()))  # one hash for many files
+    digest = digests[0] if len(digests) == 1 else sha256_of_bytes(lines.encode())
+    return about | {"revision": entry.revision, "sha256": digest, "fetched": entry.fetched}

@@ -133,11 +133,16 @@ class _Part:
 
     def receive(self, progress: Progress) -> None:
         """One attempt to complete it; Again where the next one may do it."""
-        version = self._version()
+        try:
+            version = _Version.model_validate_json(self.about.read_bytes())
+        except (OSError, ValidationError):
+            version = _Version(url="")
+        if version.url != self.url or not (version.validator or self.row.sha256):  # may be of another version than is wanted now
+            self.discard()
         kept = self.size
-        if version is not None and kept and kept == version.total:
+        if kept and kept == version.total:
             return  # killed between the last byte and the rename
-        with self._opened(kept, version) as answer:
+        with self._opened(kept, version.validator) as answer:
             start, total = self._place(answer, kept)
             whole = total or self.row.size
             need_room(self.path.parent, (whole or start) - start, self.row.label)
@@ -158,24 +163,13 @@ class _Part:
         if total is not None and received < total:
             raise Again(f"the connection ended after {received} of {total} bytes")
 
-    def _version(self) -> _Version | None:
-        """The version of the part; None, and the part is removed, where it may be of another one than is wanted now."""
-        try:
-            version = _Version.model_validate_json(self.about.read_bytes())
-        except (OSError, ValidationError):
-            version = None
-        if version and self.path.is_file() and version.url == self.url and (version.validator or self.row.sha256):
-            return version
-        self.discard()
-        return None
-
-    def _opened(self, kept: int, version: _Version | None) -> Any:  # an http.client.HTTPResponse, or what urllib makes of it
+    def _opened(self, kept: int, validator: str | None) -> Any:  # an http.client.HTTPResponse, or what urllib makes of it
         """The answer, 200 or 206; Again where the failure may pass, MissingError where it will not."""
         headers = {"User-Agent": "dmpctl"}
-        if kept and version is not None:
+        if kept:
             headers["Range"] = f"bytes={kept}-"
-            if version.validator:
-                headers["If-Range"] = version.validator
+            if validator:
+                headers["If-Range"] = validator
         opener = urllib.request.build_opener(SafeRedirects)
         try:
             return opener.open(urllib.request.Request(self.url, headers=headers), timeout=TIMEOUT)
@@ -240,9 +234,8 @@ def _chunk(answer: Any) -> bytes:
 
 def retry_after(value: str | None) -> float | None:
     """Returns the seconds of a Retry-After header: a number, or a date; None where it says nothing."""
-    if value is None:
-        return None
-    if value.strip().isdigit():
+    value = (value or "").strip()
+    if value.isdigit():
         return float(value)
     try:
         date = email.utils.parsedate_to_datetime(value)

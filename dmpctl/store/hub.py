@@ -10,7 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from dmpctl.errors import DmpError, IntegrityError, MissingError, UsageError
+from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.files import FULL, make_folder, sha256_of, write_atomic
 from dmpctl.settings.assets import AssetRow
 from dmpctl.store.addresses import HubAddress
@@ -100,8 +100,6 @@ def _asked(row: AssetRow, call: Callable[[], T], progress: Progress) -> T:
     def once() -> T:
         try:
             return call()
-        except DmpError:
-            raise
         except Exception as error:
             raise failure(address_of(row), error, instead) from None
 

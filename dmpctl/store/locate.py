@@ -15,7 +15,7 @@ from dmpctl.settings.model import Settings
 from dmpctl.store.addresses import HUB, HubAddress, address_in, of_rows
 from dmpctl.store.fetch import fetch, files_of, present, require
 from dmpctl.store.registry import WEIGHTS, Published, Registry, address_of, published, registry_of, row_at, shipped
-from dmpctl.store.shapes import shape_names
+from dmpctl.store.shapes import SHAPE_NAMES
 from dmpctl.types import Progress
 from dmpctl.words import nearest_or, printable
 
@@ -35,7 +35,12 @@ def locate(word: str | Path, kind: Kind, settings: Settings | None = None) -> Pa
     """
     name, path, rows = str(word), Path(word).expanduser(), named(kind, settings)
     if kind in ("backbone", "weights", "run") and (address := address_in(word)) is not None:
-        return _weights_at(address) if kind == "weights" else _model_at(address)
+        if kind == "weights":
+            return _weights_at(address)
+        row = row_at(address)
+        if row.repo is None or row.file is not None or row.dataset:
+            raise UsageError(f"--base {address} is no model of the Hub", "write hf://OWNER/NAME, or name a shape and --weights")
+        return require(row)
     if name in rows and (kind == "codec" or not path.exists()):  # a codec is recorded by its name, whatever folder lies here
         if kind == "backbone" and rows[name].kind != "backbone":
             known = f"name one, such as {PUBLISHED_SHAPES['DiT-XL/2']}"
@@ -69,7 +74,7 @@ def _nothing(name: str, path: Path, kind: Kind) -> DmpError:
     match kind:
         case "backbone":
             known = f"name one of {', '.join(BUNDLED)}, a shape such as DiT-L/2, a file or a run"
-            hint = nearest_or(name, [*BUNDLED, *shape_names(), *PUBLISHED_SHAPES.values(), *names], known, 0.5)
+            hint = nearest_or(name, [*BUNDLED, *SHAPE_NAMES, *PUBLISHED_SHAPES.values(), *names], known, 0.5)
             return UsageError(f"--base {name} is no known backbone, no file and no run", hint)
         case "codec" if path.name != name:
             return MissingError(f"there is no folder {name} with a codec", "name it with --codec FOLDER")
@@ -113,14 +118,6 @@ def _weights_at(address: str) -> Path:
         if names:
             return path / names[0]
     raise MissingError(f"{address} holds no weights ({', '.join(WEIGHTS)})", "name another repository")
-
-
-def _model_at(address: str) -> Path:
-    """The folder of a model that was fetched from the Hub; UsageError for an address of anything else."""
-    row = row_at(address)
-    if row.repo is None or row.file is not None or row.dataset:
-        raise UsageError(f"--base {address} is no model of the Hub", "write hf://OWNER/NAME, or name a shape and --weights")
-    return require(row)
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def settings_in(experiment: Path) -> list[Settings]:
 def needed(found: list[Settings], rows: Registry) -> list[AssetRow]:
     """Returns the rows that these settings name, those that they need in turn, and Inception where distances are taken in it."""
     wanted = {row.name: row for settings in found for row in _named(settings, rows)}
-    if wanted and "inception" in rows and any(map(_measures_in_inception, found)):
+    if wanted and "inception" in rows and any(_measures_in_inception(settings) for settings in found):
         wanted["inception"] = rows["inception"]
     kinds = {row.kind for row in wanted.values()}
     for row in list(wanted.values()):

@@ -19,7 +19,7 @@ def prune(rows: Registry, dry_run: bool) -> Report:
     """Remove it (or say what would be removed): each path with its bytes. What another process is fetching stays."""
     found: list[dict[str, str]] = []
     total = 0
-    for path, name in [*_stray_files(rows), *_stray_repositories(rows)]:
+    for path, name in list(_strays(rows)):
         with nullcontext(True) if dry_run else working_on(name, wait=False) as free:
             if not free:
                 continue
@@ -45,24 +45,17 @@ def size_of(path: Path) -> int:
     return path.lstat().st_size
 
 
-def _stray_files(rows: Registry) -> Iterator[tuple[Path, str]]:
-    """Files of ours that no row names, and parts of downloads; each with the lock that guards it."""
-    if not files_dir().is_dir():
-        return
-    for folder in sorted(files_dir().iterdir()):
+def _strays(rows: Registry) -> Iterator[tuple[Path, str]]:
+    """Files and repositories that no row names, and halves of downloads; each with the lock that guards it."""
+    for folder in sorted(files_dir().glob("*")):
         row = rows.get(folder.name)
         if row is None or row.repo is not None or not folder.is_dir():
             yield folder, folder.name
-            continue
-        yield from ((path, folder.name) for path in sorted(folder.iterdir()) if path != target_of(row))
-
-
-def _stray_repositories(rows: Registry) -> Iterator[tuple[Path, str]]:
-    """Repositories in a Hub cache of our own that no row names, and half files in the others."""
-    if not own_hub() or not hub_dir().is_dir():
-        return
+        else:
+            yield from ((path, folder.name) for path in sorted(folder.iterdir()) if path != target_of(row))
     named = {address_of(row).folder: row.name for row in rows.values() if row.repo is not None}
-    for folder in sorted(path for path in hub_dir().iterdir() if path.name.startswith(("models--", "datasets--"))):
+    repositories = [path for kind in ("models", "datasets") for path in hub_dir().glob(f"{kind}--*")] if own_hub() else []
+    for folder in sorted(repositories):
         if folder.name not in named:
             yield folder, folder.name
         else:

@@ -4,19 +4,14 @@
 SHAPES = {"DiT-S": (384, 12, 6), "DiT-B": (768, 12, 12), "DiT-L": (1024, 24, 16), "DiT-XL": (1152, 28, 16)}
 FLOWS = {name.replace("DiT", "SiT"): shape for name, shape in SHAPES.items()}  # Ma et al. 2024, table 1
 PATCH_SIZES = (2, 4, 8)
+SHAPE_NAMES = tuple(f"{shape}/{patch}" for shape in SHAPES | FLOWS for patch in PATCH_SIZES)  # without captions
 TEXT = "-text"
 LATENTS = "vae-ema"  # the row of the codec that published shapes were trained with
 
 
 def is_shape(word: str) -> bool:
     """Whether `word` names a published shape, with or without captions."""
-    shape, _, patch = word.removesuffix(TEXT).partition("/")
-    return shape in SHAPES | FLOWS and patch in map(str, PATCH_SIZES)
-
-
-def shape_names() -> list[str]:
-    """All published shapes, without captions."""
-    return [f"{shape}/{patch}" for shape in SHAPES | FLOWS for patch in PATCH_SIZES]
+    return word.removesuffix(TEXT) in SHAPE_NAMES
 
 
 def is_flow(name: str) -> bool:

@@ -7,14 +7,14 @@ from typing import get_args
 import pytest
 from pydantic import ValidationError
 
-from dmpctl.settings import exchange, launch, measuring, methods, sections, training
+from dmpctl.settings import exchange, measuring, methods, sections, training
 from dmpctl.settings.measuring import Fid, Sampling
 from dmpctl.settings.methods import METHODS, Dmp, Method, PromptMethod, PromptTuning
 from dmpctl.settings.options import COMMANDS, every_option, options_of
 from dmpctl.settings.sections import Data, Launch, Section, Shape, choices_of
 from dmpctl.settings.training import Train
 
-MODULES = (sections, methods, launch, training, measuring, exchange)
+MODULES = (sections, methods, training, measuring, exchange)
 CLASSES = {kind for module in MODULES for _, kind in inspect.getmembers(module, inspect.isclass)}
 SECTIONS = sorted((kind for kind in CLASSES if issubclass(kind, Section) and kind is not Section), key=lambda kind: kind.__name__)
 FIELDS = [(section, name, field) for section in SECTIONS for name, field in section.model_fields.items()]

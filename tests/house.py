@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -80,9 +81,15 @@ def room_of(module: str) -> str:
     return "" if room.startswith("__") and room != "__main__" else room
 
 
+@cache
+def parsed(source: str) -> ast.Module:
+    """The syntax tree of a module: the checks ask for the same ones."""
+    return ast.parse(source)
+
+
 def complaints(source: str, module: str) -> list[str]:
     """What a module called `module` does that it may not do."""
-    tree, room = ast.parse(source), room_of(module)
+    tree, room = parsed(source), room_of(module)
     if room not in FLOOR:
         return [f"{module}: {room} is no room of the house"]
     return [f"{module}:{line}: {what}" for line, what in (*_imports(tree, room), *_calls(tree))]
@@ -125,6 +132,7 @@ def _calls(tree: ast.AST) -> Iterator[tuple[int, str]]:
                     yield node.lineno, name
 
 
+@cache
 def modules() -> dict[str, str]:
     """Every module of the package with its source."""
     found = {}
@@ -137,7 +145,7 @@ def modules() -> dict[str, str]:
 def targets_of(source: str, known: Collection[str]) -> set[str]:
     """Modules of the package that a module imports, wherever the import stands; for type checkers, too."""
     found = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parsed(source)):
         if isinstance(node, ast.ImportFrom) and node.module:
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)} & set(known)
         elif isinstance(node, ast.Import):
@@ -170,7 +178,7 @@ def double_names() -> dict[str, list[str]]:
     for module, source in modules().items():
         if not module.endswith(room_of(module) or "dmpctl"):
             files.setdefault(module.rpartition(".")[2], []).append(module)
-        for node in ast.parse(source).body:
+        for node in parsed(source).body:
             if isinstance(node, ast.ClassDef):
                 classes.setdefault(node.name, []).append(module)
     return {name: where for name, where in (files | classes).items() if len(where) > 1}
@@ -191,7 +199,7 @@ def loose_dictionaries() -> dict[str, int]:
     """How often each room's signatures and annotations say `dict[str, Any]`, `Mapping[str, Any]` or the like."""
     found = dict.fromkeys(sizes(), 0)
     for module, source in modules().items():
-        for node in ast.walk(ast.parse(source)):
+        for node in ast.walk(parsed(source)):
             loose = isinstance(node, ast.Subscript) and ast.unparse(node).endswith("[str, Any]")
             found[room_of(module)] += loose
     return found
@@ -201,7 +209,7 @@ def long_functions(most: int) -> dict[str, int]:
     """Functions of more than `most` lines, by dotted name."""
     found = {}
     for module, source in modules().items():
-        for node in ast.walk(ast.parse(source)):
+        for node in ast.walk(parsed(source)):
             if isinstance(node, ast.FunctionDef) and (lines := (node.end_lineno or node.lineno) - node.lineno + 1) > most:
                 found[f"{module}.{node.name}"] = lines
     return found

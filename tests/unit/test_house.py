@@ -1,7 +1,5 @@
 """Imports run downward only, and what is slow or dangerous stays in its room: read from the source, nothing is run."""
 
-import ast
-
 import pytest
 
 from tests.house import (
@@ -18,6 +16,7 @@ from tests.house import (
     import_circle,
     imports_of,
     modules,
+    parsed,
     room_of,
     sizes,
     table,
@@ -70,7 +69,7 @@ def test_the_table_has_a_line_for_each_room():
 def test_help_and_settings_reach_nothing_heavy():
     """Whatever runs when a light module is imported, directly or through others, is light."""
     sources = modules()
-    tops = {module: [i.module for i in imports_of(ast.parse(source)) if i.when == "top"] for module, source in sources.items()}
+    tops = {module: [i.module for i in imports_of(parsed(source)) if i.when == "top"] for module, source in sources.items()}
     heavy = []
     for start in (module for module in sources if room_of(module) in LIGHT):
         seen, ahead = {start}, [start]

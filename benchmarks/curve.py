@@ -16,7 +16,7 @@ from dmpctl.backbones.dit import DiTConfig
 from dmpctl.backbones.dit_weights import Weights, digest_of, dit_from
 from dmpctl.data.bundled import Digits
 from dmpctl.files import read_json, read_tensors, write_json
-from dmpctl.measuring.features import extract, in_parts
+from dmpctl.measuring.features import extract
 from dmpctl.measuring.image_sets import images_of
 from dmpctl.measuring.paired_loss import epsilon_errors
 from dmpctl.metrics.frechet import Factor, features_to_fid
@@ -39,7 +39,7 @@ def backbone_at(checkpoint: Path) -> Patched:
 def distances(model: Patched, reference: dict[str, Factor], count: int, seed: int) -> dict[str, float]:
     """Fréchet distance in each feature space."""
     images = sampled(model, count, seed)
-    return {e.name: features_to_fid(extract(e, in_parts(images)), reference[e.name]).value for e in EXTRACTORS}
+    return {e.name: features_to_fid(extract(e, torch.split(images, 512)), reference[e.name]).value for e in EXTRACTORS}
 
 
 def flatness(points: list[dict[str, Any]], name: str, noise: float) -> dict[str, float]:

@@ -18,7 +18,7 @@ from scipy.stats import ttest_1samp
 from benchmarks.digit_features import DigitFeatures
 from dmpctl.data.bundled import Digits
 from dmpctl.files import write_json
-from dmpctl.measuring.features import extract, in_parts
+from dmpctl.measuring.features import extract
 from dmpctl.measuring.image_sets import images_of
 from dmpctl.measuring.paired_loss import epsilon_errors, loss_difference
 from dmpctl.metrics.features.pixels import Pixels
@@ -52,7 +52,7 @@ def noise(reference: dict[str, Factor], plain: Patched, count: int, seeds: list[
     again = [real[torch.randint(len(real), (count,), generator=generator)] for _ in range(5)]
     for extractor in EXTRACTORS:
         distances = [
-            [features_to_fid(extract(extractor, in_parts(i)), reference[extractor.name]).value for i in s]
+            [features_to_fid(extract(extractor, torch.split(i, 512)), reference[extractor.name]).value for i in s]
             for s in (others, again)
         ]
         found[extractor.name] = {"backbone_other_seeds": distances[0], "real_resampled": distances[1]}
@@ -64,7 +64,7 @@ def measure(model: Patched, before: torch.Tensor, reference: dict[str, Factor], 
     after = sampled(model, count, 0)
     found: dict[str, Any] = {}
     for extractor in EXTRACTORS:
-        a, b = (extract(extractor, in_parts(images)) for images in (after, before))
+        a, b = (extract(extractor, torch.split(images, 512)) for images in (after, before))
         difference = paired_difference(a, b, reference[extractor.name])
         found[extractor.name] = {
             "backbone": difference.b.value,

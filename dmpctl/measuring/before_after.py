@@ -10,13 +10,12 @@ from pydantic import BaseModel, JsonValue
 from torch import Tensor
 
 from dmpctl.files import make_folder, read_json, write_json
-from dmpctl.measuring.comparison import Comparison, Trial
-from dmpctl.measuring.features import build_extractor, extract, in_parts
+from dmpctl.measuring.features import build_extractor, extract
 from dmpctl.measuring.image_sets import images_of
-from dmpctl.measuring.paired_loss import LossDifference, epsilon_errors
+from dmpctl.measuring.paired_loss import LossDifference, epsilon_errors, loss_difference
 from dmpctl.measuring.verdict import distance_verdict, loss_verdict
 from dmpctl.metrics.features.pixels import Pixels
-from dmpctl.metrics.frechet import FidEstimate, noise_floor
+from dmpctl.metrics.frechet import FidEstimate, noise_floor, paired_difference
 from dmpctl.metrics.moments import features_to_moments
 from dmpctl.models.patched import Patched
 from dmpctl.processes.command import Command
@@ -30,6 +29,7 @@ from dmpctl.words import plus_minus
 
 SCHEMA_VERSION = 1
 CAUTION = "; another training seed may differ"
+PART = 512  # images in one pass of the extractor
 SHOWN = 32  # images of each side on the before/after sheet
 MOST_PIXELS = 4096  # numbers of an image, up to which pixels are its features
 NO_DISTANCE = "Fréchet distance: not measured, Inception's weights are not in the cache; fetch them: dmpctl download inception"
@@ -74,13 +74,6 @@ def protocol(settings: Settings, source: Source) -> ComparisonProtocol:
     return ComparisonProtocol(sampling=sampling, images=settings.evaluate.eval_images, reference=source.fingerprint)
 
 
-def extractor_for(shape: tuple[int, int, int], device: torch.device) -> Extractor | None:
-    """Pixels for small images, Inception for the others; None where its weights are not in the cache."""
-    if math.prod(shape) <= MOST_PIXELS:
-        return Pixels(*shape[:2])
-    return build_extractor(Fid(extractor="inception"), shape, device) if cached("inception") is not None else None
-
-
 def recorded(patched: Patched, source: Source, run: Path, command: Command) -> BeforeAfter:
     """The comparison of a run's patch under these settings: read, or made now and recorded with its sheet."""
     path, picture = run / "metrics" / f"comparison-{patched.step:07d}.json", run / "before-after.png"
@@ -101,29 +94,33 @@ def recorded(patched: Patched, source: Source, run: Path, command: Command) -> B
 def measure(patched: Patched, source: Source, command: Command) -> tuple[BeforeAfter, Image.Image]:
     """Measures backbone and patch against the training images, and on their paired loss; returns the record and the sheet.
 
-    Without an extractor there is a loss and a sheet, and no distance.
+    Small images are compared by their pixels, others by Inception; without its weights there is no distance.
     """
     settings, device, progress = command.settings, command.device, command.progress
-    extractor, sampling = extractor_for(patched.image_shape, device), settings.sampling
+    shape, sampling = patched.image_shape, settings.sampling
+    extractor: Extractor | None = None
+    if math.prod(shape) <= MOST_PIXELS:
+        extractor = Pixels(*shape[:2])
+    elif cached("inception") is not None:
+        extractor = build_extractor(Fid(extractor="inception"), shape, device)
     count = SHOWN if extractor is None else settings.evaluate.eval_images
     patched = patched.with_prompts(settings, count, progress, source).in_precision(sampling.sample_precision)
     models = (patched.unpatched(), patched)
-    losses = [epsilon_errors(model, source, device, sampling.sample_seed, progress) for model in models]
+    (old_errors, steps), (new_errors, _) = (
+        epsilon_errors(model, source, device, sampling.sample_seed, progress) for model in models
+    )
+    loss = loss_difference(old_errors, new_errors, steps)
     images = [torch.cat([part for _, part in in_batches(model, range(count), sampling, device, progress)]) for model in models]
-    features = [None if extractor is None else extract(extractor, in_parts(each)) for each in images]
-    real = None if extractor is None else extract(extractor, images_of(source))
-    old, new = (Trial(seen, *loss) for seen, loss in zip(features, losses, strict=True))
-    found = Comparison.of(new, old, None if real is None else features_to_moments([real]))
-    gap, loss = found.distance, found.loss
-    if loss is None:
-        raise ValueError("both trials have a loss")
     record = BeforeAfter(
         patch_sha256=patched.patch_sha256,
         protocol=protocol(settings, source),
         paired_loss=loss,
         paired_loss_verdict=loss_verdict(loss.difference, loss.standard_error, loss.images),
     )
-    if gap is not None and real is not None and extractor is not None:
+    if extractor is not None:
+        old, new = (extract(extractor, torch.split(each, PART)) for each in images)
+        real = extract(extractor, images_of(source))
+        gap = paired_difference(new, old, features_to_moments([real]))
         distances = {
             "metric": f"Fréchet distance in {extractor.name}",
             "backbone": gap.b,

@@ -5,14 +5,13 @@ from pathlib import Path
 
 from dmpctl.errors import ThresholdError
 from dmpctl.measuring.case import Case, open_case
-from dmpctl.measuring.comparison import Comparison, Trial
 from dmpctl.measuring.features import FeatureStore
 from dmpctl.measuring.record import Measurement, VersusRecord, history
 from dmpctl.measuring.reference import Reference, open_reference
 from dmpctl.measuring.scores import estimate_of, noise_floor_of, scores_of
 from dmpctl.measuring.statistics_files import statistics_report
 from dmpctl.measuring.verdict import failures_of
-from dmpctl.metrics.frechet import FidEstimate, PairedDifference
+from dmpctl.metrics.frechet import FidEstimate, PairedDifference, paired_difference
 from dmpctl.metrics.statistics import SUFFIXES, is_statistics
 from dmpctl.processes.command import Command
 from dmpctl.settings.model import Settings
@@ -68,7 +67,7 @@ def _difference(case: Case, features: FeatureStore, reference: Reference) -> Pai
     if case.other is None:
         return None
     theirs = case.features(case.other)
-    found = Comparison.of(Trial(features.features), Trial(theirs.features), reference.features).distance
+    found = paired_difference(features.features, theirs.features, reference.features)
     if case.other.model is None:
         theirs.remove()
     return found

@@ -69,7 +69,8 @@ class FeatureStore:
             if name not in self._open and not (self.folder / f"{name}.npy").is_file():
                 self._begin(name, np.float32, values.shape[1], replace=False)
             self._map(name)[rows] = values.float().cpu().numpy()
-        self._hashes[rows] = [_hash(image) for image in images]
+        hashes = (hashlib.blake2b(image.contiguous().numpy().tobytes(), digest_size=8).digest() for image in images)
+        self._hashes[rows] = [int.from_bytes(digest, "little") for digest in hashes]
         self._done[rows] = 1  # after the rows themselves
 
     @property
@@ -123,10 +124,6 @@ class FeatureStore:
         return self._open[name]
 
 
-def _hash(image: Tensor) -> int:
-    return int.from_bytes(hashlib.blake2b(image.contiguous().numpy().tobytes(), digest_size=8).digest(), "little")
-
-
 def features_in(root: Path, images: ImageSet, extractor: Extractor, command: Command, kept: Sequence[Kept] = ()) -> FeatureStore:
     """Returns the features of these images, kept under `root`; those that are missing are extracted first.
 
@@ -161,11 +158,6 @@ def _fill(store: FeatureStore, images: ImageSet, extractor: Extractor, command: 
                 if stop.got:
                     done = f"{images.count - len(store.missing())} of {images.count} images are measured"
                     raise interrupted(stop.got, done, "the same command goes on with them")
-
-
-def in_parts(images: Tensor, batch: int = 512) -> Iterable[Tensor]:
-    """Images [N, C, H, W] as batches."""
-    return (images[first : first + batch] for first in range(0, len(images), batch))
 
 
 def extract(extractor: Extractor, batches: Iterable[Tensor]) -> Tensor:

@@ -14,8 +14,8 @@ from dmpctl.backbones.dit_weights import digest_of
 from dmpctl.data.source import open_source
 from dmpctl.errors import InUse, NumericalError, UsageError
 from dmpctl.files import make_folder, read_tensors, sha256_of, sha256_of_json, write_json, writing
-from dmpctl.measuring.comparison import Comparison, Trial
 from dmpctl.measuring.paired_loss import loss_difference
+from dmpctl.metrics.frechet import paired_difference
 from dmpctl.models.backbone import load_backbone
 from dmpctl.models.patch_files import load_patch
 from dmpctl.models.patched import Patched
@@ -230,12 +230,9 @@ def measured(model: Patched, stage: Stage, side: Side, tuning: bool) -> tuple[Lo
     gap = LossGap(
         backbone=loss.backbone, model=loss.patched, difference=loss.difference, standard_error=loss.standard_error, bands=bands
     )
-    if tuning or stage.extractor is None:
+    if tuning or stage.extractor is None or side.features is None or side.reference is None:
         return gap, None
-    features = stage.sampled_features(model, stage.extractor)
-    found = Comparison.of(Trial(features), Trial(side.features), side.reference).distance
-    if found is None:
-        return gap, None
+    found = paired_difference(stage.sampled_features(model, stage.extractor), side.features, side.reference)
     return gap, Gap(backbone=found.b.value, model=found.a.value, difference=found.value, standard_error=found.standard_error)
 
 

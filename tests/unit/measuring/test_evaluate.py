@@ -197,6 +197,5 @@ def test_images_in_batches_are_all_the_images():
     source = Digits()
     assert torch.equal(torch.cat(list(images_of(source, batch=500))), source.images())
     assert [len(part) for part in images_of(source, 300)] == [256, 44]
-    assert [len(part) for part in features.in_parts(source.images(), 1000)] == [1000, 797]
     with pytest.raises(UsageError, match="there are no images"):
         features.extract(Pixels(1, 8), [])

@@ -10,7 +10,7 @@ from pydantic import JsonValue
 from dmpctl.errors import UsageError
 from dmpctl.measuring.features import FeatureStore, Kept, build_extractor, features_in, protocol_for
 from dmpctl.measuring.image_sets import ImageSet, open_images_of, run_images
-from dmpctl.measuring.reference import cached_features, features_wanted, find_reference
+from dmpctl.measuring.reference import cached_features, find_reference, needs_features
 from dmpctl.metrics.features.protocols import MetricProtocol
 from dmpctl.models.patch_files import outputs_of
 from dmpctl.processes.command import Command
@@ -21,7 +21,6 @@ from dmpctl.types import Extractor
 from dmpctl.words import differences
 
 BACKBONE = "backbone"  # as --versus: a run's own backbone without its patch
-UNSURE = "warning: nothing says that these two sets come from the same seeds; if they do not, their difference is less sure"
 
 
 @dataclass(frozen=True)
@@ -60,23 +59,11 @@ class Case:
         world = self.command.ranks.world
         if int(os.environ.get("LOCAL_WORLD_SIZE", world)) != world:
             raise UsageError("fid runs on one machine, with all of its GPUs", "leave --nnodes out")
-        real = features_wanted(self.real, self.extractor, self.protocol.name, self.options)
-        if real is not None:
-            cached_features(real, self.extractor, self.command)
+        if not isinstance(self.real, Path) and needs_features(self.real, self.extractor, self.protocol.name, self.options):
+            cached_features(self.real, self.extractor, self.command)
         self.features(self.images, self.options.wanted)
         if self.other is not None:
             self.features(self.other)
-
-    def warnings(self) -> list[str]:
-        """Sentences on the images of both sides."""
-        if isinstance(self.real, Path) or self.real.shape[1:] == self.images.shape[1:]:
-            return []
-        sides = ["x".join(map(str, found.shape[1:])) for found in (self.images, self.real)]
-        return [f"warning: the images are {sides[0]}, those of the reference {sides[1]}: each is resized from its own side"]
-
-    def pair_warnings(self) -> list[str]:
-        """A sentence where nothing says that the two sides of --versus have the same seeds."""
-        return [UNSURE] if self.other is not None and None in (self.images.seeds, self.other.seeds) else []
 
 
 def open_case(what: str, command: Command) -> Case:
@@ -91,8 +78,7 @@ def open_case(what: str, command: Command) -> Case:
         raise UsageError(f"nothing says what to compare {what} with", "add --reference digits or --reference DIR")
     real = find_reference(name, images.shape, command)
     protocol, extractor = protocol_for(options, images.shape), build_extractor(options, images.shape, command.device)
-    _refuse_small(images.count, extractor, options)
-    _refuse_others_metrics(images, extractor, options)
+    _refuse_unfit(images, extractor, options)
     clip = locate(options.clip, "clip", settings) if "clip-score" in options.wanted else None
     other = _versus(images, path, command)
     if other is not None:
@@ -112,15 +98,14 @@ def _versus(images: ImageSet, path: Path, command: Command) -> ImageSet | None:
     return replace(run_images(path, images.model.unpatched(), command), name=f"{images.name} without its patch")
 
 
-def _refuse_small(count: int, extractor: Extractor, options: Fid) -> None:
-    if count <= extractor.width and not options.allow_small:
+def _refuse_unfit(images: ImageSet, extractor: Extractor, options: Fid) -> None:
+    """UsageError where images are too few for the extractor, or metrics are not theirs."""
+    width = extractor.width
+    if images.count <= width and not options.allow_small:
         raise UsageError(
-            f"{count} images are too few for {extractor.width} features: the distance would be mostly bias",
-            f"compare more than {extractor.width} images, or add --allow-small",
+            f"{images.count} images are too few for {width} features: the distance would be mostly bias",
+            f"compare more than {width} images, or add --allow-small",
         )
-
-
-def _refuse_others_metrics(images: ImageSet, extractor: Extractor, options: Fid) -> None:
     if "clip-score" in options.wanted:
         if images.model is None or images.model.prompts is None:
             raise UsageError("clip-score is of a text-conditional run, whose captions are known", "leave it out of --metrics")

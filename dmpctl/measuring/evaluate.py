@@ -6,11 +6,11 @@ from pathlib import Path
 from dmpctl.errors import ThresholdError
 from dmpctl.measuring.case import Case, open_case
 from dmpctl.measuring.features import FeatureStore
-from dmpctl.measuring.record import Measurement, VersusRecord, history
+from dmpctl.measuring.record import Measurement, history
 from dmpctl.measuring.reference import Reference, open_reference
 from dmpctl.measuring.scores import estimate_of, noise_floor_of, scores_of
 from dmpctl.measuring.statistics_files import statistics_report
-from dmpctl.measuring.verdict import failures_of
+from dmpctl.measuring.verdict import distance_verdict, failures_of
 from dmpctl.metrics.frechet import FidEstimate, PairedDifference, paired_difference
 from dmpctl.metrics.statistics import SUFFIXES, is_statistics
 from dmpctl.processes.command import Command
@@ -18,6 +18,7 @@ from dmpctl.settings.model import Settings
 from dmpctl.types import Progress, Report
 from dmpctl.words import plus_minus
 
+UNSURE = "warning: nothing says that these two sets come from the same seeds; if they do not, their difference is less sure"
 FEW = 10_000  # images, below which a distance is mostly a statement about N
 
 
@@ -30,7 +31,9 @@ def fid(settings: Settings, what: str, progress: Progress) -> Report:
         return statistics_report(path, settings.fid)
     case = open_case(what, command)
     if settings.console.dry_run:
-        return _planned(case)
+        planned = {"n": case.images.count, "extractor": case.extractor.fingerprint, "protocol": case.protocol.name}
+        lines = (f"would compare {case.images.count} images", "dry run: nothing was written")
+        return Report({"dry_run": True, **planned}, (), lines)
     if command.ranks.world > 1:
         case.share_out()
         if not command.ranks.is_main:  # what is left is no collective
@@ -42,24 +45,18 @@ def fid(settings: Settings, what: str, progress: Progress) -> Report:
     scores = scores_of(case, estimate, features, reference)
     floor = noise_floor_of(reference, settings.sampling.sample_seed) if case.options.noise_floor else None
     gap = _difference(case, features, reference)
-    versus = VersusRecord.of(case.other.name, gap) if case.other and gap else None
     warnings = _warnings(case, estimate, features, reference)
     failed = failures_of(estimate, gap, case.options)
-    measurement = Measurement.of(case, reference, estimate, scores, floor, versus, warnings, failed)
-    rows = [score.row for score in (*scores, *([floor] if floor else []))]
-    rows += [_gap_row(versus)] if versus else []
-    lines = [*warnings, *([f"{versus.verdict}: {case.images.name} against {versus.what}"] if versus else [])]
+    found = Measurement(case, reference, estimate, scores, floor, gap, warnings, failed)
+    rows, lines = [score.row for score in (*scores, *([floor] if floor else []))], [*warnings]
+    if case.other is not None and gap is not None:
+        rows.append(_gap_row(case.other.name, gap))
+        lines.append(f"{distance_verdict(gap.value, gap.standard_error)}: {case.images.name} against {case.other.name}")
     if case.images.model is not None:
-        lines.append(f"recorded in {measurement.write(case)}")
+        lines.append(f"recorded in {found.write()}")
     else:
         features.remove()  # images without a run: their features would not be looked for again
-    return Report(measurement.to_json(), tuple(rows), (*lines, *failed), ThresholdError.exit_code if failed else 0)
-
-
-def _planned(case: Case) -> Report:
-    count, extractor = case.images.count, case.extractor.fingerprint
-    planned = {"dry_run": True, "n": count, "extractor": extractor, "protocol": case.protocol.name}
-    return Report(planned, (), (f"would compare {count} images", "dry run: nothing was written"))
+    return Report(found.to_json(), tuple(rows), (*lines, *failed), ThresholdError.exit_code if failed else 0)
 
 
 def _difference(case: Case, features: FeatureStore, reference: Reference) -> PairedDifference | None:
@@ -73,19 +70,22 @@ def _difference(case: Case, features: FeatureStore, reference: Reference) -> Pai
     return found
 
 
-def _gap_row(versus: VersusRecord) -> dict[str, str]:
+def _gap_row(other: str, gap: PairedDifference) -> dict[str, str]:
     return {
         "metric": "difference (paired)",
-        "value": f"{versus.value:+.4f}{plus_minus(versus.standard_error)}",
-        "debiased": "" if versus.p_value is None else f"p = {versus.p_value:.2g}",
-        "reference": f"from {versus.what}",
+        "value": f"{gap.value:+.4f}{plus_minus(gap.standard_error)}",
+        "debiased": "" if gap.p_value is None else f"p = {gap.p_value:.2g}",
+        "reference": f"from {other}",
     }
 
 
 def _warnings(case: Case, estimate: FidEstimate, features: FeatureStore, reference: Reference) -> list[str]:
     """Sentences on the images, the reference, and how far the distance can be trusted."""
-    lines = [*case.images.warnings, *reference.warnings, *case.warnings()]
-    usual, extractor = case.protocol.images, case.extractor
+    usual, extractor, images, other = case.protocol.images, case.extractor, case.images, case.other
+    lines = [*images.warnings, *reference.warnings]
+    if not isinstance(case.real, Path) and case.real.shape[1:] != images.shape[1:]:
+        ours, theirs = ("x".join(map(str, side.shape[1:])) for side in (images, case.real))
+        lines.append(f"warning: the images are {ours}, those of the reference {theirs}: each is resized from its own side")
     if usual is not None and estimate.n != usual:
         few = ", and fewer images give a larger distance" if estimate.n < usual else ""
         lines.append(f"warning: {estimate.n} images; published numbers use {usual}{few}")
@@ -97,4 +97,4 @@ def _warnings(case: Case, estimate: FidEstimate, features: FeatureStore, referen
         lines.append("warning: these weights are not pinned by a published hash; compare with the same file's numbers only")
     if features.duplicates:
         lines.append(f"warning: {features.duplicates} of {features.count} images are copies of another one")
-    return [*lines, *case.pair_warnings()]
+    return lines if other is None or None not in (images.seeds, other.seeds) else [*lines, UNSURE]

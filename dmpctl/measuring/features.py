@@ -184,21 +184,16 @@ def build_extractor(options: Fid, shape: tuple[int, int, int], device: torch.dev
         case "pixels":
             return Pixels(shape[0], shape[1])
         case "inception":
-            return Inception(weights or _inception(), weights is None, device, protocol.preprocessing or "adm")
+            path = weights or cached("inception")  # its hash is checked where it is read
+            if path is None:
+                raise MissingError(
+                    "the Inception extractor needs its weights, weights-inception-2015-12-05-6726825d.pth",
+                    "fetch them with dmpctl download inception, add --extractor-weights FILE, or measure with --extractor pixels",
+                )
+            return Inception(path, weights is None, device, protocol.preprocessing or "adm")
         case "dinov2":
             return TimmFeatures(DINOV2, weights or require("dinov2"), device)
         case name if weights is None:
             raise MissingError(f"{name} needs its weights", "add --extractor-weights FILE, in timm's layout")
         case name:
             return TimmFeatures(name.removeprefix("timm:"), weights, device)
-
-
-def _inception() -> Path:
-    """Inception's weights in the cache; its hash is checked where they are read."""
-    path = cached("inception")
-    if path is None:
-        raise MissingError(
-            "the Inception extractor needs its weights, weights-inception-2015-12-05-6726825d.pth",
-            "fetch them with dmpctl download inception, add --extractor-weights FILE, or measure with --extractor pixels",
-        )
-    return path

@@ -2,23 +2,22 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, JsonValue
+from pydantic import JsonValue
 
 from dmpctl.errors import MissingError
 from dmpctl.files import make_folder, read_json, sha256_of_json, write_json
 from dmpctl.measuring.case import Case
-from dmpctl.measuring.reference import Reference, ReferenceRecord
+from dmpctl.measuring.reference import Reference
 from dmpctl.measuring.scores import Score
 from dmpctl.measuring.verdict import distance_verdict
 from dmpctl.metrics.frechet import FidEstimate, PairedDifference
 from dmpctl.models.codec import codec_record
 from dmpctl.models.patch_files import outputs_of
-from dmpctl.models.patched import Patched
 from dmpctl.runs.rundir import version_of
 from dmpctl.sampling.generate import prompts_record
 from dmpctl.types import Report
@@ -29,142 +28,82 @@ PROTOCOL = ("protocol", "reference", "images", "sampling", "codec", "prompts")  
 JsonObject = dict[str, JsonValue]
 
 
-class ProtocolRecord(BaseModel, frozen=True):
-    """How images become a number. `published_images`: how many published numbers use, None: as many as there are."""
+@dataclass(frozen=True)
+class Measurement:
+    """What was found of a case. `gap`: the paired difference from --versus; it and `floor` None: not asked for."""
 
-    name: str
-    extractor: str
-    shape: tuple[int, int, int]
-    published_images: int | None
-    inception_score_split_size: int | None
-
-
-class ModelRecord(BaseModel, frozen=True):
-    """The model whose images were measured; None: no patch."""
-
-    step: int
-    weights: str | None
-    patch_sha256: str | None
-    backbone_sha256: str
-
-
-class VersusRecord(BaseModel, frozen=True):
-    """The paired difference from `what`, whose own distance is `distance`; negative: the measured images are closer."""
-
-    what: str
-    distance: FidEstimate
-    value: float
-    standard_error: float | None
-    z: float | None
-    p_value: float | None
-    n: int
-    n_reference: int | None
-    verdict: str
-
-    @classmethod
-    def of(cls, what: str, gap: PairedDifference) -> "VersusRecord":
-        """The record of a difference, with its verdict in words."""
-        words = distance_verdict(gap.value, gap.standard_error)
-        return cls(what=what, distance=gap.b, verdict=words, **{k: v for k, v in asdict(gap).items() if k not in ("a", "b")})
-
-
-class Measurement(BaseModel, frozen=True):
-    """One measurement; keys that were not set are absent in its file. `value` to `debiased` are the distance's."""
-
-    metric: str
-    value: float
-    standard_error: float | None
-    n: int
-    n_reference: int | None
-    debiased: float | None
-    metrics: dict[str, JsonObject]
-    schema_version: int
-    protocol: ProtocolRecord
-    reference: ReferenceRecord
-    images: JsonObject
-    sampling: JsonObject | None
-    codec: JsonObject | None
-    prompts: JsonObject = {}
-    text: JsonObject | None = None
-    patch: ModelRecord | None
-    arithmetic: JsonObject
-    versions: JsonObject
-    noise_floor: JsonObject = {}
-    versus: VersusRecord | None = None
-    warnings: list[str]
-    failed: list[str]
-
-    @classmethod
-    def of(
-        cls,
-        case: Case,
-        reference: Reference,
-        estimate: FidEstimate,
-        scores: Sequence[Score],
-        floor: Score | None,
-        versus: VersusRecord | None,
-        warnings: list[str],
-        failed: list[str],
-    ) -> "Measurement":
-        """The record of what was found, with all that fixes it."""
-        model, images = case.images.model, case.images
-        sampling = case.command.settings.sampling.model_dump(mode="json", exclude={"sample_batch"})
-        optional = prompts_record(model) if model else {}
-        optional |= {} if floor is None else {"noise_floor": floor.figures}
-        optional |= {} if versus is None else {"versus": versus}
-        return cls(
-            metric=scores[0].name,
-            **asdict(estimate),
-            metrics={score.name: dict(score.figures) for score in scores},
-            schema_version=SCHEMA_VERSION,
-            protocol=ProtocolRecord(
-                name=case.protocol.name,
-                extractor=case.extractor.fingerprint,
-                shape=images.shape,
-                published_images=case.protocol.images,
-                inception_score_split_size=case.protocol.split_size,
-            ),
-            reference=reference.record,
-            images={"what": images.name, "n": images.count, **({} if model else {"identity": dict(images.identity)})},
-            sampling=sampling if model else None,
-            codec=codec_record(model.codec).to_json() if model else None,
-            patch=model_record(model) if model else None,
-            arithmetic={"features": "float32", "moments": "float64", "tf32": False, "device": str(case.command.device)},
-            versions={name: version_of(name) for name in ("dmpctl", "torch", "torch-fidelity", "timm")},
-            warnings=warnings,
-            failed=failed,
-            **optional,
-        )
+    case: Case
+    reference: Reference
+    estimate: FidEstimate
+    scores: Sequence[Score]
+    floor: Score | None
+    gap: PairedDifference | None
+    warnings: Sequence[str]
+    failed: Sequence[str]
 
     def to_json(self) -> JsonObject:
-        """The keys that its file has, in order."""
-        return self.model_dump(mode="json", exclude_unset=True)
+        """Returns the keys that its file has, in order: the numbers, and all that fixes them."""
+        case, images, model, gap = self.case, self.case.images, self.case.images.model, self.gap
+        made: JsonObject = {"sampling": None, "codec": None, "patch": None}  # images without a model
+        if model is not None:
+            made = {
+                "sampling": case.command.settings.sampling.model_dump(mode="json", exclude={"sample_batch"}),
+                "codec": codec_record(model.codec).to_json(),
+                **prompts_record(model),
+                "patch": {
+                    "step": model.step,
+                    "weights": model.weights,
+                    "patch_sha256": model.patch_sha256,
+                    "backbone_sha256": model.backbone.digest,
+                },
+            }
+        versus: JsonObject = {}
+        if case.other is not None and gap is not None:
+            difference = {key: value for key, value in asdict(gap).items() if key not in ("a", "b")}
+            versus = {
+                "what": case.other.name,
+                "distance": asdict(gap.b),
+                **difference,
+                "verdict": distance_verdict(gap.value, gap.standard_error),
+            }
+        return {
+            "metric": self.scores[0].name,
+            **asdict(self.estimate),
+            "metrics": {score.name: dict(score.figures) for score in self.scores},
+            "schema_version": SCHEMA_VERSION,
+            "protocol": {
+                "name": case.protocol.name,
+                "extractor": case.extractor.fingerprint,
+                "shape": list(images.shape),
+                "published_images": case.protocol.images,  # None: as many as there are
+                "inception_score_split_size": case.protocol.split_size,
+            },
+            "reference": self.reference.record.to_json(),
+            "images": {"what": images.name, "n": images.count, **({} if model else {"identity": dict(images.identity)})},
+            **made,
+            "arithmetic": {"features": "float32", "moments": "float64", "tf32": False, "device": str(case.command.device)},
+            "versions": {name: version_of(name) for name in ("dmpctl", "torch", "torch-fidelity", "timm")},
+            **({} if self.floor is None else {"noise_floor": dict(self.floor.figures)}),
+            **({"versus": versus} if versus else {}),
+            "warnings": list(self.warnings),
+            "failed": list(self.failed),
+        }
 
-    def write(self, case: Case) -> Path:
-        """Writes it into the run that was measured, with the time; replaces what was measured there in the same way."""
-        path = self.file(case)
-        make_folder(path.parent)
-        write_json(path, {**self.to_json(), "measured": datetime.now(UTC).isoformat(timespec="milliseconds")})
-        return path
+    def write(self) -> Path:
+        """Writes it into the run that was measured, with the time; replaces what was measured there in the same way.
 
-    def file(self, case: Case) -> Path:
-        """Its file in the run: named by what people look for, and a digest of all the rest.
-
-        The digest covers what was asked for, so that a plain measurement does not take the place of one with more metrics.
+        Its file is named by what people look for, and a digest of all the rest: of what was asked for too, so that a plain
+        measurement does not take the place of one with more metrics.
         """
-        settings, found = case.command.settings, self.to_json()
+        case, settings, found = self.case, self.case.command.settings, self.to_json()
         asked = settings.fid.model_dump(mode="json", include={"metrics", "noise_floor", "versus", "fail_unless_better_than"})
         digest = sha256_of_json({"asked": asked, **{key: found.get(key) for key in (*PROTOCOL, "patch")}})[:8]
-        sampling, step = settings.sampling, 0 if self.patch is None else self.patch.step
+        sampling, step = settings.sampling, 0 if case.images.model is None else case.images.model.step
         made = f"{step:07d}-{sampling.sampler}-{sampling.steps}-cfg{sampling.cfg:g}-seed{sampling.sample_seed}"
-        return outputs_of(case.path) / "metrics" / f"{self.metric}-{made}-{digest}.json"
-
-
-def model_record(model: Patched) -> ModelRecord:
-    """The record of a model whose images are measured."""
-    return ModelRecord(
-        step=model.step, weights=model.weights, patch_sha256=model.patch_sha256, backbone_sha256=model.backbone.digest
-    )
+        folder = make_folder(outputs_of(case.path) / "metrics")
+        path = folder / f"{self.scores[0].name}-{made}-{digest}.json"
+        write_json(path, {**found, "measured": datetime.now(UTC).isoformat(timespec="milliseconds")})
+        return path
 
 
 def sampling_words(values: Mapping[str, Any] | None) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from pydantic import BaseModel, JsonValue
+from pydantic import JsonValue
 from torch import Tensor, split
 
 from dmpctl.data.source import open_source
@@ -19,6 +19,7 @@ from dmpctl.metrics.moments import BLOCK, features_to_moments
 from dmpctl.metrics.npz import names_of
 from dmpctl.metrics.statistics import SUFFIXES, disagreements, read_statistics, write_statistics
 from dmpctl.processes.command import Command
+from dmpctl.runs.records import Record
 from dmpctl.settings.measuring import Fid
 from dmpctl.settings.sections import Data
 from dmpctl.store.cache import cache_dir, working_on
@@ -28,7 +29,7 @@ SCHEMA_VERSION = 1
 VECTORS = {"pr", "dc", "kid"}  # metrics that need the features themselves
 
 
-class ReferenceRecord(BaseModel, frozen=True):
+class ReferenceRecord(Record):
     """A reference as a measurement records it: a file by its `sha256`, images by the `fingerprint` of their source.
 
     `kind`: "images", or whose file it is; `n` None: the file does not say. `source`: the images behind a file of ours.
@@ -122,12 +123,10 @@ def _from_file(path: Path, shape: tuple[int, int, int], extractor: Extractor, pr
     return Reference(Factor.of(found.features), spatial, cache(vectors), record, () if found.kind == "dmpctl" else (unsaid,))
 
 
-def features_wanted(found: Path | ImageSet, extractor: Extractor, protocol: str, options: Fid) -> ImageSet | None:
-    """The images whose features `open_reference` will need, None where their statistics in the cache are enough."""
-    if isinstance(found, Path):
-        return None
-    _, path = _kept_as(found, extractor, protocol, "sfid" in options.wanted)
-    return found if not path.is_file() or _needs_vectors(options) else None
+def needs_features(images: ImageSet, extractor: Extractor, protocol: str, options: Fid) -> bool:
+    """Whether `open_reference` will need the features of these images; else their statistics in the cache are enough."""
+    _, path = _kept_as(images, extractor, protocol, "sfid" in options.wanted)
+    return not path.is_file() or _needs_vectors(options)
 
 
 def cached_features(images: ImageSet, extractor: Extractor, command: Command) -> FeatureStore:

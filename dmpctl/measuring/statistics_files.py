@@ -25,7 +25,10 @@ def statistics_report(path: Path, options: Fid) -> Report:
     if options.versus or options.fail_unless_better_than or set(options.wanted) - {"fid", "sfid"}:
         raise UsageError(f"{path} has statistics alone: they give fid and sfid, and no difference", "name the images themselves")
     reference = read_statistics(other, found.features.width)
-    _refuse_other(found, reference)
+    other_ways = [f"{key}: {one} and {two}" for key, one, two in disagreements(found.made, reference.made)]
+    if other_ways:
+        ways = "; ".join(other_ways)
+        raise UsageError(f"{path} and {other} were made in different ways ({ways})", "make both with one --protocol")
     value = moments_to_fid(found.features, reference.features)
     number = "" if found.count is None else short(found.count)
     metrics = {f"fid{number}": {"value": value}}
@@ -53,10 +56,3 @@ def statistics_report(path: Path, options: Fid) -> Report:
 
 def _said(found: Statistics) -> dict[str, Any]:
     return {"what": str(found.path), "sha256": sha256_of(found.path), "kind": found.kind, "n": found.count, **found.about}
-
-
-def _refuse_other(one: Statistics, two: Statistics) -> None:
-    other = [f"{key}: {first} and {second}" for key, first, second in disagreements(one.made, two.made)]
-    if other:
-        ways = "; ".join(other)
-        raise UsageError(f"{one.path} and {two.path} were made in different ways ({ways})", "make both with one --protocol")

@@ -32,8 +32,8 @@ def fid(settings: Settings, what: str, progress: Progress) -> Report:
     case = open_case(what, command)
     if settings.console.dry_run:
         planned = {"n": case.images.count, "extractor": case.extractor.fingerprint, "protocol": case.protocol.name}
-        lines = (f"would compare {case.images.count} images", "dry run: nothing was written")
-        return Report({"dry_run": True, **planned}, (), lines)
+        would = f"would compare {case.images.count} images"
+        return Report({"dry_run": True, **planned}, (), (would, "dry run: nothing was written"))
     if command.ranks.world > 1:
         case.share_out()
         if not command.ranks.is_main:  # what is left is no collective

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, runtime_checkable
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Generator, Tensor, nn
 
 Prediction = Literal["epsilon", "velocity"]
 ScheduleKind = Literal["linear", "cosine", "scaled-linear", "flow"]
@@ -241,6 +241,15 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def item(self, index: int) -> tuple[Tensor, int]: ...
+
+
+@runtime_checkable
+class Ordered(Protocol):
+    """A source that is read best in an order of its own, such as one that is fetched part by part."""
+
+    def order(self, generator: Generator) -> Tensor:
+        """Returns the order of one epoch, int64 [n]: each index once."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ NULL = ""  # the null caption, for guidance; cached behind all others
 class CaptionNumbers:
     """Numbers of the captions that images have in each epoch, counted image by image, `counts[i]` of image i.
 
-    A function of (seed, epoch, image), as `captions.caption_of` is; the null caption's number where there is none.
+    A function of (seed, epoch, image), as `captions.drawn` is; the null caption's number where there is none.
     """
 
     def __init__(self, counts: Sequence[int], seed: int) -> None:
@@ -79,8 +79,3 @@ class ConditionCache:
     def gather(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """States float16 [B, T, D] and mask bool [B, T] of captions int64 [B]."""
         return self._states.gather(indices), self._masks.gather(indices)
-
-    def null(self) -> tuple[Tensor, Tensor]:
-        """States [T, D] and mask [T] of the null caption."""
-        states, mask = self.gather(torch.tensor([len(self)]))
-        return states[0], mask[0]

@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dmpctl.batches.loader import Ordered, permutation
 from dmpctl.batches.shards import Rows, Scalar, Shards, per_shard_of
 from dmpctl.errors import UsageError
-from dmpctl.types import Codec, Moments, Source
+from dmpctl.types import Codec, Moments, Ordered, Source
 
 CROP = "adm-center"  # how images.transforms makes images square
 KIND = "latents"
@@ -89,7 +88,9 @@ class LatentCache:
 
     def order(self, generator: torch.Generator) -> Tensor:
         """The order of one epoch, int64 [n]."""
-        return permutation(len(self), generator) if self._order_of is None else self._order_of.order(generator)
+        if self._order_of is None:
+            return torch.randperm(len(self), generator=generator)
+        return self._order_of.order(generator)
 
     def gather(self, indices: Tensor, mirrored: Tensor) -> Tensor:
         """Moments [B, 2C, h, w] of images int64 [B], mirrored where bool [B] says so; UsageError if mirrors are not kept."""

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dmpctl.batches.caption_states import CaptionNumbers
+from dmpctl.batches.latents import LatentCache
 from dmpctl.errors import DmpError, UsageError
 from dmpctl.rng import seed_of
-from dmpctl.types import Source
+from dmpctl.types import Ordered, Source
 
 Batch = tuple[Tensor, Tensor]  # images, or moments; labels, or numbers of captions
 Place = tuple[int, int]  # (epoch, index): which image, in which pass over the data
@@ -28,28 +29,6 @@ class Held(Protocol):
 
     def labels(self) -> Tensor:
         """int64 [N]."""
-        ...
-
-
-@runtime_checkable
-class Encoded(Protocol):
-    """A source whose items are moments, [2C, h, w]: an image's and its mirror's are two, not one to be flipped."""
-
-    def gather(self, indices: Tensor, mirrored: Tensor) -> Tensor:
-        """[B, 2C, h, w] of images int64 [B], of their mirrors where bool [B] says so."""
-        ...
-
-    def labels(self) -> Tensor:
-        """int64 [N]."""
-        ...
-
-
-@runtime_checkable
-class Ordered(Protocol):
-    """A source that is read best in an order of its own, such as one that is fetched part by part."""
-
-    def order(self, generator: torch.Generator) -> Tensor:
-        """The order of one epoch, int64 [n]: each index once."""
         ...
 
 
@@ -128,8 +107,8 @@ class StepBatches(Sampler[list[Place]]):
 class TrainingItems(Dataset[Batch | DmpError]):
     """Images as training takes them, by (epoch, index).
 
-    With `hflip` an image is mirrored in half of the epochs: a function of (seed, epoch, index). Of a source that is
-    `Encoded` there are moments, floating [2C, h, w], in place of images. `numbers`: of captions, given in place of labels;
+    With `hflip` an image is mirrored in half of the epochs: a function of (seed, epoch, index). Of a `LatentCache`
+    there are moments, floating [2C, h, w], in place of images. `numbers`: of captions, given in place of labels;
     None: labels.
     """
 
@@ -147,23 +126,19 @@ class TrainingItems(Dataset[Batch | DmpError]):
     def at(self, places: Sequence[Place]) -> Batch:
         """Images uint8 [B, C, S, S] and labels int64 [B]; one gather if the source is held in memory."""
         epochs, indices = torch.tensor(places).unbind(1)
-        images, labels = self._items(epochs, indices)
-        return images, labels if self._numbers is None else self._numbers.at(epochs, indices)
-
-    def _items(self, epochs: Tensor, indices: Tensor) -> Batch:
-        if isinstance(self.source, Encoded):
-            mirrored = self._mirrored.at(epochs, indices) if self.hflip else torch.zeros(len(indices), dtype=torch.bool)
-            return self.source.gather(indices, mirrored), self.source.labels()[indices]
-        images, labels = self._gather(indices)
+        source, mirrored = self.source, torch.zeros(len(indices), dtype=torch.bool)
         if self.hflip:
-            images = torch.where(self._mirrored.at(epochs, indices).view(-1, 1, 1, 1), images.flip(-1), images)
-        return images, labels
-
-    def _gather(self, indices: Tensor) -> Batch:
-        if isinstance(self.source, Held) and (held := self.source.images()) is not None:
-            return held[indices], self.source.labels()[indices]
-        items = [self.source.item(index) for index in indices.tolist()]
-        return torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
+            mirrored = self._mirrored.at(epochs, indices)
+        if isinstance(source, LatentCache):
+            images, labels = source.gather(indices, mirrored), source.labels()[indices]
+        elif isinstance(source, Held) and (held := source.images()) is not None:
+            images, labels = held[indices], source.labels()[indices]
+        else:
+            items = [source.item(index) for index in indices.tolist()]
+            images, labels = torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
+        if self.hflip and not isinstance(source, LatentCache):
+            images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
+        return images, labels if self._numbers is None else self._numbers.at(epochs, indices)
 
 
 def as_fetched(batch: Any) -> Any:
@@ -181,7 +156,7 @@ def batches(
 ) -> Generator[Batch, None, None]:
     """Images uint8 [B, C, S, S] and labels int64 [B] of this rank, in `order`, without end.
 
-    Of a source that is `Encoded`: moments [B, 2C, h, w] in place of images; `numbers` as in `TrainingItems`. `close()` ends the
+    Of a `LatentCache`: moments [B, 2C, h, w] in place of images; `numbers` as in `TrainingItems`. `close()` ends the
     loader processes. Nothing is drawn from torch's global generator. Raises in its turn what an item raises.
     """
     items = TrainingItems(source, hflip, order.seed, numbers)

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dmpctl.errors import IntegrityError, MissingError, UsageError
-from dmpctl.files import locked, make_folder, read_json, sha256_of, sha256_of_json, write_json, write_tensors, writing
+from dmpctl.files import locked, read_json, sha256_of, sha256_of_json, write_json, write_tensors, writing
 
 SCHEMA_VERSION = 1
 MOST_ITEMS, MOST_BYTES = 4096, 2**26  # of one shard: as much as an interruption can cost, and as is held in memory
@@ -44,19 +44,14 @@ Scalar = str | int | float | bool
 class Shards:
     """`count` items of one key, `per_shard` in each file but the last. `about` is for people, and no part of the key.
 
-    Several processes may write disjoint shards at once (see `Claims`). Nothing is made on disk before `make`.
+    Several processes may write disjoint shards at once (see `Claims`). The folder is made by who fills it.
     """
 
     def __init__(
         self, root: Path, kind: str, key: Mapping[str, Scalar], count: int, per_shard: int, about: Mapping[str, Scalar]
     ) -> None:
-        self.key: dict[str, Scalar] = {
-            "schema_version": SCHEMA_VERSION,
-            "kind": kind,
-            **key,
-            "count": count,
-            "per_shard": per_shard,
-        }
+        self.key: dict[str, Scalar] = {"schema_version": SCHEMA_VERSION, "kind": kind, **key}
+        self.key |= {"count": count, "per_shard": per_shard}
         self.digest = sha256_of_json(self.key)
         self.folder = root / kind / self.digest
         self.count, self.per_shard, self.about = count, per_shard, dict(about)
@@ -70,10 +65,6 @@ class Shards:
 
     def path(self, shard: int) -> Path:
         return self.folder / f"shard-{shard:05d}.safetensors"
-
-    def make(self) -> None:
-        """Make the folder; UsageError where it cannot be made."""
-        make_folder(self.folder)
 
     def finished(self, verify: bool = False) -> set[int]:
         """The shards that are there and whole; `verify`: hash every one of them. What is damaged is forgotten.

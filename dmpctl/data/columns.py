@@ -83,14 +83,6 @@ def choose(features: "Features", wanted: Columns, shown: str) -> Chosen:
     return Chosen(image, label, caption, tuple(features[label].names) if label in classes else None)
 
 
-def image_bytes(cell: "pa.Scalar[Any]") -> "pa.Buffer":
-    """Returns the encoded image in a cell, not copied: bytes, or a struct {bytes, path}, whose path is never followed."""
-    value: Any = cell["bytes"] if hasattr(cell, "keys") and cell.is_valid else cell
-    if not value.is_valid:
-        raise ValueError("no image in this row")
-    return value.as_buffer()
-
-
 def captions_in(value: object) -> tuple[str, ...]:
     """Returns the captions in a cell: one text, or a list of them."""
     texts = value if isinstance(value, list) else [value]

@@ -9,7 +9,7 @@ from glob import escape
 from pathlib import Path
 
 from dmpctl.data.columns import UNNAMED, Columns
-from dmpctl.data.parquet import TableReader, explained, prepared, quiet, split_of
+from dmpctl.data.parquet import TableReader, built, explained, prepared, quiet, split_of
 from dmpctl.data.stream import StreamReader
 from dmpctl.errors import DmpError, MissingError, UsageError
 from dmpctl.store.addresses import HUB
@@ -30,8 +30,9 @@ def hub_rows(wanted: HubRows, columns: Columns = UNNAMED) -> TableReader:
     """
     folder, at, files = wanted.folder or snapshot(wanted), wanted.at, wanted.how.files
     data_files = {at.split or "train": files} if files else None
-    rows, _, taken = prepared(folder, wanted.shown, at.split, at.config, data_files)
-    return TableReader(rows, wanted.name, wanted.shown, merged(columns, wanted.how), f"{at.repo}@{folder.name}:{taken}")
+    builder, split, _ = built(folder, wanted.shown, at.split, at.config, data_files)
+    rows, origin = prepared(builder, split, wanted.shown), f"{at.repo}@{folder.name}:{builder.config.name}/{split}"
+    return TableReader(rows, wanted.name, wanted.shown, merged(columns, wanted.how), origin)
 
 
 def stream_hub(wanted: HubRows, columns: Columns = UNNAMED) -> StreamReader:

@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from dmpctl.data.columns import NO_LABEL, UNNAMED, Chosen, Columns, captions_in, choose, image_bytes, labels_in, stamps
+from dmpctl.data.columns import NO_LABEL, UNNAMED, Chosen, Columns, captions_in, choose, labels_in, stamps
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.files import FULL
 from dmpctl.images.reader import Reader
@@ -46,7 +46,11 @@ class RowsReader(Reader):
     def open(self, index: int) -> IO[bytes]:
         import pyarrow as pa
 
-        return cast(IO[bytes], pa.BufferReader(image_bytes(self.cell(self._chosen.image, index))))
+        cell: Any = self.cell(self._chosen.image, index)  # bytes, or a struct {bytes, path}, whose path is never followed
+        value = cell["bytes"] if hasattr(cell, "keys") and cell.is_valid else cell
+        if not value.is_valid:
+            raise ValueError("no image in this row")
+        return cast(IO[bytes], pa.BufferReader(value.as_buffer()))  # not copied
 
     def captions(self, index: int) -> tuple[str, ...]:
         return captions_in(self.cell(self._chosen.caption, index).as_py()) if self._chosen.caption else ()
@@ -102,21 +106,16 @@ def parquet_rows(path: Path, columns: Columns = UNNAMED, split: str | None = Non
     column or split.
     """
     shown = printable(str(path))
-    rows, files, _ = prepared(path, shown, split)
-    return TableReader(rows, printable(path.stem if path.is_file() else path.name), shown, columns, files=files)
+    builder, taken, files = built(path, shown, split)
+    name = printable(path.stem if path.is_file() else path.name)
+    return TableReader(prepared(builder, taken, shown), name, shown, columns, files=files)
 
 
-def prepared(
-    path: Path, shown: str, split: str | None, config: str | None = None, data_files: Mapping[str, str] | None = None
-) -> tuple["Dataset", list[Path], str]:
-    """Returns the rows of a parquet file, or of one split of a folder in the Hub's layout; their files; the split's full name.
-
-    The first time, `datasets` writes the rows into its cache as Arrow.
-    """
+def prepared(builder: Any, split: str, shown: str) -> "Dataset":
+    """Returns the rows of a split of what was `built`. The first time, `datasets` writes them into its cache as Arrow."""
     with explained(shown):
-        builder, taken, files = built(path, shown, split, config, data_files)
         builder.download_and_prepare()
-        return cast("Dataset", builder.as_dataset(split=taken)), files, f"{builder.config.name}/{taken}"
+        return cast("Dataset", builder.as_dataset(split=split))
 
 
 def built(

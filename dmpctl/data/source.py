@@ -48,13 +48,14 @@ def open_source(section: Data, size: int | None, channels: int | None, settings:
 
 
 def _reader(found: CocoFiles | HubRows | Path, section: Data) -> Reader:
+    columns = Columns(section.image_column, section.label_column, section.caption_column)
     match found:
         case CocoFiles(images, captions, split):
             return CocoReader(images, captions, split)
         case HubRows():
-            return (stream_hub if section.streaming else hub_rows)(found, columns_of(section))
+            return (stream_hub if section.streaming else hub_rows)(found, columns)
         case Path():
-            return _local(found, section)
+            return _local(found, columns, section.streaming)
         case _:
             assert_never(found)
 
@@ -73,19 +74,14 @@ def kind_of(folder: Path) -> str:
     return "images"
 
 
-def columns_of(section: Data) -> Columns:
-    """The columns that were asked for."""
-    return Columns(section.image_column, section.label_column, section.caption_column)
-
-
-def _local(path: Path, section: Data) -> Reader:
+def _local(path: Path, columns: Columns, streaming: bool) -> Reader:
     captions = captions_file(path)
     if captions is not None:
         split = captions.stem.removeprefix("captions_")
         return CocoReader(path / split, captions, split)
     kind = KINDS.get(path.suffix.lower()) if path.is_file() else kind_of(path)
     if kind == "parquet":
-        return (stream_files if section.streaming else parquet_rows)(path, columns_of(section))
-    if section.streaming:
+        return (stream_files if streaming else parquet_rows)(path, columns)
+    if streaming:
         raise UsageError(f"{printable(str(path))} is read where it lies already", "leave --streaming out")
-    return TarReader(path, columns_of(section)) if kind == "tar" else FolderReader(path)
+    return TarReader(path, columns) if kind == "tar" else FolderReader(path)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 WINDOW = 1 << 28  # bytes within which rows are shuffled; twice as much is held
+LOCK = threading.Lock()  # around what is held
 PROBED = 64  # rows whose headers are read at the start
 
 
@@ -79,18 +80,10 @@ class StreamReader(RowsReader):
                 raise UsageError(f"the labels of {shown} have no names, and streaming cannot count them", "leave --streaming out")
             chosen = replace(chosen, label=None)
         super().__init__(name, shown, chosen, origin, [Path(url) for url in urls])
-        self._forget()
-
-    def _forget(self) -> None:
         self._held: OrderedDict[int, pa.Table] = OrderedDict()
-        self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, object]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_held", "_lock")}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state)
-        self._forget()
+        return self.__dict__ | {"_held": OrderedDict()}  # a process that it is sent to fetches what it uses
 
     def __len__(self) -> int:
         return self._groups[-1].first + self._groups[-1].rows if self._groups else 0
@@ -133,7 +126,7 @@ class StreamReader(RowsReader):
 
     def _group(self, number: int) -> "pa.Table":
         """One row group; those used last are held, up to twice the window."""
-        with self._lock:
+        with LOCK:
             if number not in self._held:
                 self._held[number] = self._fetched(self._groups[number])
             self._held.move_to_end(number)

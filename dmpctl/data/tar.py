@@ -191,7 +191,13 @@ class TarReader(Reader):
         if not any(sample.image or sample.wrong for sample in self._samples):
             raise UsageError(f"no images in {self.shown}: looked for {', '.join(EXTENSIONS)}", "check --data")
         for sample in self._samples:
-            self._read_label(sample)
+            value = sample.said(columns.label or "cls", (columns.label,) if columns.label else (*LABELS, "cls"))
+            if value is None or sample.wrong:
+                continue
+            if str(value).isdecimal():
+                sample.label = int(str(value))
+            else:
+                sample.wrong = f"its label is {printable(str(value)[:40])!r}, not a number"
         self._num_classes = max(sample.label for sample in self._samples) + 1
 
     def __len__(self) -> int:
@@ -244,13 +250,3 @@ class TarReader(Reader):
                 sample.wrong = "no image among its members"
             sample.parts = {name: part for name, part in sample.parts.items() if name in wanted or name == sample.image}
         return list(samples.values())
-
-    def _read_label(self, sample: Sample) -> None:
-        named = self._columns.label
-        value = sample.said(named or "cls", (named,) if named else (*LABELS, "cls"))
-        if value is None or sample.wrong:
-            return
-        if str(value).isdecimal():
-            sample.label = int(str(value))
-        else:
-            sample.wrong = f"its label is {printable(str(value)[:40])!r}, not a number"

@@ -1,6 +1,5 @@
 """Captions: several to an image, one of them drawn for each epoch."""
 
-from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from dmpctl.rng import seed_of
@@ -18,8 +17,3 @@ class Captioned(Protocol):
 def drawn(count: int, seed: int, epoch: int, index: int) -> int:
     """Which of its `count` captions image `index` has in one epoch: a function of (seed, epoch, index)."""
     return seed_of(seed, "caption", epoch, index) % count
-
-
-def caption_of(captions: Sequence[str], seed: int, epoch: int, index: int) -> str:
-    """The caption that image `index` has in one epoch: a function of (seed, epoch, index); "" where there is none."""
-    return captions[drawn(len(captions), seed, epoch, index)] if captions else ""

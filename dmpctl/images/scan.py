@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import TypeVar
 
 from PIL import Image, UnidentifiedImageError
 
 from dmpctl.errors import UsageError
-from dmpctl.images.transforms import is_grey
+from dmpctl.images.transforms import GREY_MODES
 from dmpctl.words import printable
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -95,17 +95,11 @@ def _image_file(item: "os.DirEntry[str]", name: str, top: str) -> ImageFile:
     return ImageFile(name, status.st_size, status.st_mtime_ns, None if status.st_size else "empty")
 
 
-def read_header(file: IO[bytes]) -> Header:
-    """Size and kind of one image, without decoding it. Raises one of BROKEN."""
-    with Image.open(file, formats=FORMATS) as image:
-        return header_of(image)
-
-
 def header_of(image: Image.Image) -> Header:
     """Size and kind of an image that was opened; ValueError if it is too large to be decoded safely."""
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"more than {MAX_PIXELS} pixels")
-    return Header(image.width, image.height, is_grey(image))
+    return Header(image.width, image.height, image.mode in GREY_MODES)
 
 
 def attempt(function: Callable[[A], T], items: Sequence[A]) -> list[T | str]:

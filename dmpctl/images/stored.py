@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dmpctl.errors import IntegrityError, UsageError
 from dmpctl.images.reader import Reader
-from dmpctl.images.scan import BROKEN, FORMATS, Header, attempt, header_of, read_header, reason_of
+from dmpctl.images.scan import BROKEN, FORMATS, Header, attempt, header_of, reason_of
 from dmpctl.images.transforms import to_square
 from dmpctl.types import Source
 
@@ -49,19 +49,20 @@ class StoredImages:
         on_bad: OnBad = "fail",
         most_held: int = HELD_ITEMS,
     ) -> None:
-        self.name, self._reader, self._most_held = reader.name, reader, most_held
+        self.name, self._reader = reader.name, reader
         self.bad: list[Bad] = []
         good = self._left(range(len(reader)), {index: why for index in range(len(reader)) if (why := reader.wrong(index))})
         looked = reader.looked_at(good)
         headers = dict(zip(looked, attempt(self._header, looked), strict=True))
-        known = [header for header in headers.values() if not isinstance(header, str)]
+        known = [header for header in headers.values() if isinstance(header, Header)]
         self._size = size or (common_side(known, reader.shown) if known else 1)
         self._channels = channels or (1 if all(header.grey for header in known) else 3)
         whole = len(looked) == len(good)
-        good = self._left(good, {index: why for index, found in headers.items() if (why := self._judge(found))})
+        judged = {i: too_small(found, self._size) if isinstance(found, Header) else found for i, found in headers.items()}
+        good = self._left(good, {index: why for index, why in judged.items() if why})
         digests: list[bytes] | None = None
         self._held: Tensor | None = None
-        if whole and self._fits(len(good)):
+        if whole and len(good) <= most_held and len(good) * self._channels * self._size**2 <= HELD_BYTES:
             good, self._held, digests = self._decoded(good)
         self.bad.sort()
         if self.bad and (on_bad == "fail" or not good):
@@ -116,20 +117,13 @@ class StoredImages:
         return self._reader.name_of(self._kept[place])
 
     def _header(self, index: int) -> Header:
-        with self._reader.open(index) as file:
-            return read_header(file)
-
-    def _judge(self, found: Header | str) -> str | None:
-        return found if isinstance(found, str) else too_small(found, self._size)
+        with self._reader.open(index) as file, Image.open(file, formats=FORMATS) as image:
+            return header_of(image)
 
     def _left(self, indices: Iterable[int], wrong: Mapping[int, str]) -> list[int]:
         """The indices that nothing is wrong with; the others are noted as bad."""
         self.bad += [(self._reader.name_of(index), why) for index, why in wrong.items()]
         return [index for index in indices if index not in wrong]
-
-    def _fits(self, count: int) -> bool:
-        """Whether so many images are held in memory."""
-        return count <= self._most_held and count * self._channels * self._size**2 <= HELD_BYTES
 
     def _decoded(self, indices: list[int]) -> tuple[list[int], Tensor, list[bytes]]:
         """The indices that can be used, their images, and the sha256 of their bytes."""

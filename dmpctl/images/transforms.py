@@ -5,12 +5,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-GREY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N"}
-
-
-def is_grey(image: Image.Image) -> bool:
-    """Whether the file stores grey levels; palettes count as colour. Reads the header only."""
-    return image.mode in GREY_MODES
+GREY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N"}  # palettes count as colour
 
 
 def plain(image: Image.Image, channels: int) -> Image.Image:
@@ -39,16 +34,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def to_uint8(image: Image.Image, channels: int) -> Tensor:
-    """uint8 [C, H, W] of an image of any mode, by `plain`; `channels` 1 or 3."""
-    return _pixels(plain(image, channels))
-
-
 def to_square(image: Image.Image, size: int, channels: int) -> Tensor:
     """uint8 [C, size, size] of an image of any mode and shape."""
-    return _pixels(center_crop(plain(image, channels), size))
-
-
-def _pixels(image: Image.Image) -> Tensor:
-    pixels = np.array(image)  # a copy: torch wants memory that it may write to
-    return torch.from_numpy(pixels.reshape(image.height, image.width, -1)).permute(2, 0, 1).contiguous()
+    pixels = np.array(center_crop(plain(image, channels), size))  # a copy: torch wants memory that it may write to
+    return torch.from_numpy(pixels.reshape(size, size, -1)).permute(2, 0, 1).contiguous()

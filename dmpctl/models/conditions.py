@@ -13,9 +13,11 @@ from torch import Tensor
 
 from dmpctl.batches.caption_states import CaptionNumbers, ConditionCache, captions_fingerprint
 from dmpctl.codecs.text import TextEncoder
+from dmpctl.data.bundled import Digits
 from dmpctl.data.source import open_source
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.images.captions import Captioned
+from dmpctl.images.stored import StoredImages
 from dmpctl.models.encode import build_conditions
 from dmpctl.processes.device import resolve_device
 from dmpctl.rng import seed_of
@@ -121,7 +123,7 @@ def captions_of(source: Source, index: int, most: int | None = None) -> tuple[st
     found = source.captions(index) if isinstance(source, Captioned) else ()
     if found:
         return found[:most]
-    names = getattr(source, "classes", ())
+    names = source.classes if isinstance(source, Digits | StoredImages) else ()
     if not names:
         hint = "name the column: --caption-column, or put the images into one folder per class"
         raise UsageError(f"{source.name} has no captions", hint)

@@ -19,6 +19,7 @@ from dmpctl.batches.shards import Claims, Shards
 from dmpctl.codecs.identity import Identity
 from dmpctl.codecs.text import TextEncoder
 from dmpctl.errors import NumericalError
+from dmpctl.files import make_folder
 from dmpctl.processes.stop import Stop, interrupted
 from dmpctl.settings.model import Settings
 from dmpctl.store.cache import cache_dir, need_room
@@ -119,7 +120,7 @@ def fill(shards: Shards, make: Make, progress: Progress, what: str, again: str, 
     there = shards.finished(verify)
     if len(there) == len(shards):
         return
-    shards.make()
+    make_folder(shards.folder)
     before = sum(len(shards.items(shard)) for shard in there)
     need_room(shards.folder, (shards.count - before) * int(shards.about["item_bytes"]), f"{what} once and for all")
     shown = progress.track(what, shards.count, before)

@@ -28,7 +28,7 @@ def rows(items):
 @pytest.fixture
 def full(tmp_path):
     made = shards_in(tmp_path)
-    made.make()
+    made.folder.mkdir(parents=True)
     for shard in range(len(made)):
         made.write(shard, rows(made.items(shard)))
     return made
@@ -58,7 +58,7 @@ def test_what_is_mapped_is_not_read(tmp_path):
     """A sparse file of 2 GiB: opened, and one row read, without its memory."""
     items, item = 2**11, 2**20
     big = Shards(tmp_path, "things", {}, items, items, {})
-    big.make()
+    big.folder.mkdir(parents=True)
     about = {"dtype": "U8", "shape": [items, item], "data_offsets": [0, items * item]}
     header = json.dumps({"__metadata__": {"key": big.digest, "shard": "0"}, "row": about}).encode()
     header += b" " * (-len(header) % 8)
@@ -178,7 +178,7 @@ def test_a_manifest_says_what_it_is_for_people_too(full):
 
 def test_equal_content_is_equal_bytes(full, tmp_path):
     again = shards_in(tmp_path / "again")
-    again.make()
+    again.folder.mkdir(parents=True)
     again.write(0, rows(again.items(0)))
     assert again.path(0).read_bytes() == full.path(0).read_bytes()
 

@@ -221,7 +221,7 @@ def test_only_parquet_is_streamed(server, tmp_path):
 def test_a_connection_that_is_lost_in_the_middle(server, tmp_path):
     server.repositories["datasets/o/n"] = Repository(shards(tmp_path))
     source = streamed_hub_images(hub_set("hf://o/n"))
-    source._rows._forget()
+    source._rows._held.clear()
     for part in range(2):
         path = f"/datasets/o/n/resolve/{COMMIT}/data/train-0000{part}-of-00002.parquet"
         server.always[path] = Answer(status=403)

@@ -46,7 +46,7 @@ def order(source: StreamedImages, seed: int = 0) -> list[int]:
 
 def fetched(source: StreamedImages, monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
     """Counts the fetches of each row group from now on."""
-    source._rows._forget()
+    source._rows._held.clear()
     return counted(monkeypatch)
 
 

@@ -7,7 +7,8 @@ from PIL import Image
 from torch.nn.functional import avg_pool2d
 from torchvision.transforms import v2
 
-from dmpctl.images.transforms import center_crop, is_grey, plain, to_square, to_uint8
+from dmpctl.images.scan import header_of
+from dmpctl.images.transforms import center_crop, plain, to_square
 
 # EXIF 2.32, tag 0x0112: where row 0 and column 0 of the stored pixels lie -> how to turn them upright
 UPRIGHT = {
@@ -30,6 +31,11 @@ def reopened(image: Image.Image, form: str, **options: object) -> Image.Image:
     file = io.BytesIO()
     image.save(file, form, **options)
     return Image.open(file)
+
+
+def to_uint8(image: Image.Image, channels: int) -> torch.Tensor:
+    pixels = np.array(plain(image, channels))
+    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)
 
 
 def test_an_image_of_the_right_size_is_left_alone():
@@ -93,7 +99,7 @@ def test_the_crop_is_central():
 def test_sixteen_bits_are_scaled_and_not_clipped():
     levels = np.arange(256, dtype=np.uint16).reshape(16, 16)
     image = reopened(Image.fromarray(levels * 257), "PNG")
-    assert is_grey(image)
+    assert header_of(image).grey
     assert np.array_equal(to_uint8(image, 1)[0].numpy(), levels.astype(np.uint8))
 
 
@@ -149,7 +155,7 @@ def test_grey_and_colour_convert_into_each_other():
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
 def test_what_counts_as_grey(mode):
-    assert is_grey(reopened(Image.new(mode, (4, 4)), "PNG")) == (mode in ("1", "L", "LA"))
+    assert header_of(reopened(Image.new(mode, (4, 4)), "PNG")).grey == (mode in ("1", "L", "LA"))
 
 
 def test_plain_has_two_modes_only():

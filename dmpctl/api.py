@@ -16,7 +16,7 @@ from dmpctl.models.backbone import load_backbone as _load_backbone
 from dmpctl.models.conditions import Prompts, encoded
 from dmpctl.models.patch_files import load_result
 from dmpctl.models.patched import Patched
-from dmpctl.processes.device import resolve_device
+from dmpctl.processes.ranks import resolve_device
 from dmpctl.sampling import generate
 from dmpctl.settings.layers import resolve
 from dmpctl.settings.sections import Base

@@ -24,7 +24,7 @@ from dmpctl.models.backbone import load_backbone
 from dmpctl.models.build import build_patch
 from dmpctl.processes.accelerator import accelerator_for
 from dmpctl.processes.command import Command
-from dmpctl.processes.ranks import ranks_of
+from dmpctl.processes.ranks import Ranks
 from dmpctl.runs.records import Description
 from dmpctl.runs.rundir import RunDir
 from dmpctl.sampling.pictures import write_pngs
@@ -87,7 +87,8 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
 def trainer_of(session: Session[Description], settings: Settings, run: RunDir, kind: type[Trainer] = Trainer) -> Trainer:
     """A session's trainer, as `train_in` makes it."""
     accelerator = accelerator_for(settings)
-    command = Command(settings, Silent(), ranks_of(accelerator))
+    ranks = Ranks(accelerator.process_index, accelerator.num_processes, accelerator.device)
+    command = Command(settings, Silent(), ranks)
     return kind(session.subject, inputs_of(session, run, command), run, command, accelerator)
 
 

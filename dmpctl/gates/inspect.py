@@ -130,16 +130,11 @@ def _inspected(settings: Settings, run: Path, progress: Progress, owner: Path | 
         written.append(f"every weight: {target.with_suffix('.csv')}")
     if options.plot:
         page = GatesPage(f"Gates of {place.name}", model.step, lines, rows, heat_map(seen), similarity_map(seen))
-        written.append(_write_page(target, page))
+        write_atomic(target.with_suffix(".png"), page.weights)
+        write_atomic(target.with_name(f"{target.stem}-timesteps.png"), page.similarity)
+        write_atomic(target.with_suffix(".html"), render("gates", page))
+        written.append(f"look at: {target.with_suffix('.html')} and {target.with_suffix('.png').name}")
     return Report(data, tuple(rows), (*lines, *written))
-
-
-def _write_page(target: Path, page: GatesPage) -> str:
-    """Write the page and its two pictures beside the figures `target`; returns where to look."""
-    write_atomic(target.with_suffix(".png"), page.weights)
-    write_atomic(target.with_name(f"{target.stem}-timesteps.png"), page.similarity)
-    write_atomic(target.with_suffix(".html"), render("gates", page))
-    return f"look at: {target.with_suffix('.html')} and {target.with_suffix('.png').name}"
 
 
 def _csv(seen: GatesSeen) -> bytes:

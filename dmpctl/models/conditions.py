@@ -19,7 +19,7 @@ from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.images.captions import Captioned
 from dmpctl.images.stored import StoredImages
 from dmpctl.models.encode import build_conditions
-from dmpctl.processes.device import resolve_device
+from dmpctl.processes.ranks import resolve_device
 from dmpctl.rng import seed_of
 from dmpctl.runs.records import EncoderRecord
 from dmpctl.settings.model import Settings

@@ -13,7 +13,7 @@ from dmpctl.images.stored import left_out_words
 from dmpctl.models.codec import open_codec
 from dmpctl.models.encode import build_latents
 from dmpctl.processes.command import again_command
-from dmpctl.processes.device import resolve_device
+from dmpctl.processes.ranks import resolve_device
 from dmpctl.settings.model import Settings
 from dmpctl.store.cache import cache_dir
 from dmpctl.store.download import accept_licences, fetched, requested

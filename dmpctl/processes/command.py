@@ -7,8 +7,7 @@ from typing import Self
 
 import torch
 
-from dmpctl.processes.device import resolve_device
-from dmpctl.processes.ranks import Ranks, join
+from dmpctl.processes.ranks import Ranks, join, resolve_device
 from dmpctl.settings.model import Settings
 from dmpctl.types import Progress
 
@@ -44,10 +43,6 @@ class Command:
     def again(self) -> str:
         """The command line that was typed, to be typed again."""
         return again_command()
-
-    def under(self, settings: Settings) -> Self:
-        """The same work under other settings."""
-        return replace(self, settings=settings)
 
 
 def again_command() -> str:

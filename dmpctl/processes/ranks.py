@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
-from accelerate import Accelerator
 from torch import distributed
 
 from dmpctl.errors import UsageError
-from dmpctl.processes.device import resolve_device
 from dmpctl.settings.sections import Launch
 from dmpctl.types import Routing, Routings
 
@@ -102,11 +100,6 @@ def join(launch: Launch) -> Ranks:
     return Ranks(distributed.get_rank(), distributed.get_world_size(), device)
 
 
-def ranks_of(accelerator: Accelerator) -> Ranks:
-    """This process among the others, as accelerate numbers them."""
-    return Ranks(accelerator.process_index, accelerator.num_processes, accelerator.device)
-
-
 def own_device(launch: Launch) -> torch.device:
     """The GPU of this process's own, or the CPU; UsageError where there are fewer GPUs than processes."""
     if launch.device not in ("auto", "cpu", "cuda"):
@@ -126,3 +119,16 @@ def leave() -> None:
     """Leave the group, if there is one: before an orderly end."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+def resolve_device(launch: Launch) -> torch.device:
+    """The device to use; UsageError where it is not there."""
+    if launch.cpu or launch.device == "cpu":
+        return torch.device("cpu")
+    if launch.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(launch.device)
+    there = torch.cuda.device_count() if device.type == "cuda" else int(torch.backends.mps.is_available())
+    if there <= (device.index or 0):
+        raise UsageError(f"--device {launch.device} is not there ({there} found)", "use --device cpu")
+    return device

@@ -50,7 +50,8 @@ class Place:
 def examine(settings: Settings) -> Report:
     """Versions, devices, threads, caches, offline state and free disk. A package that does not import is a finding."""
     versions, offline, said = {name: version_of(name) for name in PACKAGES}, settings.console.offline, list[str]()
-    found, threads = list[Device](), {"cores": os.cpu_count(), "usable": usable_cores()}
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # fewer under SLURM
+    found, threads = list[Device](), {"cores": os.cpu_count(), "usable": usable}
     try:
         import torch
     except (ImportError, OSError) as error:  # OSError: a shared library that does not load
@@ -69,11 +70,6 @@ def examine(settings: Settings) -> Report:
     rows |= {**{place.what: str(place) for place in places}, "offline": "yes" if offline else "no"}
     table = tuple({"what": what, "found": value} for what, value in rows.items())
     return Report({**data, "folders": list(map(asdict, places))}, table, tuple(said))
-
-
-def usable_cores() -> int:
-    """Cores that this process may use: less than the machine has in a container or under SLURM."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def devices() -> list[Device]:

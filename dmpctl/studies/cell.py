@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from dmpctl.backbones.dit_weights import digest_of
@@ -222,7 +223,7 @@ def measured(model: Patched, stage: Stage, side: Side, tuning: bool) -> tuple[Lo
     if not math.isfinite(loss.patched):
         raise NumericalError(f"the trained model gives a loss of {loss.patched}")
     width, bands = stage.loaded.spec.schedule.steps / BANDS, []
-    for start, end in ((band * width, (band + 1) * width) for band in range(BANDS)):
+    for start, end in pairwise(band * width for band in range(BANDS + 1)):
         rows = [row for row, t in enumerate(steps) if start <= t < end]
         part = loss_difference(before[rows], errors[rows], [steps[row] for row in rows])
         span = {"from": round(start), "to": round(end) - 1}

@@ -10,7 +10,7 @@ from dmpctl.files import json_to_bytes, make_folder, sha256_of_json, write_atomi
 from dmpctl.models.build import build_patch
 from dmpctl.models.sources import open_data
 from dmpctl.processes.command import again_command
-from dmpctl.processes.device import resolve_device
+from dmpctl.processes.ranks import resolve_device
 from dmpctl.processes.stop import Stop, interrupted
 from dmpctl.runs.rundir import version_of
 from dmpctl.settings.model import Settings
@@ -19,7 +19,7 @@ from dmpctl.studies.cell import Cell, GoingOn, do_cell, find_going_on
 from dmpctl.studies.plot import plot
 from dmpctl.studies.results import CellRecord, Results
 from dmpctl.studies.stage import SCHEMA_VERSION, Side, Stage, open_stage, side_of
-from dmpctl.studies.table import ALPHA, bands_to_json, console_rows, doubts, markdown, rows_of, sentences, tidy
+from dmpctl.studies.table import ALPHA, bands_of, console_rows, doubts, markdown, rows_of, sentences, tidy
 from dmpctl.types import Progress, Report, Source
 
 POLL = 1.0  # sec between two looks at cells that another process has
@@ -224,7 +224,7 @@ def _write_choice(opened: OpenStudy, key: CellKey) -> None:
     candidates = opened.candidates(key.stage, key.variant)
     if candidates is not None:
         about = {"schema_version": SCHEMA_VERSION, "seeds": list(opened.study.compare.tuning_seeds)}
-        chosen = best(candidates, f"{key.stage}/{key.variant}")
+        chosen = opened.chosen(key.stage, key.variant)
         data = json_to_bytes({**about, "chosen": chosen, "candidates": [asdict(candidate) for candidate in candidates]})
         path = opened.stages[key.stage].folder / key.variant / "tuned.json"
         if not path.is_file() or path.read_bytes() != data:
@@ -252,7 +252,10 @@ def _report(opened: OpenStudy, root: Path, records: Mapping[CellKey, CellRecord]
         "stages": {name: {**record.figures(), **opened.stages[name].protocol()} for name, record in sides.items()},
         "cells": [{"stage": s, "variant": v, **cell.to_json()} for (s, v, _), cell in cells.items()],
         "rows": [asdict(row) for row in rows],
-        "bands": bands_to_json(results),
+        "bands": [
+            {"stage": s, "variant": v, "from": a, "to": b, "mean": t.mean, "sd": t.sd, "standard_error": t.standard_error}
+            for (s, v, a, b), t in bands_of(results).items()
+        ],
         "notes": notes,
     }
     write_json(root / "table.json", data)

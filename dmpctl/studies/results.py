@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dmpctl.errors import UsageError
+from dmpctl.metrics.frechet import FidEstimate
 from dmpctl.runs.records import Record
 from dmpctl.settings.options import defaults_of
 from dmpctl.words import differences
@@ -55,14 +56,10 @@ class CellRecord(Shaped):
         return self.frechet if measure == "frechet" else self.paired_loss
 
 
-class SampledDistance(Record):
+@dataclass(frozen=True, kw_only=True)
+class SampledDistance(FidEstimate):
     """The Fréchet distance of the backbone's own samples; how it moves with the sampling seed, and that of real images."""
 
-    value: float
-    standard_error: float | None
-    n: int
-    n_reference: int | None
-    debiased: float | None
     other_seeds: list[float]
     seed_sd: float
     noise_floor: float

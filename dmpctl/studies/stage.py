@@ -37,7 +37,7 @@ OTHER_SEEDS = 3  # of sampling: how much the backbone's distance moves without a
 
 @dataclass(frozen=True)
 class Side:
-    """The backbone measured. `errors` and `tuning_errors` [T, N] float64 at timesteps `steps`, under two noises.
+    """The backbone measured. `errors` and `tuning_errors` [T, N] float64 at T timesteps, under two noises.
 
     `features` [M, D] of its samples and `reference` of the real images: None where nothing is sampled.
     """
@@ -45,7 +45,6 @@ class Side:
     record: StageRecord
     errors: Tensor
     tuning_errors: Tensor
-    steps: list[int]
     features: Tensor | None
     reference: Factor | None
 
@@ -64,11 +63,6 @@ class Stage:
     device: torch.device
     extractor: Extractor | None
     text: TextEncoder | None = None
-
-    @property
-    def plain(self) -> Patched:
-        """The backbone alone."""
-        return self.fitted(Patched(self.loaded))
 
     def fitted(self, model: Patched) -> Patched:
         """A model with the codec, the text encoder and the precision of this stage."""
@@ -151,22 +145,20 @@ def side_of(stage: Stage, progress: Progress) -> Side | None:
     reference = None
     if "features" in tensors:
         reference = Factor.of(FeatureMoments(int(tensors["count"]), tensors["mean"], tensors["scatter"]))
-    steps = tensors["steps"].tolist()
-    return Side(record, tensors["errors"], tensors["tuning_errors"], steps, tensors.get("features"), reference)
+    return Side(record, tensors["errors"], tensors["tuning_errors"], tensors.get("features"), reference)
 
 
 def _measure(stage: Stage, path: Path) -> None:
     """Write the backbone's tensors, then stage.json: its loss, its distance with the sampling noise, and the noise floor."""
-    errors, steps = stage.errors(stage.plain, tuning=False)
-    other, _ = stage.errors(stage.plain, tuning=True)
+    alone = stage.fitted(Patched(stage.loaded))
+    errors, steps = stage.errors(alone, tuning=False)
+    other, _ = stage.errors(alone, tuning=True)
     tensors, distance = {"errors": errors, "tuning_errors": other, "steps": torch.tensor(steps)}, None
     if stage.extractor is not None:
         real = extract(stage.extractor, images_of(stage.source))
         moments = features_to_moments([real])
         reference = Factor.of(moments)
-        features, *others = (
-            stage.sampled_features(stage.plain, stage.extractor, seeds_later) for seeds_later in range(1 + OTHER_SEEDS)
-        )
+        features, *others = (stage.sampled_features(alone, stage.extractor, later) for later in range(1 + OTHER_SEEDS))
         own, moved = features_to_fid(features, reference), [features_to_fid(one, reference).value for one in others]
         floor = noise_floor(real, stage.images, stage.sampling.sample_seed)
         distance = SampledDistance(**asdict(own), other_seeds=moved, seed_sd=stdev([own.value, *moved]), noise_floor=floor)

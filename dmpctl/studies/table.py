@@ -138,25 +138,16 @@ def word(average: float, p_corrected: float) -> str:
     return "improved" if average < 0 else "worse"
 
 
-def bands_of(results: Results) -> dict[tuple[str, str, str], TTest]:
-    """(stage, variant, band of timesteps as 0-199) -> differences of the paired loss from the backbone over training seeds."""
+def bands_of(results: Results) -> dict[tuple[str, str, int, int], TTest]:
+    """(stage, variant, first and last timestep of a band) -> differences of the paired loss from the backbone over seeds."""
     found = {}
     for stage in results.stages:
         for variant in results.variants_at(stage):
             cells = [cell.paired_loss.bands for cell in results.cells(stage, variant).values() if cell.paired_loss is not None]
             for bands in zip(*cells, strict=True):
-                span = f"{bands[0]['from']}-{bands[0]['to']}"
-                found[stage, variant, span] = t_test([band["difference"] for band in bands])
+                span = int(bands[0]["from"]), int(bands[0]["to"])
+                found[stage, variant, *span] = t_test([band["difference"] for band in bands])
     return found
-
-
-def bands_to_json(results: Results) -> list[dict[str, object]]:
-    """Returns `bands_of` as the rows of table.json."""
-    return [
-        {"stage": stage, "variant": variant, **dict(zip(("from", "to"), map(int, span.split("-")), strict=True))}
-        | {"mean": test.mean, "sd": test.sd, "standard_error": test.standard_error}
-        for (stage, variant, span), test in bands_of(results).items()
-    ]
 
 
 def tidy(results: Results) -> str:
@@ -253,10 +244,10 @@ def markdown(results: Results, rows: Sequence[StudyRow], notes: Sequence[str]) -
             tested = select(rows, stage=stage, measure=measure, against=BACKBONE)
             lines += _table([_line(results, rows, row) for row in tested])
         table: dict[str, dict[str, str]] = {}
-        for (at, variant, span), test in bands_of(results).items():
+        for (at, variant, first, last), test in bands_of(results).items():
             if at == stage:
                 line = table.setdefault(variant, {"variant": variant})
-                line[f"t {span}"] = spread(test, "paired_loss")
+                line[f"t {first}-{last}"] = spread(test, "paired_loss")
         if table:
             title = "### Paired loss (1e-5) per band of timesteps: mean ± sd over seeds"
             lines += [title, "", *_table(list(table.values()))]

@@ -3,10 +3,11 @@
 import resource
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+from dmpctl.training.inputs import Inputs
 
 
 class Averages:
@@ -39,18 +40,13 @@ class Clock:
     def _reset(self) -> None:
         self._start, self._wait, self._steps = time.perf_counter(), 0.0, 0
 
-    def tick(self) -> None:
-        """Count one step."""
-        self._steps += 1
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Counts the time inside as waiting for data."""
+    def next_of(self, stream: Iterator[Inputs]) -> Inputs:
+        """Returns the next inputs of a stream and counts one step; the time that they take is waiting for data."""
         since = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._wait += time.perf_counter() - since
+        taken = next(stream)
+        self._wait += time.perf_counter() - since
+        self._steps += 1
+        return taken
 
     def take(self) -> dict[str, float]:
         """steps/sec, images/sec, share of time spent waiting for data, and peak memory in MiB; starts anew."""

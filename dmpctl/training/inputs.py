@@ -114,19 +114,12 @@ class InputMaker:
         return self.conditions.of(labels if null is None else torch.where(dropped, null, labels))
 
 
-@dataclass(frozen=True)
-class Failed:
-    """The exception that came in place of an item."""
-
-    error: BaseException
-
-
 def one_ahead(items: Generator[T, None, None]) -> Generator[T, None, None]:
     """Yields `items`, made by a thread before they are asked for; an exception in making one is raised in its turn.
 
     The first is made here, so that loader processes have this thread as their parent. `close()` closes `items`, too.
     """
-    made: Queue[T | Failed | None] = Queue(1)  # None: there are no more
+    made: Queue[T | BaseException | None] = Queue(1)  # an exception came in place of an item; None: there are no more
     left = Event()
 
     def make() -> None:
@@ -137,16 +130,16 @@ def one_ahead(items: Generator[T, None, None]) -> Generator[T, None, None]:
                     return
             made.put(None)
         except BaseException as error:
-            made.put(Failed(error))
+            made.put(error)
 
     thread = Thread(target=make, name="inputs", daemon=True)
     try:
-        item: T | Failed | None = next(items, None)
+        item: T | BaseException | None = next(items, None)
         if item is not None:
             thread.start()
         while item is not None:
-            if isinstance(item, Failed):
-                raise item.error
+            if isinstance(item, BaseException):
+                raise item
             yield item
             item = made.get()
     finally:

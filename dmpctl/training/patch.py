@@ -45,7 +45,7 @@ def patch(settings: Settings, progress: Progress) -> Report:
     session = session_of(settings, loaded, codec, source)
     if settings.evaluate.evaluate:
         refuse_sampling(settings, loaded, source)
-    path = (settings.run.run or Path("runs") / Path(data_name(settings, loaded)).name).expanduser().absolute()
+    path = (settings.run.run or Path("runs") / Path(str(session.subject.described.data.name)).name).expanduser().absolute()
     if settings.console.dry_run:
         return _planned(settings, path, session)
     accelerator = accelerator_for(settings)
@@ -85,18 +85,14 @@ def refuse_sampling(settings: Settings, loaded: Loaded, source: Source) -> None:
         captions_of(source, 0)
 
 
-def data_name(settings: Settings, loaded: Loaded) -> str:
-    """The images to train on, by a name that still means the same from another folder."""
-    return lasting_name(settings.data.data or str(loaded.data))
-
-
 def session_of(settings: Settings, loaded: Loaded, codec: Codec, source: Source) -> Session[PatchDescription]:
     """The training of a fresh patch on this backbone."""
     loaded.model.recompute = settings.train.grad_checkpoint
     module = build_patch(loaded.model, settings.method, settings.run.seed)
     text = open_encoder(settings, loaded.spec, loaded.text)
     columns = settings.data.model_dump(include={"image_column", "label_column", "caption_column"}, exclude_none=True)
-    data = DataRecord(name=data_name(settings, loaded), fingerprint=source.fingerprint, columns=columns or None)
+    name = lasting_name(settings.data.data or str(loaded.data))  # which still means the same from another folder
+    data = DataRecord(name=name, fingerprint=source.fingerprint, columns=columns or None)
     described = describe_patch(loaded, settings.base, settings.method, module, data, latent_record(codec), encoder_record(text))
     return Session(
         Subject(loaded.model, module, described),

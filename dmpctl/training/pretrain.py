@@ -54,8 +54,8 @@ def pretrain(settings: Settings, progress: Progress) -> Report:
     """Train a backbone into its run directory, going on from the newest checkpoint; a finished run says so."""
     if settings.data.data is None:
         raise UsageError("nothing says which images to train on", "add --data digits or --data DIR")
-    data = settings.data.model_copy(update={"data": lasting_data(settings.data.data, settings)})
-    settings = settings.model_copy(update={"data": data})
+    images = settings.data.model_copy(update={"data": lasting_data(settings.data.data, settings)})
+    settings = settings.model_copy(update={"data": images})
     codec = open_codec(settings)
     source = open_source(settings.data, settings.data.size, settings.data.channels, settings)
     config = config_for(settings, codec, source)
@@ -63,7 +63,9 @@ def pretrain(settings: Settings, progress: Progress) -> Report:
     path = (settings.run.run or Path("runs") / f"pretrain-{Path(source.name).name}").expanduser().absolute()
     session = session_of(settings, config, ScheduleSpec(settings.shape.schedule), codec, source, text)
     if settings.console.dry_run:
-        return _planned(session, path)
+        data = {"dry_run": True, "run": str(path), "parameters": session.spec.parameters, **session.facts}
+        row = {"run": str(path), "parameters": f"{session.spec.parameters:,}", "images": str(len(source))}
+        return Report(data, (row,), ("dry run: nothing was written",))
     accelerator = accelerator_for(settings)
     with RunDir(path, accelerator.is_main_process) as run:
         return _finished(run, session, train_in(run, session, settings, accelerator, progress))
@@ -99,15 +101,6 @@ def session_of(
         digests={"data_fingerprint": source.fingerprint},
         facts={key: value for key, value in described.to_json().items() if key != "schema_version"},
         metadata=metadata_of(Loaded(model, "", "", name, described.codec, described.text)),
-    )
-
-
-def _planned(session: Session[BackboneDescription], path: Path) -> Report:
-    parameters, images = session.spec.parameters, session.subject.described.images
-    return Report(
-        {"dry_run": True, "run": str(path), "parameters": parameters, **session.facts},
-        ({"run": str(path), "parameters": f"{parameters:,}", "images": str(images)},),
-        ("dry run: nothing was written",),
     )
 
 

@@ -14,7 +14,7 @@ from dmpctl.images.stored import left_out_of, left_out_words
 from dmpctl.models.conditions import training_conditions
 from dmpctl.models.encode import training_source
 from dmpctl.processes.command import Command
-from dmpctl.processes.ranks import ranks_of
+from dmpctl.processes.ranks import Ranks
 from dmpctl.runs import checkpoint
 from dmpctl.runs.records import Description
 from dmpctl.runs.rundir import RunDir
@@ -97,8 +97,9 @@ def train_in(
 
     UsageError if the run holds another experiment; Interrupted after saving on a signal.
     """
-    command = Command(settings, progress, ranks_of(accelerator))
-    command.ranks.wait()  # until the main process has the lock
+    ranks = Ranks(accelerator.process_index, accelerator.num_processes, accelerator.device)
+    command = Command(settings, progress, ranks)
+    ranks.wait()  # until the main process has the lock
     run.refuse_other(session.command, session.science(settings), settings.run.allowed)
     refuse_missing(settings.save.track)
     trainer = Trainer(session.subject, inputs_of(session, run, command), run, command, accelerator)
@@ -109,9 +110,9 @@ def train_in(
     if start < settings.train.iters:
         with _recorded(session, run, trainer, damaged):
             trainer.train()
-    if command.ranks.is_main:
+    if ranks.is_main:
         checkpoint.publish(checkpoint.complete(run.checkpoints)[-1], session.subject.kind, run.path, session.metadata)
-    command.ranks.wait()
+    ranks.wait()
     return Trained(start, trainer.step, time.perf_counter() - began if start < trainer.step else 0.0)
 
 
@@ -121,7 +122,7 @@ def inputs_of(session: Session[Description], run: RunDir, command: Command) -> I
     source = training_source(settings, session.source, session.codec, command.device, progress, command.again)
     density = timestep_density(run, session.profile, spec.schedule.steps, command)
     conditions, numbers = training_conditions(spec, session.text, session.source, settings, progress, command.again)
-    noise = session.subject.gate_noise_shape
+    noise = None if session.subject.patch is None else session.subject.patch.noise_shape()
     return InputMaker(source, session.codec, spec, settings, command.ranks, noise, conditions, numbers, density)
 
 

@@ -42,11 +42,6 @@ class Subject(Generic[D_co]):
         """The backbone that is run: the one given, or a changed one."""
         return self.patch.changed if isinstance(self.patch, ChangedBackbone) else self.model
 
-    @property
-    def gate_noise_shape(self) -> tuple[int, ...] | None:
-        """Shape of one sample's gate noise, None if there is none."""
-        return None if self.patch is None else self.patch.noise_shape()
-
     def param_groups(self) -> list[ParamGroup]:
         """The trained parameters with their learning rates."""
         if self.patch is None:

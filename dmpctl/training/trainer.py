@@ -117,12 +117,9 @@ class Trainer:
         with Stop() as stop, shown as task, saver, closing(inputs) as stream:
             clock = Clock(settings.train.batch_size)
             while self.step < iters:
-                with clock.waiting():
-                    taken = next(stream)
-                figures, number = self._one_step(taken, stop)
+                figures, number = self._one_step(clock.next_of(stream), stop)
                 averages.add(figures)
                 self.step += 1
-                clock.tick()
                 if self.step % save.log_every == 0 or self.step == iters:
                     self._log(averages.take(), clock, task)
                 number = stop.got if self.ranks.world == 1 else number  # alone, nobody need be asked
@@ -179,11 +176,12 @@ class Trainer:
         """Gradients of the global batch's loss, in --grad-accum parts; returns the loss and its terms, to log."""
         parts, subject = batch.parts(self.settings.train.grad_accum), self.subject
         figures: dict[str, Tensor] = {}
+        world = self.ranks.world  # gradients are averaged over the processes, and each has those of its own samples only
         if len(parts) > 1:  # balance is of all samples, so their gates are made once more, without a block
             with self.accelerator.no_sync(self.module), self.accelerator.autocast():
                 balance = self._balance(subject.route(self.module, batch.t, batch.cond, batch.gate_noise))
                 if balance:
-                    self.accelerator.backward(self._penalty(balance))
+                    self.accelerator.backward(self._total(balance) * world)
             figures |= {"loss": self._total(balance), **balance}
         for number, part in enumerate(parts, 1):
             last = number == len(parts)
@@ -194,7 +192,7 @@ class Trainer:
                 each = losses.loss if self.density is None else losses.loss * self.density.weights[part.t]
                 balance = self._balance(routing) if len(parts) == 1 else {}
                 mean = each.mean() / len(parts)
-                self.accelerator.backward(mean + self._penalty(balance))
+                self.accelerator.backward(mean + self._total(balance) * world)
             found = {"loss": mean + self._total(balance), "mse": losses.mse.mean() / len(parts), **balance}
             found |= {} if losses.vb is None else {"vb": losses.vb.mean() / len(parts)}
             figures |= {name: (figures[name] + value if name in figures else value).detach() for name, value in found.items()}
@@ -206,10 +204,6 @@ class Trainer:
 
     def _total(self, balance: Mapping[str, Tensor]) -> Tensor:
         return sum(balance.values(), torch.zeros((), device=self.device))
-
-    def _penalty(self, balance: Mapping[str, Tensor]) -> Tensor:
-        """The term to differentiate: gradients are averaged over the processes, and each has those of its own samples only."""
-        return self._total(balance) * self.ranks.world
 
     def _rate_factor(self) -> float:
         """Learning rate at this step as a share of the full one: linear warm-up, then constant or half a cosine."""

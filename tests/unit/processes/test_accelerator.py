@@ -6,10 +6,9 @@ import torch
 from dmpctl.errors import UsageError
 from dmpctl.processes.accelerator import accelerator_for
 from dmpctl.processes.command import again_command
-from dmpctl.processes.device import resolve_device
 from dmpctl.processes.launcher import processes_to_start
 from dmpctl.processes.notes import Assignment
-from dmpctl.processes.ranks import VARIABLES, own_device
+from dmpctl.processes.ranks import VARIABLES, own_device, resolve_device
 from tests.helpers import settings_for
 
 

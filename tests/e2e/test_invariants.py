@@ -347,7 +347,6 @@ def test_9_a_run_stopped_at_any_write_ends_as_if_nothing_had_been(tmp_path, monk
     """Stop before and after each file of a whole run; then the same command ends it, equal to the undisturbed one."""
     from dmpctl import files as written
     from dmpctl.runs import checkpoint as saving
-    from dmpctl.runs import rundir
 
     given = {"iters": 4, "save_every": 2}
     patch_run(tmp_path / "straight", **given)
@@ -363,7 +362,7 @@ def test_9_a_run_stopped_at_any_write_ends_as_if_nothing_had_been(tmp_path, monk
             raise KeyboardInterrupt
 
     def put(target) -> None:
-        for module in (written, saving, rundir):
+        for module in (written, saving):
             target.setattr(module, "write_atomic", counted)
 
     stop, before = 0, True

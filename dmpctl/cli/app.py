@@ -8,20 +8,20 @@ from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 from dmpctl import __version__
 from dmpctl.cli.commands import COMMANDS, ROWS
-from dmpctl.cli.help import WIDTH, RootPage
+from dmpctl.cli.help import WIDTH, styled, write_options
 from dmpctl.errors import DmpError, UsageError
 from dmpctl.words import did_you_mean
 
 SIGINT, SIGPIPE = 130, 141  # exit codes: 128 + the signal
 
 
-class Lazy(RootPage):
-    """Lists the commands without building them; the one that is used, or completed, is built."""
+class Lazy(TyperGroup):
+    """Lists its options and the commands without building them; the one that is used, or completed, is built."""
 
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**attributes)
@@ -35,6 +35,11 @@ class Lazy(RootPage):
         from dmpctl.cli.parameters import parsed_by_typer  # costs pydantic, which the root's help page does without
 
         return name, parsed_by_typer(COMMANDS[name]), rest
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        write_options(self, ctx, formatter)
+        with formatter.section(styled("Commands", bold=True)):
+            formatter.write_dl([(styled(name, fg="cyan"), command.short_help or "") for name, command in self.commands.items()])
 
 
 app = typer.Typer(cls=Lazy, rich_markup_mode=None, invoke_without_command=True, context_settings={"max_content_width": WIDTH})

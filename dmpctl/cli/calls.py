@@ -26,22 +26,17 @@ def call(command: Row, given: Mapping[str, object], argument: Any, config: Path 
     resolved = resolve(command.name, given, config, run)
     settings = resolved.settings
     state["debug"] = settings.console.debug
-    tell_libraries(settings)
-    if settings.console.print_config:
-        show(config_report(command.name, resolved), settings.console.json_output)
-        return 0
-    code = started(command.name, settings, argument)
-    return perform(command, settings, argument) if code is None else code
-
-
-def tell_libraries(settings: Settings) -> None:
-    """Set the environment variables that the Hub's libraries read when they are imported, here and in started processes."""
-    if settings.console.offline:
+    if settings.console.offline:  # the Hub's libraries read these when they are imported, here and in started processes
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
     if settings.cache.cache_dir is not None:
         cache = settings.cache.cache_dir.expanduser().absolute()
         places = {"HF_HUB_CACHE": str(cache / "hub"), "HF_DATASETS_CACHE": str(cache / "datasets")}
         os.environ.update(DMPCTL_CACHE_DIR=str(cache), **places)
+    if settings.console.print_config:
+        show(config_report(command.name, resolved), settings.console.json_output)
+        return 0
+    code = started(command.name, settings, argument)
+    return perform(command, settings, argument) if code is None else code
 
 
 def started(name: str, settings: Settings, argument: Any) -> int | None:

@@ -7,11 +7,9 @@ The function is imported only when the command runs, so that help stays quick. A
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from inspect import cleandoc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dmpctl.errors import UsageError
 from dmpctl.types import Progress, Report
 
 if TYPE_CHECKING:
@@ -46,11 +44,6 @@ class Row:
         """The first line of the help page: what the command does."""
         return self.page.partition("\n")[0]
 
-    def page_and_examples(self) -> tuple[str, str]:
-        """The help page without the indentation of the source, and the examples, one on each line."""
-        page, _, examples = cleandoc(self.page).rpartition("\n\n")
-        return page, examples
-
     def run(self, settings: "Settings", argument: Any, progress: Progress) -> Report:
         """Do the command's work. `argument`: the positional one, None if there is none or it was left out."""
         module, _, name = self.does.partition(":")
@@ -67,23 +60,6 @@ def download(settings: "Settings", names: list[str] | None, progress: Progress) 
     from dmpctl.store.download import download as fetch
 
     return fetch(settings, names or [], progress)
-
-
-def push(settings: "Settings", what: list[str], progress: Progress) -> Report:
-    """Publish a run. UsageError unless `what` is the run and where it goes."""
-    if len(what) != 2:
-        raise UsageError("push takes a run and where it goes", "dmpctl push runs/digits hf://OWNER/NAME")
-    from dmpctl.exchange.push import push as publish
-
-    run, to = what
-    return publish(settings, run, to, progress)
-
-
-def doctor(settings: "Settings", _: Progress) -> Report:
-    """Look at this machine, which is done before a progress bar could be shown."""
-    from dmpctl.reports.doctor import examine
-
-    return examine(settings)
 
 
 RUN = Argument("run", Path, "Run (or checkpoint) with the patch.")
@@ -207,7 +183,7 @@ ROWS = (
     ),
     Row(
         "push",
-        "cli.commands:push",
+        "exchange.push:push",
         """Publish a patch on the Hub, with a card.
 
         WHAT is a run, then where it goes, hf://OWNER/NAME. Uploads patch.safetensors, patch.json and README.md in one commit;
@@ -251,7 +227,7 @@ ROWS = (
     ),
     Row(
         "doctor",
-        "cli.commands:doctor",
+        "reports.doctor:examine",
         """Show versions, devices, caches and the offline state.
 
         Opens no connection and writes nothing.

@@ -1,4 +1,4 @@
-"""What people and machines see: results on stdout, progress and talk on stderr."""
+"""Output for people and machines: results on stdout, progress and talk on stderr."""
 
 import json
 import math
@@ -12,10 +12,9 @@ from typing import Any, TextIO
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
-from rich.text import Text
 
 from dmpctl.files import amount
 from dmpctl.settings import sections
@@ -50,6 +49,11 @@ def counted(number: float, unit: Unit) -> str:
     return amount(number) if unit == "B" else f"{number:.0f}"
 
 
+def so_far(done: float, total: float, unit: Unit) -> str:
+    """Returns `120/4000`; the done part alone for bytes whose total is not known (0)."""
+    return f"{counted(done, unit)}/{counted(total, unit)}" if total or unit == "it" else counted(done, unit)
+
+
 def shown(figures: Mapping[str, float], rate: float | None, unit: Unit = "it") -> str:
     """Returns `loss 0.0912, 12.5 it/s`. `rate` in units/sec, None: not known yet; left out beside a speed in the figures."""
     parts = [f"{value:.4g} {name}" if name.endswith("/s") else f"{name} {value:.4g}" for name, value in figures.items()]
@@ -62,10 +66,10 @@ class Lines:
     """Plain lines: at most one every 2 s and one every 2 % of the work, so that a log stays readable."""
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
-        self._stream, self._clock = stream, clock
+        self._stream, self.clock = stream, clock
 
     def track(self, what: str, total: int, start: int = 0, unit: Unit = "it") -> ProgressTask:
-        return LinesTask(self.say, self._clock, what, total, start, unit)
+        return LinesTask(self, what, total, start, unit)
 
     def say(self, message: str) -> None:
         self._stream.write(message + "\n")
@@ -75,32 +79,29 @@ class Lines:
 class LinesTask:
     """One piece of work shown by `Lines`; the last line is where it ended."""
 
-    def __init__(
-        self, say: Callable[[str], None], clock: Callable[[], float], what: str, total: int, start: int, unit: Unit
-    ) -> None:
-        self._say, self._clock, self._unit = say, clock, unit
-        self._what, self._total, self._start = what, total, start
+    def __init__(self, lines: Lines, what: str, total: int, start: int, unit: Unit) -> None:
+        self._lines, self._what, self._total, self._start, self._unit = lines, what, total, start, unit
         self._done = self._last_done = start
-        self._since = self._last_time = clock()
+        self._since = self._last_time = lines.clock()
         self._stride = max(1, math.ceil(total / LINES_PER_TASK))
         self._figures: dict[str, float] = {}
 
     def advance(self, by: int = 1, **figures: float) -> None:
         self._done += by
         self._figures |= figures
-        if self._done - self._last_done >= self._stride and self._clock() - self._last_time >= SECONDS_PER_LINE:
+        if self._done - self._last_done >= self._stride and self._lines.clock() - self._last_time >= SECONDS_PER_LINE:
             self._line()
 
     def _line(self) -> None:
-        self._last_done, self._last_time = self._done, self._clock()
+        self._last_done, self._last_time = self._done, self._lines.clock()
         elapsed = self._last_time - self._since
         rate = (self._done - self._start) / elapsed if elapsed > 0 and self._done > self._start else None
         share = f" ({100 * self._done // self._total} %)" if self._total else ""
-        of_total = f"/{counted(self._total, self._unit)}{share}" if self._total or self._unit == "it" else ""
-        parts = [f"{self._what} {counted(self._done, self._unit)}{of_total}", shown(self._figures, rate, self._unit)]
+        done = so_far(self._done, self._total, self._unit)
+        parts = [f"{self._what} {done}{share}", shown(self._figures, rate, self._unit)]
         if rate is not None and self._done < self._total:
             parts.append(f"{timedelta(seconds=round((self._total - self._done) / rate))} left")
-        self._say(", ".join(part for part in parts if part))
+        self._lines.say(", ".join(part for part in parts if part))
 
     def __enter__(self) -> ProgressTask:
         return self
@@ -108,14 +109,6 @@ class LinesTask:
     def __exit__(self, *exc: object) -> None:
         if self._done != self._last_done:
             self._line()
-
-
-class Amounts(ProgressColumn):
-    """The column `120/4000` of a bar, in the task's unit."""
-
-    def render(self, task: Task) -> Text:
-        of_total = f"/{counted(task.total, task.fields['unit'])}" if task.total is not None else ""
-        return Text(f"{counted(task.completed, task.fields['unit'])}{of_total}")
 
 
 class Bars:
@@ -126,17 +119,16 @@ class Bars:
         self.display = RichProgress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
-            Amounts(),
+            TextColumn("{task.fields[so_far]}", markup=False),
             TextColumn("{task.fields[figures]}", markup=False),
             TimeRemainingColumn(),
             console=self.console,
             redirect_stdout=False,  # results are not talk
         )
-        self.open = 0
 
     def track(self, what: str, total: int, start: int = 0, unit: Unit = "it") -> ProgressTask:
-        known = total if total or unit == "it" else None
-        return BarsTask(self, self.display.add_task(what, total=known, completed=start, figures="", unit=unit), unit)
+        known, done = total if total or unit == "it" else None, so_far(start, total, unit)
+        return BarsTask(self.display, self.display.add_task(what, total=known, completed=start, figures="", so_far=done), unit)
 
     def say(self, message: str) -> None:
         self.console.print(message, markup=False, highlight=False, soft_wrap=True)
@@ -145,26 +137,24 @@ class Bars:
 class BarsTask:
     """One bar; the display runs while at least one is open."""
 
-    def __init__(self, bars: Bars, task: TaskID, unit: Unit) -> None:
-        self._bars, self._task, self._unit = bars, task, unit
+    def __init__(self, display: RichProgress, task: TaskID, unit: Unit) -> None:
+        self._display, self._task, self._unit = display, task, unit
         self._figures: dict[str, float] = {}
 
     def advance(self, by: int = 1, **figures: float) -> None:
         self._figures |= figures
-        display = self._bars.display
-        rate = next(task.speed for task in display.tasks if task.id == self._task)
-        display.update(self._task, advance=by, figures=shown(self._figures, rate, self._unit))
+        task = next(task for task in self._display.tasks if task.id == self._task)
+        done = so_far(task.completed + by, task.total or 0, self._unit)
+        self._display.update(self._task, advance=by, figures=shown(self._figures, task.speed, self._unit), so_far=done)
 
     def __enter__(self) -> ProgressTask:
-        self._bars.open += 1
-        self._bars.display.start()
+        self._display.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._bars.open -= 1
-        self._bars.display.stop_task(self._task)
-        if not self._bars.open:
-            self._bars.display.stop()
+        self._display.stop_task(self._task)
+        if all(task.stop_time is not None for task in self._display.tasks):
+            self._display.stop()
 
 
 def show(report: Report, as_json: bool) -> None:
@@ -183,20 +173,15 @@ def show(report: Report, as_json: bool) -> None:
         width=None if terminal else UNBOUNDED,
     )
     if report.table:
-        console.print(table_of(report))
+        columns = list(dict.fromkeys(name for row in report.table for name in row))  # in the order in which they first appear
+        table = Table(*map(escape, columns), box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+        for column in table.columns:
+            column.overflow = "fold"
+        for row in report.table:
+            table.add_row(*(escape(row.get(name, "")) for name in columns))  # [brackets] are text here
+        console.print(table)
     for line in report.lines:
         console.print(line, markup=False, soft_wrap=True)
-
-
-def table_of(report: Report) -> Table:
-    """Returns the rows of a report as a table; columns in the order in which they first appear."""
-    columns = list(dict.fromkeys(name for row in report.table for name in row))
-    table = Table(*map(escape, columns), box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for column in table.columns:
-        column.overflow = "fold"
-    for row in report.table:
-        table.add_row(*(escape(row.get(name, "")) for name in columns))  # [brackets] are text here
-    return table
 
 
 def jsonable(value: Any) -> Any:

@@ -37,12 +37,3 @@ class HelpPage(TyperCommand):
         if self.epilog:
             with formatter.section(styled("Examples", bold=True)):
                 formatter.write_text("\b\n" + self.epilog)
-
-
-class RootPage(TyperGroup):
-    """The root: its options, then the commands."""
-
-    def format_options(self, ctx: Any, formatter: Any) -> None:
-        write_options(self, ctx, formatter)
-        with formatter.section(styled("Commands", bold=True)):
-            formatter.write_dl([(styled(name, fg="cyan"), command.short_help or "") for name, command in self.commands.items()])

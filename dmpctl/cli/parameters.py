@@ -8,7 +8,7 @@ import typer
 from pydantic.fields import FieldInfo
 from typer.main import get_command
 
-from dmpctl.cli.commands import Argument, Row
+from dmpctl.cli.commands import Row
 from dmpctl.cli.help import WIDTH, HelpPage
 from dmpctl.settings.options import Option, options_of
 
@@ -19,27 +19,30 @@ def parsed_by_typer(command: Row) -> Any:
     def callback(ctx: typer.Context, config: Path | None, **parsed: Any) -> None:
         from dmpctl.cli.calls import call  # imports rich, which a help page does without
 
-        given = {name: parsed[name] for name in options_of(command.name) if was_typed(ctx, name)}
+        # what was typed alone: environment variables and files are read by `layers`
+        sources = {name: ctx.get_parameter_source(name) for name in options_of(command.name)}
+        given = {name: parsed[name] for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
         argument = parsed[command.argument.name] if command.argument else None
         if code := call(command, given, argument, config, ctx.ensure_object(dict)):
             raise typer.Exit(code)
 
     context = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
-    positional = [_argument(command.argument)] if command.argument else []
+    positional = []
+    if (asked := command.argument) is not None:
+        kind: Any = Annotated[asked.kind, typer.Argument(help=asked.help, metavar=asked.name.upper(), show_default=False)]
+        default = None if asked.optional else inspect.Parameter.empty
+        positional = [inspect.Parameter(asked.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=kind)]
     options = [_parameter(option) for option in options_of(command.name).values()]
-    callback.__signature__ = inspect.Signature([context, *positional, *options, _config()])  # type: ignore[attr-defined]
+    text = "Settings from a TOML file: keys as the options, a table named like the command over them; default: none."
+    info = typer.Option("--config", help=text, rich_help_panel="Console", envvar="DMPCTL_CONFIG", metavar="<path>")
+    config = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Path | None, info])
+    callback.__signature__ = inspect.Signature([context, *positional, *options, config])  # type: ignore[attr-defined]
     callback.__annotations__ = {}
-    page, examples = command.page_and_examples()
+    page, _, examples = inspect.cleandoc(command.page).rpartition("\n\n")
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
     shown = {"max_content_width": WIDTH}
     app.command(command.name, cls=HelpPage, help=page, epilog=examples, context_settings=shown)(callback)
     return get_command(app)
-
-
-def was_typed(ctx: typer.Context, name: str) -> bool:
-    """Whether the option was on the command line; environment variables and files are read by `layers`."""
-    source = ctx.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
 
 
 def verbatim(value: Any) -> Any:
@@ -71,17 +74,3 @@ def _parameter(option: Option) -> inspect.Parameter:
     return inspect.Parameter(
         option.name, inspect.Parameter.KEYWORD_ONLY, default=option.field.default, annotation=Annotated[kind | None, info]
     )
-
-
-def _argument(argument: Argument) -> inspect.Parameter:
-    info = typer.Argument(help=argument.help, metavar=argument.name.upper(), show_default=False)
-    default = None if argument.optional else inspect.Parameter.empty
-    return inspect.Parameter(
-        argument.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=Annotated[argument.kind, info]
-    )
-
-
-def _config() -> inspect.Parameter:
-    text = "Settings from a TOML file: keys as the options, a table named like the command over them; default: none."
-    info = typer.Option("--config", help=text, rich_help_panel="Console", envvar="DMPCTL_CONFIG", metavar="<path>")
-    return inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Path | None, info])

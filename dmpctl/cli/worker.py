@@ -10,8 +10,6 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from dmpctl.cli.app import end
@@ -44,8 +42,14 @@ def work(folder: Path) -> int:
         asked = Assignment.read(folder)
         debug = asked.settings.console.debug
         sys.argv[:] = asked.argv
-        with leaving():
+        from dmpctl.processes.ranks import leave
+
+        try:
             done = perform(COMMANDS[asked.command], asked.settings, asked.argument)
+        except Interrupted:
+            leave()  # after a failure the others may never come to do so, too
+            raise
+        leave()
         outcome = Outcome(rank=rank, exit_code=done)
     except Interrupted as stop:
         outcome = _said(rank, stop, stop.signal_number)
@@ -61,19 +65,6 @@ def work(folder: Path) -> int:
     hold_signals()  # what is to be said is said, and the end is near
     outcome.model_copy(update={"at": time.time()}).write(place)
     return code
-
-
-@contextmanager
-def leaving() -> Iterator[None]:
-    """Leave the group of processes after an orderly end; after a failure the others may never come to do so, too."""
-    from dmpctl.processes.ranks import leave
-
-    try:
-        yield
-    except Interrupted:
-        leave()
-        raise
-    leave()
 
 
 def _said(rank: int, error: DmpError, number: int = 0) -> Outcome:

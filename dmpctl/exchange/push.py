@@ -36,11 +36,14 @@ images = dmpctl.sample(patched, 16, sampler="ddim", steps=50)
 ```"""
 
 
-def push(settings: Settings, run: str, to: str, progress: Progress) -> Report:
-    """Publish the patch of `run` as `to`, hf://OWNER/NAME; the same again changes nothing but makes a commit.
+def push(settings: Settings, what: list[str], progress: Progress) -> Report:
+    """Publish the patch of a run as hf://OWNER/NAME (`what`: these two); the same again changes nothing but makes a commit.
 
     UsageError where others could not have the backbone; MissingError where the Hub refuses.
     """
+    if len(what) != 2:
+        raise UsageError("push takes a run and where it goes", "dmpctl push runs/digits hf://OWNER/NAME")
+    run, to = what
     path, options = Path(run).expanduser().absolute(), settings.push
     at = of_files(to)
     if at.dataset or at.file is not None or at.revision is not None:

@@ -10,12 +10,12 @@ from pathlib import Path
 from dmpctl.runs.rundir import version_of
 from dmpctl.settings.model import Settings
 from dmpctl.store.cache import cache_dir
-from dmpctl.types import Report
+from dmpctl.types import Progress, Report
 
 PACKAGES = (
     *("dmpctl", "torch", "torchvision", "accelerate", "diffusers", "timm", "datasets", "huggingface-hub", "safetensors"),
     *("transformers", "torchmetrics", "torch-fidelity", "numpy", "scipy", "scikit-learn", "pillow", "matplotlib"),
-    *("pydantic", "typer", "rich"),
+    *("pydantic", "typer", "rich", "jinja2", "filelock"),
 )
 GIB = 1024**3
 
@@ -47,7 +47,7 @@ class Place:
         return f"{self.path}{'' if self.exists else ' (not there yet)'}, {self.free_gib} GiB free"
 
 
-def examine(settings: Settings) -> Report:
+def examine(settings: Settings, _: Progress) -> Report:
     """Versions, devices, threads, caches, offline state and free disk. A package that does not import is a finding."""
     versions, offline, said = {name: version_of(name) for name in PACKAGES}, settings.console.offline, list[str]()
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # fewer under SLURM

@@ -30,8 +30,8 @@ def call(command: Row, given: Mapping[str, object], argument: Any, config: Path 
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
     if settings.cache.cache_dir is not None:
         cache = settings.cache.cache_dir.expanduser().absolute()
-        places = {"HF_HUB_CACHE": str(cache / "hub"), "HF_DATASETS_CACHE": str(cache / "datasets")}
-        os.environ.update(DMPCTL_CACHE_DIR=str(cache), **places)
+        hub, datasets = str(cache / "hub"), str(cache / "datasets")
+        os.environ.update(DMPCTL_CACHE_DIR=str(cache), HF_HUB_CACHE=hub, HF_DATASETS_CACHE=datasets)
     if settings.console.print_config:
         show(config_report(command.name, resolved), settings.console.json_output)
         return 0

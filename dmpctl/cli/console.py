@@ -97,8 +97,7 @@ class LinesTask:
         elapsed = self._last_time - self._since
         rate = (self._done - self._start) / elapsed if elapsed > 0 and self._done > self._start else None
         share = f" ({100 * self._done // self._total} %)" if self._total else ""
-        done = so_far(self._done, self._total, self._unit)
-        parts = [f"{self._what} {done}{share}", shown(self._figures, rate, self._unit)]
+        parts = [f"{self._what} {so_far(self._done, self._total, self._unit)}{share}", shown(self._figures, rate, self._unit)]
         if rate is not None and self._done < self._total:
             parts.append(f"{timedelta(seconds=round((self._total - self._done) / rate))} left")
         self._lines.say(", ".join(part for part in parts if part))

@@ -40,8 +40,7 @@ def parsed_by_typer(command: Row) -> Any:
     callback.__annotations__ = {}
     page, _, examples = inspect.cleandoc(command.page).rpartition("\n\n")
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
-    shown = {"max_content_width": WIDTH}
-    app.command(command.name, cls=HelpPage, help=page, epilog=examples, context_settings=shown)(callback)
+    app.command(command.name, cls=HelpPage, help=page, epilog=examples, context_settings={"max_content_width": WIDTH})(callback)
     return get_command(app)
 
 

@@ -57,8 +57,9 @@ def work(folder: Path) -> int:
         outcome, code = _said(rank, error), error.exit_code
         _trace(error, debug)
     except KeyboardInterrupt:
-        number = int(signal.SIGINT)
-        outcome = Outcome(rank=rank, message="stopped by SIGINT at once", signal=number, exit_code=128 + number)
+        outcome = Outcome(
+            rank=rank, message="stopped by SIGINT at once", signal=int(signal.SIGINT), exit_code=128 + signal.SIGINT
+        )
     except BaseException as error:
         outcome, code = _unexpected(rank, error), DmpError.exit_code
         _trace(error, debug or rank > 0)  # ranks above 0 write to a log, which the launcher names

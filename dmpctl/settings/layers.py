@@ -24,7 +24,6 @@ from dmpctl.words import did_you_mean
 
 CONFIG_VARIABLE = VARIABLE_PREFIX + "CONFIG"
 ASSETS = "assets"
-TRUE = ("1", "true", "yes", "on")
 
 
 class Found(NamedTuple):
@@ -72,7 +71,7 @@ def from_environment(options: Mapping[str, Option]) -> dict[str, Found]:
         if variable.upper().startswith(VARIABLE_PREFIX) and variable.upper() not in known:
             raise UsageError(f"{variable} is no variable of dmpctl{did_you_mean(variable.upper(), known)}")
     values = {variable.upper(): value for variable, value in os.environ.items() if value}
-    offline = "offline" in options and os.environ.get("HF_HUB_OFFLINE", "").lower() in TRUE
+    offline = "offline" in options and os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
     found = {"offline": Found(True, "HF_HUB_OFFLINE")} if offline else {}
     given = {name: option.variable for name, option in options.items() if option.variable in values}
     return found | {name: Found(values[variable], variable) for name, variable in given.items()}
@@ -130,10 +129,9 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not valid TOML: {error}") from None
-    except FileNotFoundError:
-        raise MissingError(f"{path} is not there", "name a settings file with --config") from None
     except OSError as error:
-        raise MissingError(f"{path} cannot be read: {error.strerror}", "name a settings file with --config") from None
+        why = "is not there" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+        raise MissingError(f"{path} {why}", "name a settings file with --config") from None
 
 
 def from_run(run: Path | None, options: Mapping[str, Option]) -> dict[str, Found]:
@@ -157,8 +155,7 @@ def from_preset(found: Mapping[str, Found], options: Mapping[str, Option]) -> di
     preset, base, method = (
         str(found[name].value if name in found else options[name].field.default) for name in ("preset", "base", "method")
     )
-    chosen = chosen_preset(preset, base)
-    if chosen is None:
+    if (chosen := chosen_preset(preset, base)) is None:
         return {}
     own = None if "method" in found else PRESETS[chosen].method
     values = {"method": own, **PRESETS[chosen].of(own)} if own else PRESETS[chosen].of(method)

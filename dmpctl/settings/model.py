@@ -64,9 +64,8 @@ class Settings(BaseModel):
             return cls.model_validate(sections)
         except ValidationError as error:
             wrong = first_error(error)
-            raise IntegrityError(
-                f"recorded settings do not fit this dmpctl: {wrong.where or 'settings'}: {wrong.message}"
-            ) from None
+            where = wrong.where or "settings"
+            raise IntegrityError(f"recorded settings do not fit this dmpctl: {where}: {wrong.message}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """The sections that were passed in with all their values, JSON-able; `from_dict` gives the same settings back."""

@@ -103,10 +103,6 @@ class Study:
     settings: Mapping[str, object]
     variants: Mapping[str, Variant]
 
-    def tunes_at(self, stage: str) -> str:
-        """The stage at which the rates used at `stage` are chosen."""
-        return self.compare.tune_stage or stage
-
 
 def read_study(path: Path) -> Study:
     """Read and check the file of a study.
@@ -125,7 +121,16 @@ def read_study(path: Path) -> Study:
     _known(protocol, fields, f"{path} [compare]", "setting")
     compare = _model(Protocol, protocol, f"{path} [compare]")
     stages, settings = tables["stages"], tables.get("settings", {})
-    variants = {name: _variant(path, name, value, stages) for name, value in tables["variants"].items()}
+    variants: dict[str, Variant] = {}
+    for name, value in tables["variants"].items():
+        if not isinstance(value, dict):
+            raise UsageError(f"{path} [variants]: {name} should be a table of options, found {value!r}")
+        where = f"{path} [variants.{name}]"
+        variant = variants[name] = _model(Variant, value, where)
+        _known(variant.stages or (), stages, f"{where} stages", "stage")
+        given = _options(variant.options, where, COMMON) | _options(variant.tune, f"{where} tune", COMMON)
+        if variant.goes_on and (more := [key for key in given if key not in GOING_ON or key in variant.tune]):
+            raise UsageError(f"{given[more[0]].where} cannot be set beside continue: it goes on as the backbone was pretrained")
     for what, names in (("stage", stages), ("variant", variants)):
         for name in names:
             if not NAME.fullmatch(name) or name == "backbone":
@@ -144,18 +149,6 @@ def read_study(path: Path) -> Study:
             if stage is not None and not variant.at(stage):
                 raise UsageError(f"{where}: it is tuned at stage {stage}, which is not among its stages")
     return Study(path, compare, stages, settings, variants)
-
-
-def _variant(path: Path, name: str, value: Any, stages: Iterable[str]) -> Variant:
-    where = f"{path} [variants.{name}]"
-    if not isinstance(value, dict):
-        raise UsageError(f"{path} [variants]: {name} should be a table of options, found {value!r}")
-    variant = _model(Variant, value, where)
-    _known(variant.stages or (), stages, f"{where} stages", "stage")
-    given = _options(variant.options, where, COMMON) | _options(variant.tune, f"{where} tune", COMMON)
-    if variant.goes_on and (more := [key for key in given if key not in GOING_ON or key in variant.tune]):
-        raise UsageError(f"{given[more[0]].where} cannot be set beside continue: it goes on as the backbone was pretrained")
-    return variant
 
 
 M = TypeVar("M", bound=BaseModel)
@@ -198,8 +191,8 @@ def settings_of(
     UsageError that names the file and the key.
     """
     options = options_of("patch")
-    found = _options(study.settings, f"{study.path} [settings]")
     where = f"{study.path} [settings]"
+    found = _options(study.settings, where)
     if variant is not None:
         where = f"{study.path} [variants.{variant}]"
         found |= _options(study.variants[variant].options, where) | _options(choice or {}, f"{where} tune")

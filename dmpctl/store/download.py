@@ -1,19 +1,27 @@
 """`dmpctl download`: lists, fetches, verifies and prunes what the tool uses and may not ship."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.files import amount
+from dmpctl.runs.rundir import RunDir
 from dmpctl.settings.assets import AssetRow, Assets
+from dmpctl.settings.layers import read_toml, resolve
+from dmpctl.settings.measuring import SMALL_SIDE
 from dmpctl.settings.model import Settings
-from dmpctl.store import needs, prune
-from dmpctl.store.addresses import address_in
+from dmpctl.settings.options import COMMANDS
+from dmpctl.store.addresses import HUB, address_in, of_rows
 from dmpctl.store.cache import Accepted, cache_dir, changing_index, files_dir, hub_dir, need_room, now, read_index
 from dmpctl.store.fetch import cached, command_for, fetch, present, provenance, verify
+from dmpctl.store.prune import prune
 from dmpctl.store.registry import Registry, expanded, registry_of, row_at, row_named, shipped
+from dmpctl.store.shapes import LATENTS, is_shape
 from dmpctl.types import Progress, Report
+
+WITH_ASSETS = ("pretrain", "patch", "sample", "fid")  # commands whose settings name rows
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,7 @@ def download(settings: Settings, names: Sequence[str], progress: Progress) -> Re
             raise UsageError(
                 "--prune goes over the whole cache, it takes no names", "dmpctl download --prune --dry-run shows what goes"
             )
-        return prune.prune(request.rows, settings.console.dry_run)
+        return prune(request.rows, settings.console.dry_run)
     if options.verify:
         return verified(request, progress)
     if options.list_assets or not (names or options.needed_for):
@@ -59,16 +67,71 @@ def download(settings: Settings, names: Sequence[str], progress: Progress) -> Re
 def requested(settings: Settings, names: Sequence[str]) -> Request:
     """The rows that names, addresses and --for stand for."""
     experiment = settings.download.needed_for
-    found = needs.settings_in(experiment) if experiment else []
+    found = settings_in(experiment) if experiment else []
     own = {row.name: row for row in settings.assets.rows}
     own |= {row.name: row for recorded in found for row in recorded.assets.rows if row.name not in own}
     settings = settings.model_copy(update={"assets": Assets(rows=tuple(own.values()))})
     rows = dict(registry_of(settings))
-    wanted = [row_at(name) if address_in(name) else row_named(name, rows) for name in names] + needs.needed(found, rows)
+    wanted = [row_at(name) if address_in(name) else row_named(name, rows) for name in names] + needed(found, rows)
     rows |= {row.name: row for row in wanted}
     every = tuple(dict.fromkeys(row.name for row in wanted))
     typed = " ".join([*names, *(["--for", str(experiment)] if experiment else [])])
     return Request(settings, rows, expanded(every, rows), every, typed)
+
+
+def settings_in(experiment: Path) -> list[Settings]:
+    """Returns the settings that a run has recorded, or that each command finds in a settings file."""
+    path = experiment.expanduser()
+    if path.is_dir() or path.suffix == ".json":
+        recorded = RunDir(path if path.is_dir() else path.parent).config().settings
+        try:
+            return [Settings.from_dict(recorded)]
+        except IntegrityError as error:
+            raise IntegrityError(error.message, "name the settings file instead of the run") from None
+    if not path.is_file():
+        raise MissingError(f"{path} is not there", "name a settings file (TOML) or a run")
+    tables = read_toml(path)
+    named = [name for name in WITH_ASSETS if isinstance(tables.get(name), dict)]
+    shared = any(not isinstance(value, dict) for value in tables.values())
+    commands = named or (["patch"] if shared else [])
+    return [resolve(name, {}, path).settings for name in commands if name in COMMANDS]
+
+
+def needed(found: list[Settings], rows: Registry) -> list[AssetRow]:
+    """Returns the rows that these settings name, those that they need in turn, and Inception where distances are taken in it."""
+    wanted = {row.name: row for settings in found for row in _named(settings, rows)}
+    if wanted and "inception" in rows and any(_measures_in_inception(settings) for settings in found):
+        wanted["inception"] = rows["inception"]
+    kinds = {row.kind for row in wanted.values()}
+    for row in list(wanted.values()):
+        for need in (rows[name] for name in row.needs):
+            if need.kind != "codec" or "codec" not in kinds:  # no second codec where one is named
+                wanted[need.name] = need
+    return list(wanted.values())
+
+
+def _named(settings: Settings, rows: Registry) -> Iterator[AssetRow]:
+    base, data, fid = settings.base, settings.data, settings.fid
+    images = None if data.streaming else data.data
+    clip = fid.clip if "clip-score" in fid.metrics else None
+    words = [base.base, base.weights, images, fid.reference, fid.protocol, fid.extractor, clip]
+    words += [settings.text.text_encoder, settings.codec.codec, settings.prompting.prompts_from]
+    for word in map(str, filter(None, words)):
+        if word in rows:
+            yield rows[word]
+        elif word in (base.base, str(base.weights)) and (address := address_in(word)):
+            yield row_at(address)
+        elif word == base.base and is_shape(word) and settings.codec.codec == "auto" and LATENTS in rows:
+            yield rows[LATENTS]
+        elif word in (images, fid.reference) and word.startswith(HUB):
+            yield row_at(of_rows(word).word)
+
+
+def _measures_in_inception(settings: Settings) -> bool:
+    data = settings.data
+    measures = settings.evaluate.evaluate if "evaluate" in settings.model_fields_set else "fid" in settings.model_fields_set
+    small = data.data == "digits" or (data.size or SMALL_SIDE) < SMALL_SIDE
+    return measures and not small and settings.fid.extractor is None
 
 
 def listed(request: Request) -> Report:

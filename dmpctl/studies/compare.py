@@ -126,7 +126,7 @@ class OpenStudy:
 
     def tunes_here(self, stage: str, variant: Variant) -> bool:
         """Whether a variant's grid is tried at this stage."""
-        return len(variant.choices()) > 1 and self.study.tunes_at(stage) == stage
+        return len(variant.choices()) > 1 and self.study.compare.tune_stage in (None, stage)
 
     def candidates(self, stage: str, name: str) -> list[Candidate] | None:
         """Returns the grid of a variant with its tuning figures, None while some are missing. Read until all are there."""
@@ -147,7 +147,7 @@ class OpenStudy:
         choices = self.study.variants[name].choices()
         if len(choices) == 1:
             return choices[0]
-        candidates = self.candidates(self.study.tunes_at(stage), name)
+        candidates = self.candidates(self.study.compare.tune_stage or stage, name)
         return None if candidates is None else best(candidates, f"{stage}/{name}")
 
     def side(self, stage: str, progress: Progress) -> Side | None:

@@ -12,7 +12,7 @@ import time
 import traceback
 from pathlib import Path
 
-from dmpctl.cli.app import end
+from dmpctl.cli.app import SIGINT, end
 from dmpctl.cli.calls import perform
 from dmpctl.cli.commands import COMMANDS
 from dmpctl.errors import DmpError, Interrupted
@@ -57,9 +57,7 @@ def work(folder: Path) -> int:
         outcome, code = _said(rank, error), error.exit_code
         _trace(error, debug)
     except KeyboardInterrupt:
-        outcome = Outcome(
-            rank=rank, message="stopped by SIGINT at once", signal=int(signal.SIGINT), exit_code=128 + signal.SIGINT
-        )
+        outcome = Outcome(rank=rank, message="stopped by SIGINT at once", signal=int(signal.SIGINT), exit_code=SIGINT)
     except BaseException as error:
         outcome, code = _unexpected(rank, error), DmpError.exit_code
         _trace(error, debug or rank > 0)  # ranks above 0 write to a log, which the launcher names

@@ -8,10 +8,10 @@ from dmpctl.measuring.case import Case, open_case
 from dmpctl.measuring.features import FeatureStore
 from dmpctl.measuring.record import Measurement, history
 from dmpctl.measuring.reference import Reference, open_reference
-from dmpctl.measuring.scores import estimate_of, noise_floor_of, scores_of
+from dmpctl.measuring.scores import noise_floor_of, scores_of
 from dmpctl.measuring.statistics_files import statistics_report
 from dmpctl.measuring.verdict import distance_verdict, failures_of
-from dmpctl.metrics.frechet import FidEstimate, PairedDifference, paired_difference
+from dmpctl.metrics.frechet import GROUPS, FidEstimate, PairedDifference, features_to_fid, paired_difference
 from dmpctl.metrics.statistics import SUFFIXES, is_statistics
 from dmpctl.processes.command import Command
 from dmpctl.settings.model import Settings
@@ -41,7 +41,8 @@ def fid(settings: Settings, what: str, progress: Progress) -> Report:
         case = replace(case, command=command.by_itself())
     reference = open_reference(case.real, case.images.shape, case.extractor, case.protocol.name, case.command)
     features = case.features(case.images, case.options.wanted)
-    estimate = estimate_of(case, features, reference)
+    enough = features.count > max(case.extractor.width, 2 * GROUPS - 1)
+    estimate = features_to_fid(features.features, reference.features, debias=enough)
     scores = scores_of(case, estimate, features, reference)
     floor = noise_floor_of(reference, settings.sampling.sample_seed) if case.options.noise_floor else None
     gap = _difference(case, features, reference)

@@ -19,7 +19,7 @@ from dmpctl.models.patched import Patched
 from dmpctl.models.speed import compile_blocks
 from dmpctl.processes.command import Command
 from dmpctl.sampling.generate import begin_samples, in_batches, samples_about, samples_folder
-from dmpctl.sampling.pictures import png_if_whole, read_png, write_pngs
+from dmpctl.sampling.pictures import png_if_whole, png_of, read_png, write_pngs
 from dmpctl.store.addresses import address_in
 from dmpctl.types import Silent, Source
 
@@ -93,13 +93,13 @@ def folder_images(path: Path, limit: int) -> ImageSet:
     if not (path / "samples.json").is_file():
         return source_images(str(path), StoredImages(FolderReader(path)), limit)
     about, count = read_json(path / "samples.json"), 0
-    while count < limit and _place(path, count).is_file():
+    while count < limit and png_of(path, count).is_file():
         count += 1
     if not count:
         raise UsageError(f"{path} holds no 000000.png", "make its images: dmpctl sample")
-    channels, height, width = read_png(_place(path, 0)).shape
+    channels, height, width = read_png(png_of(path, 0)).shape
     identity, seeds = _identity_in(about)
-    read = partial(_one_by_one, lambda k: read_png(_place(path, k)))
+    read = partial(_one_by_one, lambda k: read_png(png_of(path, k)))
     return ImageSet(str(path), (channels, height, width), count, read, identity, seeds)
 
 
@@ -107,11 +107,6 @@ def _identity_in(about: Mapping[str, JsonValue]) -> tuple[dict[str, JsonValue], 
     """(identity, seeds) of generated images, from their samples.json."""
     identity, seeds = ({key: about[key] for key in keys if key in about} for keys in (IDENTITY, SEEDS))
     return identity, seeds
-
-
-def _place(folder: Path, k: int) -> Path:
-    """Where `dmpctl sample` writes image k."""
-    return folder / f"{k:06d}.png"
 
 
 def npz_set(path: Path, limit: int = 2**62) -> ImageSet:
@@ -151,7 +146,7 @@ def _made(path: Path, model: Patched, command: Command, indices: Sequence[int]) 
         begin_samples(folder, samples_about(model, settings))
         missing = []
         for first in range(0, len(indices), BATCH):
-            part = {k: png_if_whole(_place(folder, k)) for k in indices[first : first + BATCH]}
+            part = {k: png_if_whole(png_of(folder, k)) for k in indices[first : first + BATCH]}
             there = {k: image for k, image in part.items() if image is not None}
             missing += [k for k in part if k not in there]
             if there:

@@ -12,7 +12,7 @@ from dmpctl.measuring.case import Case
 from dmpctl.measuring.features import FeatureStore
 from dmpctl.measuring.reference import Reference
 from dmpctl.metrics.clip_score import ClipScore, ClipScorer, scores_to_clip_score
-from dmpctl.metrics.frechet import GROUPS, FidEstimate, features_to_fid, moments_to_fid
+from dmpctl.metrics.frechet import FidEstimate, moments_to_fid
 from dmpctl.metrics.inception_score import logits_to_score
 from dmpctl.metrics.infinity import fid_infinity
 from dmpctl.metrics.kid import features_to_kid
@@ -46,12 +46,6 @@ def short(n: int) -> str:
     return f"{n // 1000}k" if n % 1000 == 0 else str(n)
 
 
-def estimate_of(case: Case, store: FeatureStore, reference: Reference) -> FidEstimate:
-    """The Fréchet distance of the images, debiased where there are enough of them."""
-    debias = store.count > max(case.extractor.width, 2 * GROUPS - 1)
-    return features_to_fid(store.features, reference.features, debias=debias)
-
-
 def scores_of(case: Case, estimate: FidEstimate, store: FeatureStore, reference: Reference) -> list[Score]:
     """Every metric that was asked for, the Fréchet distance first and the CLIP score last."""
     found = []
@@ -69,7 +63,13 @@ def _score(
     features, seed = store.features, case.command.settings.sampling.sample_seed
     match metric:
         case "fid":
-            return asdict(estimate), _distance_row(estimate, reference)
+            count = "n unknown" if reference.count is None else reference.count
+            return asdict(estimate), {
+                "value": f"{estimate.value:.4f}{plus_minus(estimate.standard_error)}",
+                "debiased": "" if estimate.debiased is None else f"{estimate.debiased:.4f}",
+                "images": str(estimate.n),
+                "reference": f"{reference.record.name} ({count})",
+            }
         case "sfid":
             if reference.spatial is None:
                 raise UsageError("sfid needs spatial statistics of the reference", "leave sfid out of --metrics")
@@ -96,15 +96,6 @@ def _score(
             return asdict(clip) | {"clip": case.options.clip}, row
         case _:
             assert_never(metric)
-
-
-def _distance_row(estimate: FidEstimate, reference: Reference) -> dict[str, str]:
-    return {
-        "value": f"{estimate.value:.4f}{plus_minus(estimate.standard_error)}",
-        "debiased": "" if estimate.debiased is None else f"{estimate.debiased:.4f}",
-        "images": str(estimate.n),
-        "reference": f"{reference.record.name} ({'n unknown' if reference.count is None else reference.count})",
-    }
 
 
 def _clip_score(case: Case) -> ClipScore:

@@ -26,7 +26,7 @@ from dmpctl.processes.command import Command
 from dmpctl.processes.ranks import Ranks
 from dmpctl.processes.stop import Stop, interrupted
 from dmpctl.rng import ImageDraws, seed_of
-from dmpctl.sampling.pictures import is_png, read_png, write_contact_sheet, write_npz, write_pngs
+from dmpctl.sampling.pictures import contact_sheet, png_if_whole, png_of, read_png, write_npz, write_picture, write_pngs
 from dmpctl.settings.measuring import Sampling
 from dmpctl.settings.model import Settings
 from dmpctl.types import Denoiser, Progress, Report
@@ -58,8 +58,9 @@ def denoiser_of(
     spec = model.backbone.spec
     refuse_other_kind(settings.sampler, spec.schedule.kind == "flow")
     cond, null = conditions_of(model, indices, settings.sample_seed, label, device)
-    predict: Predict = model.in_precision(settings.sample_precision).predict
-    predict = at_one_time(predict) if cond is None else predict
+    whole: Predict = model.in_precision(settings.sample_precision).predict
+    # Images at one timestep and without labels: what depends on these is computed once for all.
+    predict: Predict = whole if cond is not None else lambda x, t, cond: whole(x, t[:1], cond)
     channels = settings.cfg_channels if settings.cfg_channels != "auto" else "all" if spec.text else "3"
     return guide(predict, cond, null, settings.cfg, channels)
 
@@ -80,11 +81,6 @@ def conditions_of(
         return None, None
     null = told.nothing()
     return told.of(labels).to(device), None if null is None else null.to(device)
-
-
-def at_one_time(predict: Predict) -> Predict:
-    """The same for images that are all at one timestep and have no labels: what depends on these is computed once for all."""
-    return lambda x, t, cond: predict(x, t[:1], cond)
 
 
 @torch.inference_mode()
@@ -112,11 +108,6 @@ def in_batches(
             task.advance(len(part))
             if stop.got:
                 raise interrupted(stop.got, f"after {first + len(part)} of {len(indices)} images", "give the same command again")
-
-
-def folder_name(model: Patched, settings: Sampling) -> str:
-    """<step>-<sampler>-<steps>-cfg<g>, as the run directory names its samples."""
-    return f"{model.step:07d}-{settings.sampler}-{settings.steps}-cfg{settings.cfg:g}"
 
 
 def sample(settings: Settings, run: Path, progress: Progress) -> Report:
@@ -162,13 +153,14 @@ def _write_npz(folder: Path, model: Patched, command: Command) -> tuple[int, Pat
 def _write_folder(folder: Path, model: Patched, command: Command) -> tuple[int, Path]:
     """Makes the images whose PNG is missing; returns how many, and the contact sheet."""
     wanted, ranks = command.settings.images, command.ranks
-    missing = [k for k in ranks.mine(range(wanted.num_images)) if not is_png(folder / f"{k:06d}.png")]
+    missing = [k for k in ranks.mine(range(wanted.num_images)) if png_if_whole(png_of(folder, k)) is None]
     batches = in_batches(model, missing, command.settings.sampling, ranks.device, command.progress, wanted.image_label)
     for part, images in batches:
         write_pngs(folder, part, images)
     made, target = ranks.total(len(missing)), folder / "contact-sheet.png"  # when all are done
     if ranks.is_main:
-        write_contact_sheet(target, [read_png(folder / f"{k:06d}.png") for k in range(min(64, wanted.num_images))])
+        shown = [read_png(png_of(folder, k)) for k in range(min(64, wanted.num_images))]
+        write_picture(target, contact_sheet(shown))
     return made, target
 
 
@@ -202,8 +194,9 @@ def images_of_all(
 
 
 def samples_folder(run: Path, model: Patched, sampling: Sampling) -> Path:
-    """Where images of a run lie unless --out says otherwise."""
-    name = folder_name(model, sampling) + ("-backbone" if model.patch is None else "")
+    """Where images of a run lie unless --out says otherwise: samples/<step>-<sampler>-<steps>-cfg<g>..."""
+    name = f"{model.step:07d}-{sampling.sampler}-{sampling.steps}-cfg{sampling.cfg:g}"
+    name += "-backbone" if model.patch is None else ""
     if model.prompts is not None:
         name += f"-{sha256_of_json(dict(model.prompts.about))[:8]}"
     return outputs_of(run) / "samples" / name

@@ -22,19 +22,19 @@ def to_image(image: Tensor) -> Image.Image:
     return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
 
 
+def png_of(folder: Path, index: int) -> Path:
+    """Returns where image `index` lies in a folder of samples."""
+    return folder / f"{index:06d}.png"
+
+
 def write_pngs(folder: Path, indices: Sequence[int], images: Tensor) -> None:
     """Write images under their six-digit index; a half-written file never bears that name."""
     for index, image in zip(indices, images, strict=True):
-        final = folder / f"{index:06d}.png"
+        final = png_of(folder, index)
         temporary = final.with_name(f".{final.name}")
         with writing(final):
             to_image(image).save(temporary, "PNG")
             temporary.replace(final)
-
-
-def is_png(path: Path) -> bool:
-    """Whether a complete PNG is there."""
-    return png_if_whole(path) is not None
 
 
 def png_if_whole(path: Path) -> Tensor | None:
@@ -72,11 +72,6 @@ def write_picture(path: Path, picture: Image.Image) -> None:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     write_atomic(path, buffer.getvalue())
-
-
-def write_contact_sheet(path: Path, images: Sequence[Tensor]) -> None:
-    """Atomically write a contact sheet."""
-    write_picture(path, contact_sheet(images))
 
 
 def write_npz(path: Path, batches: Iterator[Tensor], count: int) -> None:

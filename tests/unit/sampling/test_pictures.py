@@ -18,13 +18,13 @@ FAST = {"sampler": "ddim", "steps": 3, "sample_batch": 5, "cpu": True}
 def test_a_png_that_is_cut_off_is_no_png(tmp_path, length):
     path = tmp_path / "x.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)).save(path)
-    assert pictures.is_png(path)
+    assert pictures.png_if_whole(path) is not None
     data = path.read_bytes()
     assert len(data) > 120
     path.write_bytes(data[:length])
-    assert not pictures.is_png(path)
+    assert pictures.png_if_whole(path) is None
     path.write_bytes(data[:length] + b"\xff" + data[length + 1 :])
-    pictures.is_png(path)  # whatever the bytes: an answer
+    pictures.png_if_whole(path)  # whatever the bytes: an answer
 
 
 def test_npz_streams_one_batch_at_a_time(tmp_path):

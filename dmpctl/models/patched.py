@@ -115,7 +115,7 @@ class Patched:
     @property
     def data(self) -> Data | None:
         """The same with the columns that were named for it, to be opened."""
-        columns = {} if self.record is None else self.record.data.columns or {}
+        columns = {} if self.record is None else self.record.data.columns
         return None if self.trained_on is None else Data.model_validate({"data": self.trained_on, **columns})
 
     def with_codec(self, settings: Settings) -> "Patched":

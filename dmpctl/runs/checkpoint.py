@@ -6,9 +6,9 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from pydantic import JsonValue
 from torch import Tensor, nn
 
 from dmpctl.errors import IntegrityError
@@ -45,7 +45,7 @@ class TrainerState:
     raw: dict[str, Tensor]
     ema: dict[str, Tensor]
     optimizer: dict[str, dict[str, Tensor]]
-    scaler: dict[str, Any]
+    scaler: dict[str, JsonValue]
 
 
 def copied(state: TrainerState) -> TrainerState:
@@ -60,7 +60,7 @@ def copied_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def capture(
-    step: int, module: nn.Module, optimizer: torch.optim.Optimizer, ema: Mapping[str, Tensor], scaler: dict[str, Any]
+    step: int, module: nn.Module, optimizer: torch.optim.Optimizer, ema: Mapping[str, Tensor], scaler: dict[str, JsonValue]
 ) -> TrainerState:
     """The state of training after `step` steps; a collective where the module is shared out."""
     parameters = dict(module.named_parameters())
@@ -136,15 +136,8 @@ def save(
         raise
     for old in complete(folder)[:-keep]:
         if keep_every is None or step_of(old) % keep_every:
-            remove(old)
+            shutil.rmtree(old.rename(old.with_name(f"{old.name}.tmp")))  # renamed: it is none from the first moment on
     return final
-
-
-def remove(path: Path) -> None:
-    """Delete a checkpoint; it is none from the first moment on."""
-    going = path.with_name(f"{path.name}.tmp")
-    path.rename(going)
-    shutil.rmtree(going)
 
 
 def newest(folder: Path) -> tuple[TrainerState | None, list[str]]:
@@ -184,22 +177,19 @@ def step_of(path: Path) -> int:
 
 def complete(folder: Path) -> list[Path]:
     """Finished checkpoints, oldest first; leftovers of an interrupted save are no checkpoints."""
-    found = [p for p in folder.iterdir() if NAME.fullmatch(p.name) and (p / "trainer.json").is_file()] if folder.is_dir() else []
-    return sorted(found, key=step_of)
+    return sorted((p.parent for p in folder.glob("step-*/trainer.json") if NAME.fullmatch(p.parent.name)), key=step_of)
 
 
 def load(path: Path) -> TrainerState:
     """Read and verify one checkpoint; IntegrityError naming the file whose bytes are not those that were written."""
     manifest = read_json(path / "trainer.json", SCHEMA_VERSION)
-    own = manifest.pop("own_sha256", None)
+    own, hint = manifest.pop("own_sha256", None), f"delete {path} to go on from the one before"
     if own != sha256_of_json(manifest):
-        raise IntegrityError(f"{path / 'trainer.json'} is damaged", f"delete {path} to go on from the one before")
+        raise IntegrityError(f"{path / 'trainer.json'} is damaged", hint)
     for name, expected in manifest["sha256"].items():
         actual = sha256_of(path / name) if (path / name).is_file() else "no file"
         if actual != expected:
-            raise IntegrityError(
-                f"{path / name} is damaged: sha256 {actual}, expected {expected}", f"delete {path} to go on from the one before"
-            )
+            raise IntegrityError(f"{path / name} is damaged: sha256 {actual}, expected {expected}", hint)
     tensors, _ = read_tensors(path / "trainer.safetensors")
     raw = {n.removeprefix("raw."): v for n, v in tensors.items() if n.startswith("raw.")}
     ema = {n.removeprefix("ema."): v for n, v in tensors.items() if n.startswith("ema.")}

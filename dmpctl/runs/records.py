@@ -6,18 +6,9 @@ A record is made once, checked when it is read, and passed on as an object.
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal, TypeVar
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    JsonValue,
-    SerializerFunctionWrapHandler,
-    ValidationError,
-    model_serializer,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from dmpctl.errors import IntegrityError
 from dmpctl.files import json_to_bytes, read_json
@@ -41,14 +32,10 @@ class Record(BaseModel):
         """Something else in place of an object is reported like an empty one: by the names that it lacks."""
         return value if isinstance(value, Mapping | BaseModel) else {}
 
-    @model_serializer(mode="wrap")
-    def _without_nothing(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        written: dict[str, Any] = serialise(self)
-        return {key: value for key, value in written.items() if value is not None or key not in self.left_out}
-
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, JsonValue]:
         """Returns the keys that the file has, in its order, as plain values."""
-        return self.model_dump(mode="json", exclude_unset=True)  # a default was never written, so it is not written now
+        written = self.model_dump(mode="json", exclude_unset=True)  # a default was never written, so it is not written now
+        return {key: value for key, value in written.items() if value is not None or key not in self.left_out}
 
     def to_bytes(self) -> bytes:
         """Returns the content of the file."""
@@ -100,12 +87,11 @@ class EncoderRecord(Record):
 
 
 class DataRecord(Record):
-    """The images that a patch was trained on; None: unknown. `columns`: options that name columns of a table, None: none."""
+    """The images that a patch was trained on; None: unknown. `columns`: options that name columns of a table."""
 
-    left_out = ("columns",)
     name: str | None
     fingerprint: str | None = None
-    columns: dict[str, str] | None = None
+    columns: dict[str, str] = {}
 
 
 class BackboneRecord(Record):

@@ -10,7 +10,8 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+
+from pydantic import JsonValue
 
 from dmpctl.errors import InUse, MissingError, UsageError
 from dmpctl.files import write_json, writing
@@ -20,7 +21,6 @@ from dmpctl.settings.options import defaults_of
 from dmpctl.words import differences
 
 SCHEMA_VERSION = 1
-Kind = str  # "patch" or "backbone": what the run trains, and the name of the files that hold it
 
 
 class RunConfig(Record):
@@ -29,15 +29,15 @@ class RunConfig(Record):
     hint = "name another --run"
     schema_version: int
     command: str
-    science: dict[str, Any]
-    settings: dict[str, dict[str, Any]]
+    science: dict[str, JsonValue]
+    settings: dict[str, dict[str, JsonValue]]
 
 
 class Provenance(Record):
     """provenance.json: one entry for each session, with versions, command line and what was found."""
 
     schema_version: int
-    sessions: list[dict[str, Any]]
+    sessions: list[dict[str, JsonValue]]
 
 
 class RunDir:
@@ -46,11 +46,8 @@ class RunDir:
     def __init__(self, path: Path, main: bool = True) -> None:
         """`main` False: another process of the same command holds the lock and does all the writing."""
         self.path, self.main = path.expanduser().absolute(), main
+        self.checkpoints, self.metrics = self.path / "checkpoints", MetricsLog(self.path / "metrics.jsonl")
         self._lock: int | None = None
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
 
     def __enter__(self) -> "RunDir":
         """Create the folder and take the lock; UsageError if another command holds it or the folder is something else."""
@@ -59,7 +56,9 @@ class RunDir:
         with writing(self.path):
             if self.path.exists() and not self.path.is_dir():
                 raise UsageError(f"{self.path} is a file, a run is a folder", "name another --run")
-            if self.path.is_dir() and not self._ours():
+            names = [p.name for p in self.path.iterdir()] if self.path.is_dir() else []
+            # beside a run: an empty folder, or one whose first command was killed before it could say that it is a run
+            if "config.json" not in names and not all(n == ".lock" or n.startswith(".config.json.") for n in names):
                 raise UsageError(f"{self.path} is not empty and is no run of dmpctl", "name another --run")
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -81,23 +80,13 @@ class RunDir:
             os.close(self._lock)
             self._lock = None
 
-    def _ours(self) -> bool:
-        """A run, an empty folder, or one whose first command was killed before it could say that it is a run."""
-        names = [p.name for p in self.path.iterdir()]
-        return "config.json" in names or all(name == ".lock" or name.startswith(".config.json.") for name in names)
-
-    @property
-    def metrics(self) -> MetricsLog:
-        """metrics.jsonl of the run."""
-        return MetricsLog(self.path / "metrics.jsonl")
-
     def config(self) -> RunConfig:
         """Returns config.json; MissingError if this is no run, IntegrityError if it lacks something."""
         if not (self.path / "config.json").is_file():
             raise MissingError(f"{self.path} is no run: it has no config.json", "name a run made by dmpctl patch or pretrain")
         return read_record(self.path / "config.json", RunConfig)
 
-    def refuse_other(self, command: str, science: Mapping[str, Any], allowed: Collection[str] = ()) -> None:
+    def refuse_other(self, command: str, science: Mapping[str, object], allowed: Collection[str] = ()) -> None:
         """UsageError if the run holds another experiment: `science` is flat name -> value of all that makes it this one.
 
         `allowed`: names that may change; UsageError for one that does not exist.
@@ -114,31 +103,27 @@ class RunDir:
             newer = {key: value for key, value in defaults_of(command).items() if key in science and key not in old}
             now = json.loads(json.dumps(dict(science)))
             kept = {key: now[key] for key in allowed}
-            self._refuse_other_science(old | newer | kept, now)
+            if changed := differences(old | newer | kept, now):
+                shown = "; ".join(f"{key}: {there} there, {asked} now" for key, there, asked in changed[:4])
+                raise UsageError(
+                    f"{self.path} holds another experiment ({shown})",
+                    "name another --run, give the settings of that run, or --allow-change what is named here",
+                )
 
-    def differences(self, settings: Mapping[str, Any]) -> list[str]:
+    def differences(self, settings: Mapping[str, Mapping[str, object]]) -> list[str]:
         """Returns what a resume asks for otherwise than the run did before: `save_every: 500 before, 50 now`."""
         if not (self.path / "config.json").is_file():
             return []
-        old, new = _flat(self.config().settings), _flat(json.loads(json.dumps(settings)))
+        sections = (self.config().settings, json.loads(json.dumps(settings)))  # names are unique across them
+        old, new = ({key: value for section in each.values() for key, value in section.items()} for each in sections)
         return [f"{key}: {a} before, {b} now" for key, a, b in differences({key: old.get(key) for key in new}, new)]
 
-    def begin(self, command: str, science: Mapping[str, Any], settings: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-        """Record what the run is asked to do from now on, and the facts of this session."""
+    def begin(
+        self, command: str, science: Mapping[str, object], settings: Mapping[str, object], facts: Mapping[str, object]
+    ) -> None:
+        """Record what the run is asked to do from now on, and the facts of this session beside versions and command line."""
         value = {"schema_version": SCHEMA_VERSION, "command": command, "science": science, "settings": settings}
         write_json(self.path / "config.json", value)
-        self._record(facts)
-
-    def _refuse_other_science(self, old: dict[str, Any], new: dict[str, Any]) -> None:
-        changed = [f"{key}: {there} there, {now} now" for key, there, now in differences(old, new)]
-        if changed:
-            raise UsageError(
-                f"{self.path} holds another experiment ({'; '.join(changed[:4])})",
-                "name another --run, give the settings of that run, or --allow-change what is named here",
-            )
-
-    def _record(self, facts: Mapping[str, Any]) -> None:
-        """provenance.json: versions, command line and what was found; one entry per session."""
         path = self.path / "provenance.json"
         sessions = read_record(path, Provenance).sessions if path.is_file() else []
         packages = ("dmpctl", "torch", "accelerate", "numpy", "safetensors")
@@ -150,16 +135,11 @@ class RunDir:
         }
         write_json(path, {"schema_version": SCHEMA_VERSION, "sessions": [*sessions, session]})
 
-    def amend(self, facts: Mapping[str, Any]) -> None:
+    def amend(self, facts: Mapping[str, object]) -> None:
         """Add to this session's entry in provenance.json what was only found on the way."""
         path = self.path / "provenance.json"
         *before, last = read_record(path, Provenance).sessions
         write_json(path, {"schema_version": SCHEMA_VERSION, "sessions": [*before, {**last, **facts}]})
-
-
-def _flat(sections: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings without their sections: names are unique across them."""
-    return {key: value for section in sections.values() for key, value in section.items()}
 
 
 def version_of(package: str) -> str:

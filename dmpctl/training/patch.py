@@ -92,7 +92,8 @@ def session_of(settings: Settings, loaded: Loaded, codec: Codec, source: Source)
     text = open_encoder(settings, loaded.spec, loaded.text)
     columns = settings.data.model_dump(include={"image_column", "label_column", "caption_column"}, exclude_none=True)
     name = lasting_name(settings.data.data or str(loaded.data))  # which still means the same from another folder
-    data = DataRecord(name=name, fingerprint=source.fingerprint, columns=columns or None)
+    named = {"columns": columns} if columns else {}  # else the record has no such key
+    data = DataRecord(name=name, fingerprint=source.fingerprint, **named)
     described = describe_patch(loaded, settings.base, settings.method, module, data, latent_record(codec), encoder_record(text))
     return Session(
         Subject(loaded.model, module, described),

@@ -13,8 +13,8 @@ from dmpctl.backbones.dit import DiT, DiTConfig, shape_config
 from dmpctl.backbones.dit_weights import digest_of
 from dmpctl.codecs.identity import Identity
 from dmpctl.models.backbone import Loaded, freeze
+from dmpctl.runs.checkpoint import Saver
 from dmpctl.runs.rundir import RunDir
-from dmpctl.runs.saver import Saver
 from dmpctl.training import patch
 from dmpctl.training.trainer import Trainer
 from tests.helpers import settings_for, trainer_of

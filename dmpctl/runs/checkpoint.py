@@ -1,11 +1,12 @@
 """Checkpoints: a folder that appears by one rename, complete and verified, or not at all. Nothing is pickled."""
 
-import copy
 import re
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 
 import torch
 from pydantic import JsonValue
@@ -46,17 +47,6 @@ class TrainerState:
     ema: dict[str, Tensor]
     optimizer: dict[str, dict[str, Tensor]]
     scaler: dict[str, JsonValue]
-
-
-def copied(state: TrainerState) -> TrainerState:
-    """The same on the CPU, in memory of its own: training may go on."""
-    moments = {name: copied_tensors(values) for name, values in state.optimizer.items()}
-    return TrainerState(state.step, copied_tensors(state.raw), copied_tensors(state.ema), moments, copy.deepcopy(state.scaler))
-
-
-def copied_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors on the CPU, in memory of their own."""
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def capture(
@@ -213,3 +203,50 @@ def publish(checkpoint: Path, kind: str, run: Path, metadata: Mapping[str, str] 
     for path, content in ((run / f"{kind}.safetensors", data), (run / f"{kind}.json", json_to_bytes(about))):
         if not path.is_file() or path.read_bytes() != content:
             write_atomic(path, content)
+
+
+class Saver:
+    """Context that writes the checkpoints of one run into `folder`, one at a time, in order, while training goes on.
+
+    `keep`, `keep_every`: which stay, as in `save`. What goes wrong is raised by the next call.
+    """
+
+    def __init__(self, folder: Path, kind: str, keep: int, keep_every: int | None = None) -> None:
+        self._folder, self._kind, self._keep, self._keep_every = folder, kind, keep, keep_every
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="saver")
+        self._going: Future[Path] | None = None
+
+    def save(self, state: TrainerState, untrained: Mapping[str, Tensor], described: Description) -> None:
+        """Write this checkpoint, after the one before; returns when all of it has been copied.
+
+        What is used afterwards: the average where one is kept, else the raw weights, and `untrained` tensors of the module.
+        """
+        self.finish()
+        moments = {name: _copied(values) for name, values in state.optimizer.items()}
+        kept = TrainerState(state.step, _copied(state.raw), _copied(state.ema), moments, state.scaler)
+        weights = _copied(untrained) | kept.raw | kept.ema
+        self._going = self._pool.submit(save, self._folder, self._kind, weights, described, kept, self._keep, self._keep_every)
+
+    def check(self) -> None:
+        """Raise what went wrong, if it is known already."""
+        if self._going is not None and self._going.done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait until everything is on disk; raises what went wrong."""
+        going, self._going = self._going, None
+        if going is not None:
+            going.result()
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self._pool.shutdown()
+        if kind is None:
+            self.finish()
+
+
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors on the CPU, in memory of their own."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}

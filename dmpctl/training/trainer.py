@@ -21,9 +21,9 @@ from dmpctl.processes.command import Command
 from dmpctl.processes.sharded import is_sharded, whole
 from dmpctl.processes.stop import Stop, interrupted
 from dmpctl.runs import checkpoint
+from dmpctl.runs.checkpoint import Saver
 from dmpctl.runs.records import Description
 from dmpctl.runs.rundir import RunDir
-from dmpctl.runs.saver import Saver
 from dmpctl.training.clock import Averages, Clock
 from dmpctl.training.fsdp import shard
 from dmpctl.training.inputs import InputMaker, Inputs, one_ahead

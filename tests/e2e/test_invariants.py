@@ -17,8 +17,8 @@ from dmpctl.models.build import build_patch
 from dmpctl.models.patch_files import load_patch, load_result
 from dmpctl.models.patched import predict_patched
 from dmpctl.runs import checkpoint
+from dmpctl.runs.checkpoint import Saver
 from dmpctl.runs.rundir import RunDir
-from dmpctl.runs.saver import Saver
 from dmpctl.sampling import generate
 from dmpctl.settings.methods import Dmp
 from dmpctl.settings.sections import Base

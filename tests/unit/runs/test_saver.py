@@ -7,8 +7,8 @@ import torch
 
 from dmpctl.errors import UsageError
 from dmpctl.runs import checkpoint
+from dmpctl.runs.checkpoint import Saver
 from dmpctl.runs.records import Description
-from dmpctl.runs.saver import Saver
 from tests.helpers import largest_file
 
 

@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, assert_never
+from typing import assert_never
 
 import torch
 
@@ -38,7 +38,9 @@ def export(settings: Settings, run: Path, progress: Progress) -> Report:
     match form:
         case "patch":
             target = settings.images.out or exports / "patch"
-            files = _patch_files(model.patch, model.record, target.expanduser().absolute())
+            tensors, folder = tensors_to_bytes(model.patch.state_dict()), target.expanduser().absolute()
+            record = model.record.model_copy(update={"sha256": sha256_of_bytes(tensors)})  # raw weights: it was a checkpoint's
+            files = {folder / "patch.safetensors": tensors, folder / "patch.json": record.to_bytes()}
         case "merged":
             target = settings.images.out or exports / "merged.safetensors"
             files = {_with_suffix(target, ".safetensors"): _merged(model.backbone, model.patch, model.record)}
@@ -59,21 +61,16 @@ def export(settings: Settings, run: Path, progress: Progress) -> Report:
 
 def put_all(files: Mapping[Path, bytes]) -> bool:
     """Write files in order, each by one rename; whether any was not there. UsageError, before a write, where one differs."""
-    missing = [path for path, content in files.items() if not _is_there(path, content)]
+    for path, content in files.items():
+        if path.is_dir():
+            raise UsageError(f"{path} is a folder, a file goes here", "name a file with --out")
+        if path.is_file() and (path.stat().st_size != len(content) or path.read_bytes() != content):
+            raise UsageError(f"{path} is there already and holds something else", "name another place, or remove it")
+    missing = [path for path in files if not path.is_file()]
     for path in missing:
         make_folder(path.parent)
         write_atomic(path, files[path])
     return bool(missing)
-
-
-def _is_there(path: Path, content: bytes) -> bool:
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder, a file goes here", "name a file with --out")
-    if not path.is_file():
-        return False
-    if path.stat().st_size != len(content) or path.read_bytes() != content:
-        raise UsageError(f"{path} is there already and holds something else", "name another place, or remove it")
-    return True
 
 
 def _with_suffix(target: Path, suffix: str) -> Path:
@@ -81,12 +78,6 @@ def _with_suffix(target: Path, suffix: str) -> Path:
     if target.suffix != suffix:
         raise UsageError(f"--out {target} should end with {suffix}", f"name it {target.name}{suffix}")
     return target.expanduser().absolute()
-
-
-def _patch_files(patch: PatchModule, record: PatchRecord, folder: Path) -> dict[Path, bytes]:
-    tensors = tensors_to_bytes(patch.state_dict())
-    record = record.model_copy(update={"sha256": sha256_of_bytes(tensors)})  # with --weights raw it was a checkpoint's
-    return {folder / "patch.safetensors": tensors, folder / "patch.json": record.to_bytes()}
 
 
 def _merged(backbone: Loaded, patch: PatchModule, record: PatchRecord) -> bytes:
@@ -106,35 +97,23 @@ def _published(backbone: Loaded, patch: PatchModule, method: Method) -> bytes:
     network = backbone.model
     if not isinstance(network, DiT):
         raise UsageError("the published layout is that of a DiT, this backbone is a model of diffusers", "use --to merged")
-    plain = _publishable(backbone, network, method)
+    options = _unpublished(method)
+    if isinstance(method, Lora | Full) or options:
+        raise UsageError(f"the published layout has no {options[0]}", "export it with --to merged, or --to patch")
+    if (steps := backbone.spec.schedule.steps) != PUBLISHED_STEPS:
+        raise UsageError(f"the published code has {PUBLISHED_STEPS} noise steps, this backbone {steps}")
+    if infer_config(network.state_dict(), network.config.num_heads) != network.config:
+        raise UsageError("the published layout cannot say that labels are never dropped, as they are not in this backbone")
     state = {**network.state_dict(), **patch.state_dict()}
-    checkpoint = {"model": state, "ema": state, "config": _config(network, plain)}
     buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
+    torch.save({"model": state, "ema": state, "config": _config(network, method)}, buffer)
     return buffer.getvalue()
 
 
-def _publishable(backbone: Loaded, network: DiT, method: Method) -> Dmp | PromptTuning:
-    """The method, if the published code has it; UsageError naming the option that it does not have."""
-    match method:
-        case Dmp() | PromptTuning():
-            other = _unpublished(method)
-        case Lora() | Full():
-            other = f"--method {method.method}"
-        case _:
-            assert_never(method)
-    if other or not isinstance(method, Dmp | PromptTuning):
-        raise UsageError(f"the published layout has no {other}", "export it with --to merged, or --to patch")
-    spec, config = backbone.spec, network.config
-    if spec.schedule.steps != PUBLISHED_STEPS:
-        raise UsageError(f"the published code has {PUBLISHED_STEPS} noise steps, this backbone {spec.schedule.steps}")
-    if infer_config(network.state_dict(), config.num_heads) != config:
-        raise UsageError("the published layout cannot say that labels are never dropped, as they are not in this backbone")
-    return method
-
-
-def _unpublished(method: Dmp | PromptTuning) -> str | None:
-    """The first option that the published code does not have; None where it has them all."""
+def _unpublished(method: Method) -> list[str]:
+    """The options of this method that the published code does not have."""
+    if isinstance(method, Lora | Full):
+        return [f"--method {method.method}"]
     options = {f"--prompt-sites {method.prompt_sites}": method.prompt_sites is not None}
     if isinstance(method, Dmp):
         seen = "t" if method.position == "prepend" else "t+y"
@@ -146,10 +125,10 @@ def _unpublished(method: Dmp | PromptTuning) -> str | None:
             f"--gate-scale {method.gate_scale}": method.gate_scale not in (None, 1.0),
             f"--gate-input {method.gate_input} with --position {method.position}": method.gate_input not in (None, seen),
         }
-    return next((option for option, used in options.items() if used), None)
+    return [option for option, used in options.items() if used]
 
 
-def _config(model: DiT, method: Dmp | PromptTuning) -> dict[str, Any]:
+def _config(model: DiT, method: Dmp | PromptTuning) -> dict[str, dict[str, object]]:
     """The published config's names, as far as they describe the model; num_heads is an addition: no tensor shows it."""
     config = model.config
     prompts = method.prompts or config.tokens

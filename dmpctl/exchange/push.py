@@ -3,13 +3,12 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from dmpctl.errors import MissingError, UsageError
 from dmpctl.files import read_json, tensors_to_bytes
 from dmpctl.measuring.record import sampling_words
 from dmpctl.models.backbone import metadata_of
-from dmpctl.models.patch_files import load_patch
+from dmpctl.models.patch_files import load_patch, read_patch_record
 from dmpctl.models.patched import Patched
 from dmpctl.runs.records import PatchRecord
 from dmpctl.settings.model import Settings
@@ -51,7 +50,7 @@ def push(settings: Settings, what: list[str], progress: Progress) -> Report:
     model = load_patch(path)
     files = files_of(path, model, to, options.push_backbone)
     sizes = {name: len(content) for name, content in files.items()}
-    data: dict[str, Any] = {"run": str(path), "to": to, "files": sizes, "step": model.step}
+    data = {"run": str(path), "to": to, "files": sizes, "step": model.step}
     row_shown = {"to": to, "files": ", ".join(sizes), "size": f"{sum(sizes.values()) / 1e6:.3g} MB"}
     if settings.console.dry_run:
         return Report({"dry_run": True, **data}, (row_shown,), ("dry run: nothing was sent",))
@@ -63,10 +62,9 @@ def push(settings: Settings, what: list[str], progress: Progress) -> Report:
 
 def files_of(path: Path, model: Patched, to: str, with_backbone: bool) -> dict[str, bytes]:
     """What is published, by name. No path of this machine is in it."""
-    record = model.record
-    assert record is not None  # of a patch that was loaded
+    record = read_patch_record(path)
     base = record.backbone.base
-    if not with_backbone and not is_public(base):
+    if not with_backbone and not (base in BUNDLED or base in shipped() or address_in(base) is not None):
         raise UsageError(
             f"the backbone of {path} is {base}, which others do not have", "add --with-backbone, or patch a published one"
         )
@@ -86,11 +84,6 @@ def files_of(path: Path, model: Patched, to: str, with_backbone: bool) -> dict[s
     files["patch.json"] = record.to_bytes()
     files["README.md"] = card(path, record, to).encode()
     return files
-
-
-def is_public(base: str) -> bool:
-    """Whether others have a backbone of that name: bundled, of the registry, or an address."""
-    return base in BUNDLED or base in shipped() or address_in(base) is not None
 
 
 def _public_name(name: str) -> str:
@@ -113,6 +106,8 @@ def card(path: Path, record: PatchRecord, to: str) -> str:
         base_model=row.repo if row is not None else None,
         datasets=[data_row.repo] if data_row is not None and data_row.repo and data_row.dataset else None,
     )
+    known = {"backbone": row, "data": data_row}  # a patch of a backbone is bound by both
+    licences = [f"- {what}: {found.licence}" for what, found in known.items() if found is not None and found.licence]
     lines = [
         f"---\n{head.to_yaml()}\n---",
         f"# {to.rsplit('/', 1)[-1]}",
@@ -124,7 +119,7 @@ def card(path: Path, record: PatchRecord, to: str) -> str:
         "## Numbers",
         *_numbers(path),
         "## Licence",
-        *_licences(row, data_row),
+        "\n".join(licences) or "The licences of backbone and data are not known to dmpctl: ask whoever published them.",
     ]
     return "\n\n".join(lines) + "\n"
 
@@ -144,13 +139,6 @@ def _numbers(path: Path) -> list[str]:
             against = f"{_public_name(str(record['reference']['name']))} (protocol {protocol})"
             found.append(f"- {record['metric']}: {record['value']:.4f}{error} against {against}.")
     return ["\n".join(found)] if found else ["Nothing was measured."]
-
-
-def _licences(row: Any, data_row: Any) -> list[str]:
-    """What backbone and data are under; a patch of a backbone is bound by both."""
-    known = {"backbone": row, "data": data_row}
-    lines = [f"- {what}: {found.licence}" for what, found in known.items() if found is not None and found.licence]
-    return ["\n".join(lines) or "The licences of backbone and data are not known to dmpctl: ask whoever published them."]
 
 
 def _sent(at: HubAddress, files: Mapping[str, bytes], step: int, private: bool) -> str:

@@ -94,7 +94,8 @@ def opened(path: Path, options: Importing, data: str | None) -> TakenApart:
         return TakenApart(model.backbone, "the file", (), record.step, record.weights or "raw", *parts)
     weights = read_weights(path, options.import_weights)
     mine = {name: value for name, value in weights.tensors.items() if name in PATCH_KEYS}
-    backbone, assumed = _backbone(path, replace(weights, tensors=_without(weights.tensors, mine)), options, data)
+    rest = {name: value for name, value in weights.tensors.items() if name not in PATCH_KEYS}
+    backbone, assumed = _backbone(path, replace(weights, tensors=rest), options, data)
     step = int(path.stem) if path.stem.isdecimal() and len(path.stem) >= STEP_DIGITS else 0
     which: Which = "ema" if "'ema'" in weights.taken else "raw"
     found = TakenApart(backbone, weights.taken, assumed, step, which)
@@ -120,10 +121,6 @@ def _original(folder: Path, data: str | None) -> Loaded:
         raise UsageError(f"{folder} cannot be converted: {error}", f"use it as it is: --base {folder}") from None
     made = freeze(dit_from(Weights(tensors, "its transformer", config, model.schedule)))
     return Loaded(made, digest_of(made.state_dict()), str(folder), lasting_name(data) if data else None)
-
-
-def _without(tensors: Mapping[str, Tensor], these: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value for name, value in tensors.items() if name not in these}
 
 
 def _backbone(path: Path, weights: Weights, options: Importing, data: str | None) -> tuple[Loaded, tuple[str, ...]]:

@@ -40,16 +40,12 @@ def encode_ahead(settings: Settings, names: Sequence[str], progress: Progress) -
     if report.data["would_fetch"]:  # a dry run can look no further
         return Report(report.data, report.table, ("dry run: nothing was written",))
     codec = open_codec(settings.model_copy(update={"codec": settings.codec.model_copy(update={"codec": word})}))
-    sources = [_opened(name, settings) for name in names]  # all of them, before the first is encoded
+    data = [settings.data.model_copy(update={"data": name}) for name in names]
+    sources = [open_source(each, settings.data.size, CHANNELS, settings) for each in data]  # all, before the first is encoded
     made = [_encoded(source, codec, settings, progress) for source in sources]
     table = tuple({key: str(row[key]) for key in ("data", "codec", "images", "size", "folder")} for row in made)
     lines = ("dry run: nothing was written",) if settings.console.dry_run else ()
     return Report({"files": report.data["files"], "latents": made, "dry_run": settings.console.dry_run}, table, lines)
-
-
-def _opened(name: str, settings: Settings) -> Source:
-    """The images as training would open them: in colour, for that is what a VAE takes."""
-    return open_source(settings.data.model_copy(update={"data": name}), settings.data.size, CHANNELS, settings)
 
 
 def _encoded(source: Source, codec: Codec, settings: Settings, progress: Progress) -> dict[str, Any]:

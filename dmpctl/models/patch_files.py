@@ -101,7 +101,14 @@ def load_patch(folder: Path, base: Base | None = None, which: Which | None = Non
         base = Base(base=str(folder))
     base = base or Base(base=record.backbone.base, weights=record.backbone.weights)
     loaded = load_backbone(base)
-    refuse_other_backbone(folder, record.backbone, loaded)
+    wanted = record.backbone
+    if mismatch := wanted.mismatch(loaded.spec):
+        raise IntegrityError(f"{folder} was trained on a backbone with {mismatch}")
+    if wanted.sha256 != loaded.digest:
+        raise IntegrityError(
+            f"{folder} was trained on another backbone: sha256 {wanted.sha256[:16]}, this one is {loaded.digest[:16]}",
+            f"use the backbone it names: {wanted.base}",
+        )
     patch = patch_from(loaded.model, record.method, read_tensors(path)[0], path)
     taken = other_weights(folder, record.step, record.weights, patch, which)
     return Patched(loaded, patch, record.model_copy(update=taken))
@@ -164,17 +171,6 @@ def read_patch_record(folder: Path) -> PatchRecord:
     if not (folder / "patch.json").is_file():
         raise MissingError(f"{folder} holds no finished patch (patch.json)", "train it, or end its training: dmpctl patch")
     return read_record(folder / "patch.json", PatchRecord)
-
-
-def refuse_other_backbone(folder: Path, wanted: BackboneRecord, loaded: Loaded) -> None:
-    """IntegrityError, saying which, unless shape, schedule and weights are those the patch was trained on."""
-    if mismatch := wanted.mismatch(loaded.spec):
-        raise IntegrityError(f"{folder} was trained on a backbone with {mismatch}")
-    if wanted.sha256 != loaded.digest:
-        raise IntegrityError(
-            f"{folder} was trained on another backbone: sha256 {wanted.sha256[:16]}, this one is {loaded.digest[:16]}",
-            f"use the backbone it names: {wanted.base}",
-        )
 
 
 def load_result(folder: Path, which: Which | None = None) -> Patched:

@@ -38,13 +38,8 @@ def cast_frozen(network: nn.Module, settings: Settings) -> None:
     if not layers:
         raise UsageError("--backbone-dtype bf16 is for a frozen backbone, and here it is trained", "leave it out")
     for linear in layers.values():
-        to_bf16(linear)
-
-
-def to_bf16(linear: nn.Linear) -> None:
-    """Weight and bias of this layer, in place."""
-    for tensor in linear.parameters():
-        tensor.data = tensor.data.to(torch.bfloat16)
+        for tensor in linear.parameters():
+            tensor.data = tensor.data.to(torch.bfloat16)
 
 
 def state_as_cast(network: nn.Module) -> dict[str, Tensor]:

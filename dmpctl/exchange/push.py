@@ -61,7 +61,7 @@ def push(settings: Settings, what: list[str], progress: Progress) -> Report:
 
 
 def files_of(path: Path, model: Patched, to: str, with_backbone: bool) -> dict[str, bytes]:
-    """What is published, by name. No path of this machine is in it."""
+    """Returns the published files by name. None of them holds a path of this machine."""
     record = read_patch_record(path)
     base = record.backbone.base
     if not with_backbone and not (base in BUNDLED or base in shipped() or address_in(base) is not None):
@@ -125,7 +125,7 @@ def card(path: Path, record: PatchRecord, to: str) -> str:
 
 
 def _numbers(path: Path) -> list[str]:
-    """What the run has measured, with what fixes the numbers."""
+    """Returns a line for each number that the run has measured, with its protocol."""
     found = []
     for file in sorted(path.glob("metrics/*.json")):
         record = read_json(file)

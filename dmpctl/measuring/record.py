@@ -30,7 +30,7 @@ JsonObject = dict[str, JsonValue]
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was found of a case. `gap`: the paired difference from --versus; it and `floor` None: not asked for."""
+    """The figures found for a case. `gap`: the paired difference from --versus; it and `floor` None: not asked for."""
 
     case: Case
     reference: Reference

@@ -33,8 +33,9 @@ Make = Callable[[range], Generator[Batch, None, None]]  # the batches of some it
 def training_source(
     settings: Settings, source: Source, codec: Codec, device: torch.device | str, progress: Progress, again: str
 ) -> Source:
-    """What training reads: the latent cache of these images, built on first use; the images themselves for a codec that costs
-    nothing, or under --no-latents. Raises as `build_latents` does.
+    """Returns the source that training reads: the latent cache of these images, built on first use.
+
+    The images themselves for a codec that costs nothing, or under --no-latents. Raises as `build_latents` does.
     """
     if isinstance(codec, Identity) or not settings.codec.latents:
         return source

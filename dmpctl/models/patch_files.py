@@ -174,7 +174,7 @@ def read_patch_record(folder: Path) -> PatchRecord:
 
 
 def load_result(folder: Path, which: Which | None = None) -> Patched:
-    """What a run has made: its patch on its backbone, or the backbone that it trained; `which` as in `load_patch`.
+    """Returns the result of a run: its patch on its backbone, or the backbone that it trained; `which` as in `load_patch`.
 
     A file: the patched model that `dmpctl export --to merged` wrote, or a backbone alone. hf://OWNER/NAME@REVISION: what
     `dmpctl push` has published, after `dmpctl download` of it.

@@ -73,7 +73,7 @@ class Patched:
         return found.to(x.dtype)
 
     def in_precision(self, precision: Literal["no", "bf16"]) -> "Patched":
-        """The same, predicting so."""
+        """Returns a copy that predicts in this precision."""
         return replace(self, precision=precision)
 
     @property
@@ -104,7 +104,7 @@ class Patched:
         return None if self.record is None else self.record.sha256
 
     def unpatched(self) -> "Patched":
-        """The same backbone without its patch."""
+        """Returns the backbone without its patch."""
         return replace(self, patch=None, record=None)
 
     @property
@@ -114,23 +114,23 @@ class Patched:
 
     @property
     def data(self) -> Data | None:
-        """The same with the columns that were named for it, to be opened."""
+        """The images it was trained on, with the columns named then, as a section that can be opened; None if unknown."""
         columns = {} if self.record is None else self.record.data.columns
         return None if self.trained_on is None else Data.model_validate({"data": self.trained_on, **columns})
 
     def with_codec(self, settings: Settings) -> "Patched":
-        """The same with the codec and the text encoder that the settings name; what was loaded has none until then."""
+        """Returns a copy with the codec and the text encoder that the settings name; a model that was just loaded has none."""
         return replace(
             self.with_text(settings), codec=build_codec(self.backbone, settings, self.record.codec if self.record else None)
         )
 
     def with_text(self, settings: Settings) -> "Patched":
-        """The same with the text encoder alone."""
+        """Returns a copy with the text encoder that the settings name."""
         recorded = (self.record and self.record.text) or self.backbone.text
         return replace(self, text=open_encoder(settings, self.backbone.spec, recorded))
 
     def with_prompts(self, settings: Settings, count: int, progress: Progress, data: Source | None = None) -> "Patched":
-        """The same with captions for `count` generated images, encoded; `data` None: of --prompts, or what it was trained on.
+        """Returns a copy with encoded captions for `count` generated images. `data` None: of --prompts, or of its training data.
 
         UsageError for a prompt that the backbone has no use for.
         """

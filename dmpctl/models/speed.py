@@ -1,4 +1,4 @@
-"""What makes the same arithmetic faster: compiled blocks, TF32, weights of frozen blocks in the format they are computed in."""
+"""Ways to compute the same arithmetic faster: compiled blocks, frozen weights in the format they are computed in."""
 
 import torch
 from torch import Tensor, nn

@@ -116,7 +116,7 @@ class BackboneRecord(Record):
 
 
 class Description(Record):
-    """What is known of weights before they are trained. A checkpoint adds step, weights and sha256.
+    """A description of weights before they are trained. A checkpoint adds step, weights and sha256.
 
     `codec`, `text`: of the training; None: pixels as they are, no captions.
     """

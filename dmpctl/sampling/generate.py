@@ -54,7 +54,10 @@ def refuse_label(label: int | None, num_classes: int) -> None:
 def denoiser_of(
     model: Patched, indices: Sequence[int], settings: Sampling, device: torch.device, label: int | None = None
 ) -> Denoiser:
-    """What the sampler calls for these images; UsageError where label, guidance or sampler does not suit the backbone."""
+    """Returns the function that the sampler calls for these images.
+
+    UsageError where label, guidance or sampler does not suit the backbone.
+    """
     spec = model.backbone.spec
     refuse_other_kind(settings.sampler, spec.schedule.kind == "flow")
     cond, null = conditions_of(model, indices, settings.sample_seed, label, device)

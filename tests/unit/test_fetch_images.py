@@ -87,10 +87,10 @@ def test_32_keeps_every_pixel_and_16_is_the_mean_of_squares(fetch: ModuleType, i
 def test_split_is_disjoint_whole_and_blind_to_order_and_copies(fetch: ModuleType, images: NDArray[np.uint8]) -> None:
     train, test = fetch.split([images[:EACH], images[EACH:]])
     assert (len(train), len(test)) == (36, 4)
-    assert {image.tobytes() for image in [*train, *test]} == {image.tobytes() for image in images}
+    assert {image.tobytes() for _, image in [*train, *test]} == {image.tobytes() for image in images}
     again = fetch.split([images[::-1], images[:5]])
-    assert np.array_equal(again[0], train)
-    assert np.array_equal(again[1], test)
+    for part, other in zip((train, test), again, strict=True):
+        assert all(np.array_equal(image, same) for (_, image), (_, same) in zip(part, other, strict=True))
 
 
 def test_members_reads_regular_files_only(fetch: ModuleType) -> None:
@@ -109,6 +109,14 @@ def test_builds_the_folder(fetch: ModuleType, archive: bytes, images: NDArray[np
     assert read == {image.tobytes() for image in images}
     assert [path.name for path in tmp_path.iterdir()] == ["deep"]
     assert [path.name for path in out.parent.iterdir()] == ["images"]
+
+
+def test_builds_a_folder_per_class(fetch: ModuleType, archive: bytes, images: NDArray[np.uint8], tmp_path: Path) -> None:
+    fetch.build(archive, fetch.FASHION, 32, tmp_path / "images", classes=True)
+    read = {
+        np.asarray(Image.open(path))[2:30, 2:30].tobytes(): path.parent.name for path in (tmp_path / "images").glob("*/*/*.png")
+    }
+    assert read == {image.tobytes(): str(k // EACH) for k, image in enumerate(images)}
 
 
 def test_an_archive_that_is_another_is_refused(

@@ -123,7 +123,7 @@ def read_json(path: Path, schema_version: int | None = None) -> dict[str, Any]:
     Raises MissingError if the file is not there, IntegrityError if it is not such an object or is newer.
     """
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")
     except FileNotFoundError:
         raise MissingError(f"{path} is not there") from None
     except OSError as error:

@@ -16,6 +16,7 @@ from dmpctl.data.tar import Slice
 from dmpctl.errors import IntegrityError, MissingError
 from dmpctl.images.reader import Reader
 from dmpctl.images.scan import scan
+from dmpctl.texts import decoded
 from dmpctl.words import printable
 
 SPLITS = ("train2014", "val2014")
@@ -126,7 +127,7 @@ def read_captions(content: bytes) -> list[tuple[str, tuple[str, ...]]]:
     IntegrityError if they are not one.
     """
     try:
-        found = json.loads(content)
+        found = json.loads(decoded(content, "the annotations"))
         names = {int(image["id"]): os.path.basename(image["file_name"]) for image in found["images"]}
         captions: dict[int, list[str]] = {number: [] for number in names}
         for note in sorted(found["annotations"], key=lambda note: int(note["id"])):

@@ -15,6 +15,7 @@ from dmpctl.data.columns import CAPTIONS, LABELS, NO_LABEL, UNNAMED, Columns, ca
 from dmpctl.errors import MissingError, UsageError
 from dmpctl.images.reader import Reader
 from dmpctl.images.scan import EXTENSIONS, reason_of
+from dmpctl.texts import decoded
 from dmpctl.words import printable
 
 BLOCK = 512
@@ -156,11 +157,11 @@ class Sample:
                 self.wrong = self.wrong or "empty"
 
     def text(self, extension: str) -> str:
-        """The content of one member."""
+        """The content of one member; UsageError where it is not UTF-8."""
         offset, size = self.parts[extension]
         with self.shard.open("rb") as file:
             file.seek(offset)
-            return file.read(min(size, MOST_TEXT)).decode("utf-8", "replace")
+            return decoded(file.read(min(size, MOST_TEXT)), printable(f"{self.shard}:{self.key}.{extension}"))
 
     def said(self, extension: str, words: Sequence[str]) -> object:
         """The text of the member with this extension, else the JSON's value of the first of `words` there; None without."""

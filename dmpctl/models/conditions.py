@@ -26,6 +26,7 @@ from dmpctl.settings.model import Settings
 from dmpctl.settings.sections import Data
 from dmpctl.store.cache import cache_dir
 from dmpctl.store.locate import locate
+from dmpctl.texts import lines_of, read_user_text
 from dmpctl.types import BackboneSpec, Progress, Source
 
 
@@ -179,10 +180,7 @@ def prompts_for(settings: Settings, data: Source | Data | None, count: int) -> t
 
 
 def _lines(path: Path) -> list[str]:
-    try:
-        texts = path.read_text("utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise UsageError(f"{path} is no text in UTF-8", "write one prompt on each line") from None
+    texts = lines_of(read_user_text(path))
     if not texts:
-        raise UsageError(f"{path} is empty", "write one prompt on each line")
+        raise UsageError(f"{path} holds no prompt", "write one prompt on each line")
     return texts

@@ -19,6 +19,7 @@ from dmpctl.errors import IntegrityError, InUse, MissingError, UsageError
 from dmpctl.files import write_atomic, write_json, writing
 from dmpctl.runs.records import Record, read_record
 from dmpctl.settings.options import defaults_of
+from dmpctl.texts import refuse_other_encoding
 from dmpctl.words import differences
 
 SCHEMA_VERSION = 1
@@ -94,6 +95,7 @@ class RunDir:
         """Create the folder and take the lock; UsageError if another command holds it or the folder is something else."""
         if not self.main:
             return self
+        refuse_other_encoding(self.path, "the run")
         with writing(self.path):
             if self.path.exists() and not self.path.is_dir():
                 raise UsageError(f"{self.path} is a file, a run is a folder", "name another --run")

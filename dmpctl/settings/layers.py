@@ -20,6 +20,7 @@ from dmpctl.settings.methods import METHODS
 from dmpctl.settings.model import Settings
 from dmpctl.settings.options import COMMANDS, VARIABLE_PREFIX, Option, every_option, field_of, options_of
 from dmpctl.settings.presets import PRESETS, chosen_preset
+from dmpctl.texts import read_user_text, refuse_other_encoding
 from dmpctl.words import did_you_mean
 
 CONFIG_VARIABLE = VARIABLE_PREFIX + "CONFIG"
@@ -126,8 +127,8 @@ def named(
 def read_toml(path: Path) -> dict[str, Any]:
     """Returns the content of a TOML file; MissingError if it cannot be read, UsageError if it is not TOML."""
     try:
-        return tomllib.loads(path.read_text("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return tomllib.loads(read_user_text(path))
+    except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{path} is not valid TOML: {error}") from None
     except OSError as error:
         why = "is not there" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
@@ -168,6 +169,7 @@ def validated(found: Mapping[str, Found], options: Mapping[str, Option]) -> Sett
     if "method" in sections:
         sections["method"]["method"] = next(iter(METHODS))
     for name, value in found.items():
+        refuse_other_encoding(str(value.value), value.where)
         choices = {str(choice): choice for choice in options[name].choices}  # variables are text: "3" stands for 3
         sections[field_of(options[name].section)][name] = choices.get(str(value.value), value.value)
     try:

@@ -120,7 +120,8 @@ class Images(Section, panel="Images", science=False):
 class Prompting(Section, panel="Text", science=False):
     prompt: str | None = Field(default=None, description="Caption of all images; default: captions of --prompts.")
     prompts_from: Annotated[str | None, Flag("prompts")] = Field(
-        default=None, description="Captions: a file, one on each line, or data such as coco-val; default: the run's own data."
+        default=None,
+        description="Captions: a file, one on each line (blank ones count not), or coco-val; default: the run's own data.",
     )
 
     @model_validator(mode="after")

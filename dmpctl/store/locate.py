@@ -16,6 +16,7 @@ from dmpctl.store.addresses import HUB, HubAddress, address_in, of_rows
 from dmpctl.store.fetch import fetch, files_of, present, require
 from dmpctl.store.registry import WEIGHTS, Published, Registry, address_of, published, registry_of, row_at, shipped
 from dmpctl.store.shapes import SHAPE_NAMES
+from dmpctl.texts import refuse_other_encoding
 from dmpctl.types import Progress
 from dmpctl.words import nearest_or, printable
 
@@ -173,6 +174,7 @@ def locate_data(
         return HubRows(word, of_rows(word), Published())
     path = os.path.expanduser(word)
     if os.path.exists(path):
+        refuse_other_encoding(os.path.abspath(path), "--data")
         return Path(path)
     shown, names = printable(word), (*BUNDLED_DATA, *published())
     if any(separator in word for separator in (os.sep, os.altsep, "/") if separator):

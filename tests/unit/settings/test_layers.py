@@ -184,7 +184,7 @@ def test_a_file_that_is_not_toml(toml):
     path = toml("iters =\n")
     assert sentence("patch", {}, path).startswith(f"{path} is not valid TOML")
     path.write_bytes(b"\xff\xfe")
-    assert sentence("patch", {}, path).startswith(f"{path} is not valid TOML")
+    assert sentence("patch", {}, path).startswith(f"{path} is not text in UTF-8")
 
 
 def test_a_file_that_is_not_there(tmp_path):

@@ -38,7 +38,7 @@ def sample(
     """x0 [B, C, H, W] float32: x_T is the first `draw()`, each later step that adds noise draws once, t descending.
 
     `schedule` is the whole one; `eta` is DDIM's; `on_step` gets the number of steps done, None: nobody is told.
-    Call it under `torch.inference_mode`. UsageError for more steps than the schedule has or a sampler of another kind,
+    Call it under `torch.no_grad`. UsageError for more steps than the schedule has or a sampler of another kind,
     NumericalError if x0 is not finite.
     """
     x = draw().float()
@@ -128,11 +128,11 @@ def _solved(
     if name == "unipc":
         scheduler: Any = UniPCMultistepScheduler  # untyped
         solver = scheduler(num_train_timesteps=usable, trained_betas=schedule.betas[:usable].tolist(), solver_order=2)
-        solver.set_timesteps(steps)
     else:
         scheduler = DPMSolverMultistepScheduler
-        solver = scheduler(trained_betas=schedule.betas.tolist(), solver_order=2, algorithm_type="dpmsolver++")
-        solver.set_timesteps(timesteps=respaced_timesteps(usable, steps + 1)[:0:-1])
+        own = {"solver_order": 2, "algorithm_type": "dpmsolver++", "lambda_min_clipped": LOWEST_LAMBDA}
+        solver = scheduler(trained_betas=schedule.betas.tolist(), **own)
+    solver.set_timesteps(steps)
     for timestep in solver.timesteps:
         eps, _ = predict(x, int(timestep))
         x = solver.step(eps, timestep, x, return_dict=False)[0]
@@ -144,8 +144,9 @@ def _along_flow(
 ) -> Iterator[Tensor]:
     """The probability flow dx = v ds from noise (level 1) to images (0), `steps` even steps (Ma et al. 2024, eq. 3).
 
-    Heun's second stage costs a second prediction in every step but the last. Euler-Maruyama follows the SDE with the same
-    marginals (their eq. 6) whose diffusion is w = s, and goes without noise over the last 4 % of the path.
+    Heun's second stage costs a second prediction in every step but the last. Euler-Maruyama is SiT's own SDE of the same
+    marginals (their eq. 6; diffusion form "sigma", last step "Mean"): drift v + w score and noise sqrt(2 w step) with w = s;
+    the last 4 % of the path are one step of its drift, without noise.
     """
     total = float(len(schedule))
     if sampler == "euler-maruyama" and steps > 1:
@@ -162,11 +163,10 @@ def _along_flow(
                 guess = x + step * v
                 x = x + step * (v + predict(guess, then * total)[0]) / 2 if then else guess
             case "euler-maruyama":
+                score = ((1 - now) * v - x) / now  # the noise is x - (1 - s) v, the score its negative over s
+                x = x + step * (v + now * score)
                 if then:
-                    score = ((1 - now) * v - x) / now  # the noise is x - (1 - s) v, the score its negative over s
-                    x = x + step * (v + now * score / 2) + math.sqrt(now * step) * draw()
-                else:
-                    x = x + step * v
+                    x = x + math.sqrt(2 * now * step) * draw()
             case _:
                 assert_never(sampler)
         yield x

@@ -190,7 +190,7 @@ def _method(
     if not known:
         assumed.append("a gate over all prompts was assumed: the file does not say how many it keeps (--topk)")
     gate = {"gate": "topk", "topk": kept} if kept < prompts else {}
-    return Dmp.model_validate({**PRESETS["dmp"].methods["dmp"], **common, **gate}), tuple(assumed)
+    return Dmp.model_validate({**PRESETS["dmp-code"].methods["dmp"], **common, **gate}), tuple(assumed)
 
 
 def _kept(path: Path, prompts: int, weights: Weights, options: Importing) -> tuple[int, bool]:

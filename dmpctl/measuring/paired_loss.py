@@ -36,7 +36,7 @@ class LossDifference:
     bands: tuple[float, ...]
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: a model that is moved in here is trained later
 def epsilon_errors(
     model: Patched,
     source: Source,

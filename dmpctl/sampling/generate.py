@@ -86,7 +86,7 @@ def conditions_of(
     return told.of(labels).to(device), None if null is None else null.to(device)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: a model that is moved in here is trained later
 def generate(
     model: Patched, indices: Sequence[int], settings: Sampling, device: torch.device, label: int | None = None
 ) -> Tensor:

@@ -77,11 +77,11 @@ class Base(Section, panel="Backbone"):
         default="float32",
         description="Linear layers of frozen blocks; bf16 halves their memory, needs --precision bf16 and changes no bit.",
     )
-    preset: Literal["auto", "dmp", "dmp+", "digits"] = Field(
+    preset: Literal["auto", "dmp", "dmp-code", "dmp+", "digits"] = Field(
         default="auto",
         description=(
-            "Recipe for what is not given: dmp (published), dmp+ (prompts without a gate, the best under 4 %), "
-            "digits; auto: digits for the bundled backbone."
+            "Recipe for what is not given: dmp (the paper's text), dmp-code (its published code), "
+            "dmp+ (prompts without a gate, the best under 4 %), digits; auto: digits for the bundled backbone."
         ),
     )
 

@@ -51,9 +51,9 @@ def test_auto_preset_fills_what_the_bundled_backbone_needs():
 
 
 def test_a_preset_and_a_base_may_come_from_the_file(toml):
-    resolved = resolve("patch", {}, toml('preset = "dmp"\nbase = "DiT-L/2"\n'))
+    resolved = resolve("patch", {}, toml('preset = "dmp-code"\nbase = "DiT-L/2"\n'))
     assert resolved.settings.method.balance == "per-sample"
-    assert resolved.origins["balance"] == "preset dmp"
+    assert resolved.origins["balance"] == "preset dmp-code"
 
 
 def test_how_a_run_sampled_is_weaker_than_what_is_given(tmp_path, monkeypatch):
@@ -122,7 +122,7 @@ def test_a_no_on_the_command_line_is_its_origin():
         ({"device": "gpu"}, "--device: found 'gpu'", "expected auto, cpu"),
         ({"gate": "topk"}, "gate topk needs topk", ""),
         ({"channels": "2"}, "--channels: '2' is not one of 1, 3", ""),
-        ({"preset": "digit"}, "--preset: 'digit' is not one of auto, dmp, dmp+, digits", "did you mean digits?"),
+        ({"preset": "digit"}, "--preset: 'digit' is not one of auto, dmp, dmp-code, dmp+, digits", "did you mean digits?"),
     ],
 )
 def test_a_wrong_flag(given, starts, holds):

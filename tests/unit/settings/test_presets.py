@@ -39,12 +39,19 @@ def test_every_preset_can_be_chosen():
     assert set(options_of("patch")["preset"].choices) == {"auto", *PRESETS}
 
 
-def test_the_published_recipe():
+def test_the_papers_text_and_its_code_differ_in_the_balance_alone():
+    paper, code = (resolve("patch", {"preset": name}).settings for name in ("dmp", "dmp-code"))
+    changed = {"method": paper.method.model_copy(update={"balance": "per-sample"})}
+    changed["base"] = paper.base.model_copy(update={"preset": "dmp-code"})
+    assert code == paper.model_copy(update=changed)
+
+
+def test_the_papers_recipe():
     settings = resolve("patch", {"preset": "dmp"}).settings
     method, train = settings.method, settings.train
     assert (method.prompts, method.gate, method.topk, method.gate_scale) == (None, "soft", None, 1.0)
     assert (method.prompt_sets, method.prompt_rank, method.gate_per_site, method.prompt_init) == (None, None, False, "zero")
-    assert (method.balance, method.importance_weight, method.load_weight) == ("per-sample", 1.0, 1.0)
+    assert (method.balance, method.importance_weight, method.load_weight) == ("shazeer", 1.0, 1.0)
     assert (method.prompt_lr, method.gate_lr) == (1e-4, 1e-3)
     assert (train.iters, train.batch_size, train.ema, train.lr_schedule, train.warmup) == (50_000, 128, 0.0, "constant", 0)
     assert (train.beta1, train.beta2, train.weight_decay) == (0.9, 0.999, 0.0)

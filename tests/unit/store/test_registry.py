@@ -34,7 +34,7 @@ def test_what_the_experiments_name_is_there():
 def test_a_row_is_read_as_users_write_theirs():
     assert shipped()["vae-mse"] == AssetRow(
         name="vae-mse",
-        what="SD VAE, mse: published DiT tables decode with it",
+        what="SD VAE, mse",
         kind="codec",
         repo="stabilityai/sd-vae-ft-mse",
         revision="31f26fdeee1355a5c34592e401dd41e45d25a493",

@@ -37,6 +37,15 @@ def amount(size: float) -> str:
     return f"{size:.3g} TB"
 
 
+def run_of(path: Path) -> Path:
+    """Returns the run or checkpoint whose file `path` is, such as RUN/patch.safetensors; any other path as it is."""
+    own = ("patch.safetensors", "patch.json", "config.json", "backbone.json")
+    here = (path.parent / "patch.json").is_file()  # else the run of its backbone
+    named = path.name in own or (path.name == "backbone.safetensors" and not here)
+    inside = here or (path.parent / "backbone.json").is_file()
+    return path.parent if named and inside and path.is_file() else path
+
+
 def make_folder(path: Path) -> Path:
     """Returns the folder, made if it is not there; UsageError where it cannot be made."""
     with writing(path):

@@ -14,7 +14,7 @@ import dmpctl
 PACKAGE = Path(dmpctl.__file__).parent
 # The rooms from the ground up: an import goes to a room further left, or to one's own room.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("", "errors", "types", "rng", "files", "words", "texts"),
+    ("", "errors", "types", "rng", "files", "words", "texts", "refusals"),
     ("settings",),
     ("processes",),
     ("runs",),
@@ -45,7 +45,7 @@ HOMES = {
     "rich": ("cli",),
 }
 HEAVY = ("torch", "torchvision", "numpy", "scipy", "sklearn", "PIL", "matplotlib", "accelerate", "diffusers", "timm", "datasets")
-LIGHT = ("settings", "cli", "errors", "types", "files", "words", "texts", "", "__main__")  # a help page imports these
+LIGHT = ("settings", "cli", "errors", "types", "files", "words", "texts", "refusals", "", "__main__")  # a help page imports these
 UNPICKLERS = ("load", "loads", "Unpickler")
 
 

@@ -13,9 +13,9 @@ from typer.main import get_command
 
 from dmpctl import __version__
 from dmpctl.cli.commands import COMMANDS, ROWS
-from dmpctl.cli.help import WIDTH, styled, write_options
+from dmpctl.cli.help import CONTEXT, styled, write_options
+from dmpctl.cli.unparsed import no_command, unparsed
 from dmpctl.errors import DmpError, UsageError
-from dmpctl.words import did_you_mean
 
 SIGINT, SIGPIPE = 130, 141  # exit codes: 128 + the signal
 
@@ -29,6 +29,8 @@ class Lazy(TyperGroup):
             self.add_command(TyperCommand(command.name, short_help=command.line))
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[0] not in COMMANDS and not args[0].startswith("-"):
+            raise no_command(args[0])
         name, found, rest = super().resolve_command(ctx, args)
         if name is None or found is None:
             return name, found, rest
@@ -42,7 +44,7 @@ class Lazy(TyperGroup):
             formatter.write_dl([(styled(name, fg="cyan"), command.short_help or "") for name, command in self.commands.items()])
 
 
-app = typer.Typer(cls=Lazy, rich_markup_mode=None, invoke_without_command=True, context_settings={"max_content_width": WIDTH})
+app = typer.Typer(cls=Lazy, rich_markup_mode=None, invoke_without_command=True, context_settings=CONTEXT)
 
 
 def show_version(wanted: bool) -> None:
@@ -69,7 +71,7 @@ def root(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (None: that of this process); returns its exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
-    state = {"debug": False}
+    state: dict[str, Any] = {"debug": False, "args": args}
     try:
         code = _run(args, state)
         sys.stdout.flush()
@@ -78,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         code = SIGINT
     except Exception as error:
-        code = _said(error, state["debug"])
+        code = _said(error, state["debug"], args)
     if code == SIGPIPE:  # nobody reads any more: Python must not complain about that at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
@@ -102,7 +104,7 @@ def end(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _run(args: list[str], state: dict[str, bool]) -> int:
+def _run(args: list[str], state: dict[str, Any]) -> int:
     try:
         code = get_command(app).main(args, prog_name="dmpctl", standalone_mode=False, obj=state)
     except SystemExit as stop:  # completion, and what Typer and rich make of a closed pipe
@@ -114,13 +116,13 @@ def _run(args: list[str], state: dict[str, bool]) -> int:
     return code if isinstance(code, int) else 0
 
 
-def _said(error: Exception, debug: bool) -> int:
+def _said(error: Exception, debug: bool, args: list[str]) -> int:
     """Say what went wrong on stderr, with --debug after the traceback (never with local variables); returns the exit code."""
     match error:
         case DmpError():
             message, hint, code = error.message, error.hint, error.exit_code
         case typer.TyperException():
-            (message, hint), code = _usage(error), error.exit_code
+            (message, hint), code = unparsed(error, args), error.exit_code
         case _:
             message, code = f"internal: {type(error).__name__}: {error}".rstrip(": "), DmpError.exit_code
             hint = None if debug else "this is a bug; run it again with --debug to see where"
@@ -130,17 +132,6 @@ def _said(error: Exception, debug: bool) -> int:
     if hint:
         typer.echo(f"hint: {redacted(hint)}", err=True)
     return code
-
-
-def _usage(error: typer.TyperException) -> tuple[str, str | None]:
-    """Sentence and hint for a line that Typer could not parse."""
-    ctx, option = getattr(error, "ctx", None), getattr(error, "option_name", None)
-    hint = f"{ctx.command_path} --help lists what there is" if ctx is not None else None
-    if not hasattr(error, "possibilities"):
-        return error.format_message().replace("\n", " ").rstrip("."), hint
-    if not error.possibilities and ctx is not None and ctx.parent is None:
-        hint = f"options follow the command: dmpctl COMMAND {option}"
-    return f"no such option {option}{did_you_mean(str(option), error.possibilities or ())}", hint
 
 
 def redacted(text: str) -> str:

@@ -10,18 +10,20 @@ from typing import Any
 from dmpctl.cli.commands import Row
 from dmpctl.cli.console import config_report, progress_for, show
 from dmpctl.errors import Interrupted, UsageError
+from dmpctl.files import run_of
 from dmpctl.settings.layers import resolve
 from dmpctl.settings.model import Settings
 from dmpctl.settings.options import options_of
 
 
-def call(command: Row, given: Mapping[str, object], argument: Any, config: Path | None, state: dict[str, bool]) -> int:
+def call(command: Row, given: Mapping[str, object], argument: Any, config: Path | None, state: dict[str, Any]) -> int:
     """Do what one line asks for and print it; returns the exit code.
 
     `given`: field name -> value of the options that were typed; `argument` None: there is none; `config` None: no file was
     named. `state["debug"]` becomes whether a failure shows its traceback.
     """
     state["debug"] = given.get("debug") is True  # a failure to read the settings has one, too
+    argument = _meant(command, argument, "" in state.get("args", ()))
     run = Path(argument).expanduser() if isinstance(argument, str | Path) else None
     resolved = resolve(command.name, given, config, run)
     settings = resolved.settings
@@ -37,6 +39,21 @@ def call(command: Row, given: Mapping[str, object], argument: Any, config: Path 
         return 0
     code = started(command.name, settings, argument)
     return perform(command, settings, argument) if code is None else code
+
+
+def _meant(command: Row, argument: Any, empty: bool) -> Any:
+    """The argument, RUN for a file that lies in a run. `empty`: whether an empty word was typed; UsageError if this is it."""
+    if command.argument is None or argument is None:
+        return argument
+    words = argument if isinstance(argument, list) else [argument]
+    if empty and any(word in ("", Path()) for word in words):
+        name = command.argument.name.upper()
+        raise UsageError(f"{name} is empty", f"say what {name} is: dmpctl {command.name} --help")
+    if command.argument.name not in ("run", "what"):
+        return argument
+    path = Path(words[0]).expanduser()
+    words = [words[0] if (run := run_of(path)) == path else str(run) if isinstance(words[0], str) else run, *words[1:]]
+    return words if isinstance(argument, list) else words[0]
 
 
 def started(name: str, settings: Settings, argument: Any) -> int | None:

@@ -7,6 +7,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 WIDTH = 100
+CONTEXT: dict[str, Any] = {"max_content_width": WIDTH, "help_option_names": ["-h", "--help"]}
 
 
 def styled(text: str, **style: Any) -> str:

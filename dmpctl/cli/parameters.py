@@ -9,7 +9,8 @@ from pydantic.fields import FieldInfo
 from typer.main import get_command
 
 from dmpctl.cli.commands import Row
-from dmpctl.cli.help import WIDTH, HelpPage
+from dmpctl.cli.help import CONTEXT, HelpPage
+from dmpctl.cli.unparsed import stray
 from dmpctl.settings.options import Option, options_of
 
 
@@ -22,8 +23,11 @@ def parsed_by_typer(command: Row) -> Any:
         # what was typed alone: environment variables and files are read by `layers`
         sources = {name: ctx.get_parameter_source(name) for name in options_of(command.name)}
         given = {name: parsed[name] for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+        state = ctx.ensure_object(dict)
+        if ctx.args:
+            raise stray(command, ctx.args, state.get("args", ()))
         argument = parsed[command.argument.name] if command.argument else None
-        if code := call(command, given, argument, config, ctx.ensure_object(dict)):
+        if code := call(command, given, argument, config, state):
             raise typer.Exit(code)
 
     context = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
@@ -39,8 +43,9 @@ def parsed_by_typer(command: Row) -> Any:
     callback.__signature__ = inspect.Signature([context, *positional, *options, config])  # type: ignore[attr-defined]
     callback.__annotations__ = {}
     page, _, examples = inspect.cleandoc(command.page).rpartition("\n\n")
+    context_settings = {**CONTEXT, "allow_extra_args": True}
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
-    app.command(command.name, cls=HelpPage, help=page, epilog=examples, context_settings={"max_content_width": WIDTH})(callback)
+    app.command(command.name, cls=HelpPage, help=page, epilog=examples, context_settings=context_settings)(callback)
     return get_command(app)
 
 

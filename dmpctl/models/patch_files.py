@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dmpctl.backbones.dit import shape_config
 from dmpctl.backbones.dit_weights import PATCH, described_weights, digest_of, is_patched
 from dmpctl.errors import IntegrityError, MissingError, UsageError
-from dmpctl.files import json_object, read_tensors, sha256_of, sha256_of_bytes, tensors_to_bytes
+from dmpctl.files import json_object, read_tensors, run_of, sha256_of, sha256_of_bytes, tensors_to_bytes
 from dmpctl.models.backbone import BackboneModule, Loaded, freeze, load_backbone, model_from
 from dmpctl.models.build import PatchModule, build_patch
 from dmpctl.models.patched import Patched
@@ -179,7 +179,7 @@ def load_result(folder: Path, which: Which | None = None) -> Patched:
     A file: the patched model that `dmpctl export --to merged` wrote, or a backbone alone. hf://OWNER/NAME@REVISION: what
     `dmpctl push` has published, after `dmpctl download` of it.
     """
-    folder = locate(folder, "run").absolute()
+    folder = run_of(locate(folder, "run").absolute())
     if is_patched(folder):
         return load_merged(folder, which)
     if folder.is_file():
@@ -205,7 +205,7 @@ def outputs_of(run: Path) -> Path:
     address = address_in(run)
     if address is not None:
         return Path("runs").absolute() / address.rsplit("/", 1)[-1].partition("@")[0]
-    run = run.expanduser().absolute()
+    run = run_of(run.expanduser().absolute())
     return run.with_suffix("") if run.is_file() else run
 
 

@@ -3,14 +3,15 @@
 import re
 from collections.abc import Mapping
 from ipaddress import ip_address
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dmpctl.errors import UsageError
+from dmpctl.refusals import Takes, first_error
 from dmpctl.settings.sections import Section
-from dmpctl.words import did_you_mean, first_error
+from dmpctl.words import nearest_or
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -43,13 +44,13 @@ class AssetRow(BaseModel):
     what: str = ""
     kind: Literal["backbone", "codec", "data", "extractor", "statistics", "text"] = "backbone"
     url: str | None = None
-    repo: str | None = Field(default=None, pattern=r"^\w[\w.-]*(/\w[\w.-]*)?$")
+    repo: Annotated[str | None, Takes("OWNER/NAME", "owner/name")] = Field(default=None, pattern=r"^\w[\w.-]*(/\w[\w.-]*)?$")
     dataset: bool = False
     revision: str | None = None
     file: str | None = None
     allow: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
-    sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    sha256: Annotated[str | None, Takes("64 hexadecimal digits", "0" * 64)] = Field(default=None, pattern=r"^[0-9a-f]{64}$")
     size: int | None = Field(default=None, ge=0)
     about: int | None = Field(default=None, ge=0)
     licence: str = "unknown"
@@ -123,11 +124,11 @@ def rows_of(tables: Any, where: str) -> tuple[AssetRow, ...]:
         plain = {key: key.replace("-", "_").replace("license", "licence") for key in table}
         for key, field in plain.items():
             if field not in known:
-                raise UsageError(f"{where} [assets.{name}]: {key} is no key of an asset{did_you_mean(field, known, n=1)}")
+                hint = nearest_or(field, known, f"remove {key} there; the keys are {', '.join(known)}")
+                raise UsageError(f"{where} [assets.{name}]: {key} is no key of an asset", hint)
         try:
             rows.append(AssetRow(name=name, **{plain[key]: value for key, value in table.items()}))
         except ValidationError as error:
-            wrong = first_error(error)
-            key = wrong.where.partition(".")[0]
-            raise UsageError(f"{where} [assets.{name}]: {wrong.own or f'{key}: {wrong.message}'}") from None
+            wrong = first_error(error, AssetRow)
+            raise UsageError(f"{where} [assets.{name}]: {wrong.sentence}", f"correct the table [assets.{name}] there") from None
     return tuple(rows)

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from dmpctl.refusals import Clash
 from dmpctl.settings.sections import Flag, Section
 
 
@@ -81,16 +82,18 @@ class Download(Section, panel="Download", science=False):
     def _names_a_codec(cls, value: Any) -> Any:
         """`latents` is a switch for patch and pretrain, and a name here: one settings file may hold either at its top."""
         if isinstance(value, bool) or str(value).lower() in ("true", "false", "0", "1", "yes", "no", "on", "off"):
-            raise ValueError(
-                f"latents of download names a codec (vae-ema, vae-mse or a folder), found {value}; "
-                "the switch of patch and pretrain goes into their own tables"
+            raise Clash(
+                {"encode_with": value},
+                "{encode_with} names no codec: the switch of that name belongs to patch and pretrain",
+                "say {encode_with:vae-ema}; the switch goes into the tables [patch] and [pretrain]",
             )
         return value
 
     @model_validator(mode="after")
     def _one_thing(self) -> Self:
-        kinds = (("list", self.list_assets), ("verify", self.verify), ("prune", self.prune), ("latents", self.encode_with))
-        given = [name for name, on in kinds if on]
+        given = [name for name in ("list_assets", "verify", "prune", "encode_with") if getattr(self, name)]
         if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} are two different things, give one of the two")
+            first, second = given[:2]
+            hint = f"leave {{{first}:-}} or {{{second}:-}} out"
+            raise Clash(self, f"{{{first}}} and {{{second}}} are two different things", hint)
         return self

@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self, cast, get_args
 
 from pydantic import Field, model_validator
 
+from dmpctl.refusals import Among, Clash, Takes
 from dmpctl.settings.sections import Flag, Section
 
 Metric = Literal["fid", "sfid", "is", "pr", "dc", "kid", "fid-infinity", "clip-score"]
@@ -24,7 +25,7 @@ class Fid(Section, panel="Distance", science=False):
     protocol: Literal["adm", "pytorch-fid", "clean", "dinov2", "pixels"] | None = Field(
         default=None, description="Whose numbers these shall be comparable with; default: adm, pixels for images under 32 pixels."
     )
-    extractor: str | None = Field(
+    extractor: Annotated[str | None, Takes("pixels, inception, dinov2 or timm:NAME", "inception")] = Field(
         default=None,
         pattern=r"^(pixels|inception|dinov2|timm:\S+)$",
         description="Features instead of the protocol's: pixels, inception, dinov2 or timm:NAME; default: none.",
@@ -32,7 +33,7 @@ class Fid(Section, panel="Distance", science=False):
     extractor_weights: Path | None = Field(
         default=None, description="Weights of the extractor, a file; default: the cached ones."
     )
-    metrics: str = Field(
+    metrics: Annotated[str, Among(get_args(Metric))] = Field(
         default="fid",
         pattern=rf"^({_METRIC})(,({_METRIC}))*$",
         description="Of fid, sfid, is, pr, dc, kid, fid-infinity, clip-score, joined by commas; fid is always there.",
@@ -58,7 +59,11 @@ class Fid(Section, panel="Distance", science=False):
     @model_validator(mode="after")
     def _one_comparison(self) -> Self:
         if self.versus is not None and self.fail_unless_better_than not in (None, self.versus):
-            raise ValueError("versus and fail_unless_better_than name two different things to compare with, give one of the two")
+            raise Clash(
+                self,
+                "{versus} and {fail_unless_better_than} name two different things to compare with",
+                "leave {versus:-} out: {fail_unless_better_than:-} compares, too",
+            )
         return self
 
     @property
@@ -127,5 +132,7 @@ class Prompting(Section, panel="Text", science=False):
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
         if self.prompt is not None and self.prompts_from is not None:
-            raise ValueError("prompt and prompts both say what the images show, give one of the two")
+            raise Clash(
+                self, "{prompt} and {prompts_from} both say what the images show", "leave {prompt:-} or {prompts_from:-} out"
+            )
         return self

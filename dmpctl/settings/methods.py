@@ -1,9 +1,10 @@
 """Methods that are trained on a frozen backbone, one section each; they share the settings' one field `method`."""
 
-from typing import Literal, Self, get_args
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
+from dmpctl.refusals import Among, Clash, Takes
 from dmpctl.settings.sections import Section
 
 
@@ -13,7 +14,7 @@ class PromptMethod(Section, panel="Method"):
     prompts: int | None = Field(default=None, ge=1, description="Prompts per block; default: as many as tokens.")
     position: Literal["add", "prepend"] = Field(default="add", description="Add prompts to the tokens, or prepend them.")
     prompt_depth: int | None = Field(default=None, ge=1, description="Patch only the first blocks; default: all.")
-    prompt_sites: str | None = Field(
+    prompt_sites: Annotated[str | None, Takes("numbers of blocks and ranges of them, such as 0,2,4-7", "0,2,4-7")] = Field(
         default=None, pattern=r"^\d+(-\d+)?(,\d+(-\d+)?)*$", description="Patch only these blocks, such as 0,2,4-7; default: all."
     )
     sites: Literal["all", "down", "mid", "up"] = Field(
@@ -27,9 +28,15 @@ class PromptMethod(Section, panel="Method"):
     @model_validator(mode="after")
     def _sites_once(self) -> Self:
         if self.prompt_depth is not None and self.prompt_sites is not None:
-            raise ValueError("prompt_depth and prompt_sites both say which blocks are patched, give one of the two")
-        if self.sites != "all" and (self.prompt_depth, self.prompt_sites) != (None, None):
-            raise ValueError(f"sites {self.sites} says which blocks are patched, leave prompt_depth and prompt_sites out")
+            raise Clash(
+                self,
+                "{prompt_depth} and {prompt_sites} both say which blocks are patched",
+                "leave {prompt_depth:-} or {prompt_sites:-} out",
+            )
+        other = "prompt_depth" if self.prompt_depth is not None else "prompt_sites"
+        if self.sites != "all" and getattr(self, other) is not None:
+            sentence = f"{{sites}} and {{{other}}} both say which blocks are patched"
+            raise Clash(self, sentence, f"leave {{{other}:-}} or {{sites:-}} out")
         return self
 
 
@@ -63,16 +70,22 @@ class Dmp(PromptMethod):
 
     @model_validator(mode="after")
     def _gate_fits(self) -> Self:
-        if self.gate == "topk" and self.topk is None:
-            raise ValueError("gate topk needs topk, the number of prompts that it keeps")
-        if self.gate != "topk" and self.topk is not None:
-            raise ValueError(f"topk {self.topk} needs gate topk, found gate {self.gate}")
         mixed = "prompts" if self.prompt_sets is None else "prompt_sets"
         count = getattr(self, mixed)
+        if self.gate == "topk" and self.topk is None:
+            few = min(8, count or 8)
+            raise Clash(self, "{gate} needs {topk:-}, the number of prompts that it keeps", f"add {{topk:{few}}}")
+        if self.gate != "topk" and self.topk is not None:
+            raise Clash(self, "{topk} needs {gate:topk}, found {gate}", "say {gate:topk}, or leave {topk:-} out")
         if self.topk is not None and count is not None and self.topk > count:
-            raise ValueError(f"topk {self.topk} is more than {mixed} {count}")
+            hint = f"say {{topk:{count}}} or less"
+            raise Clash(self, f"{{topk}} is more than {{{mixed}}}", hint)
         if self.gate_per_site and self.gate in ("uniform", "random"):
-            raise ValueError(f"gate_per_site needs a gate that is trained, found gate {self.gate}")
+            raise Clash(
+                self,
+                "{gate_per_site} needs a gate that is trained, found {gate}",
+                "say {gate:soft}, or leave {gate_per_site:-} out",
+            )
         return self
 
 
@@ -88,7 +101,7 @@ class Lora(Section, panel="Method"):
     method: Literal["lora"] = Field(default="lora", description="What is trained.")
     rank: int = Field(default=8, ge=1, description="LoRA: rank.")
     alpha: float | None = Field(default=None, gt=0, description="LoRA: scale is alpha / rank; default: alpha = rank.")
-    targets: str = Field(
+    targets: Annotated[str, Among(("qkv", "proj", "mlp"))] = Field(
         default="qkv,proj",
         pattern=r"^(qkv|proj|mlp)(,(qkv|proj|mlp))*$",
         description="LoRA: which linear layers, of qkv, proj and mlp.",

@@ -6,13 +6,13 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dmpctl.errors import IntegrityError
+from dmpctl.refusals import Clash, first_error
 from dmpctl.settings.assets import Assets
 from dmpctl.settings.exchange import Cache, Download, Exporting, Importing, Push
 from dmpctl.settings.measuring import Evaluate, Fid, Gates, Images, Prompting, Result, Sampling
 from dmpctl.settings.methods import Dmp, Method
 from dmpctl.settings.sections import Base, CodecSection, Console, Data, Launch, Run, Section, Shape, Text
 from dmpctl.settings.training import Objective, Pretrain, Save, Train
-from dmpctl.words import first_error
 
 
 class Settings(BaseModel):
@@ -54,7 +54,9 @@ class Settings(BaseModel):
     def _patches_fill_images(self) -> Self:
         size, patch_size = self.data.size, self.shape.patch_size
         if "shape" in self.model_fields_set and size is not None and size % patch_size:
-            raise ValueError(f"size {size} is not a multiple of patch_size {patch_size}")
+            fits = max(patch_size, size - size % patch_size)
+            hint = f"say {{size:{fits}}}, or another patch size"
+            raise Clash({"size": size, "patch_size": patch_size}, "{size} is not a multiple of {patch_size}", hint)
         return self
 
     @classmethod
@@ -63,9 +65,7 @@ class Settings(BaseModel):
         try:
             return cls.model_validate(sections)
         except ValidationError as error:
-            wrong = first_error(error)
-            where = wrong.where or "settings"
-            raise IntegrityError(f"recorded settings do not fit this dmpctl: {where}: {wrong.message}") from None
+            raise IntegrityError(f"recorded settings do not fit this dmpctl: {first_error(error, cls).sentence}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """The sections that were passed in with all their values, JSON-able; `from_dict` gives the same settings back."""

@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
+from dmpctl.refusals import Form, Writable
 from dmpctl.settings.exchange import Cache, Download, Exporting, Importing, Push
 from dmpctl.settings.measuring import Evaluate, Fid, Gates, Images, Prompting, Result, Sampling
 from dmpctl.settings.methods import METHODS
@@ -51,6 +52,16 @@ class Option:
     @property
     def variable(self) -> str:
         return VARIABLE_PREFIX + self.public.upper()
+
+    @property
+    def written(self) -> Writable:
+        """The option as messages write it."""
+        return Writable(self.public, self.flag, self.off if self.plain_type is bool else "", self.variable)
+
+    def form(self, where: str) -> Form:
+        """How a user gave it, by where it was found; plain for a value that no user gave."""
+        forms: dict[str, Form] = {self.flag: "flag", self.off: "flag", self.variable: "variable", self.public: "argument"}
+        return forms.get(where, "key" if where.replace("-", "_").endswith(f": {self.public}") else "plain")
 
     @property
     def plain_type(self) -> Any:

@@ -10,6 +10,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self, Unpack, get_args, ge
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from dmpctl.refusals import Clash, Takes
+
 
 @dataclass(frozen=True)
 class Flag:
@@ -56,7 +58,7 @@ class Run(Section, panel="Run"):
     free: ClassVar[frozenset[str]] = frozenset({"run", "allow_change"})
     run: Path | None = Field(default=None, description="Run directory; default: runs/<data>.")
     seed: int = Field(default=0, ge=0, description="Seed of training: order, timesteps, noise.")
-    allow_change: str | None = Field(
+    allow_change: Annotated[str | None, Takes("names of settings, joined by commas", "prompt_lr")] = Field(
         default=None,
         pattern=r"^[a-z0-9_-]+(,[a-z0-9_-]+)*$",
         description="What an unfinished run may go on with otherwise, such as prompt_lr,ema; default: nothing.",
@@ -101,11 +103,20 @@ class Shape(Section, panel="Backbone"):
     @model_validator(mode="after")
     def _one_transformer(self) -> Self:
         if self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+            fits = max(heads for heads in range(1, self.num_heads) if self.hidden_size % heads == 0)
+            raise Clash(self, "{hidden_size} is not a multiple of {num_heads}", f"say {{num_heads:{fits}}}, or another width")
         if self.class_conditional and self.text_conditional:
-            raise ValueError("class_conditional and text_conditional are two kinds of condition, give one of the two")
+            raise Clash(
+                self,
+                "{class_conditional} and {text_conditional} are two kinds of condition",
+                "leave {class_conditional:-} or {text_conditional:-} out",
+            )
         if self.text_conditional and self.schedule == "flow":
-            raise ValueError("text_conditional needs schedule linear or cosine, found flow")
+            raise Clash(
+                self,
+                "{text_conditional} needs {schedule:linear} or {schedule:cosine}, found {schedule}",
+                "say {schedule:linear}, or leave {text_conditional:-} out",
+            )
         return self
 
 
@@ -161,13 +172,15 @@ class CodecSection(Section, panel="Codec", science=False):  # the codec's finger
 
 
 class Launch(Section, panel="Launch", science=False):
-    device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:N or mps.")
+    device: Annotated[str, Takes("auto, cpu, cuda, cuda:N or mps", "cpu")] = Field(
+        default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:N or mps."
+    )
     cpu: bool = Field(default=False, description="Same as --device cpu.")
     deterministic: bool = Field(default=False, description="Deterministic kernels (slower on a GPU).")
     compile: bool = Field(default=False, description="Compile the blocks with torch.compile; pays on a GPU.")
     tf32: bool = Field(default=True, description="TF32 for float32 matrix products on a GPU, as published.")
     num_processes: int | None = Field(default=None, ge=1, description="Processes on this machine; default: one per GPU.")
-    nnodes: str = Field(
+    nnodes: Annotated[str, Takes("a number of machines, or at least:at most such as 2:4", "1")] = Field(
         default="1", pattern=r"^[1-9]\d*(:[1-9]\d*)?$", description="Machines, or at least:at most; the same command on each."
     )
     node_rank: int | None = Field(default=None, ge=0, description="This machine's number; default: found out.")
@@ -179,12 +192,17 @@ class Launch(Section, panel="Launch", science=False):
     @model_validator(mode="after")
     def _one_place(self) -> Self:
         if self.cpu and self.device not in ("auto", "cpu"):
-            raise ValueError(f"cpu and device {self.device} contradict each other, give one of the two")
+            raise Clash(self, "{cpu} and {device} contradict each other", "leave {cpu:-} or {device:-} out")
         low, high = self.nodes
         if high < low:
-            raise ValueError(f"nnodes {self.nnodes} asks for at most {high} machines and for at least {low}")
+            swapped = f"say {{nnodes:{high}:{low}}}"
+            raise Clash(self, f"{{nnodes}} asks for at most {high} machines and for at least {low}", swapped)
         if high > 1 and self.rdzv_endpoint is None:
-            raise ValueError(f"nnodes {self.nnodes} needs rdzv_endpoint, the HOST:PORT where the machines meet")
+            raise Clash(
+                self,
+                "{nnodes} needs {rdzv_endpoint:-}, the HOST:PORT where the machines meet",
+                "add {rdzv_endpoint:HOST:29500} with the name of the first machine",
+            )
         return self
 
     @property

@@ -1,9 +1,10 @@
 """How anything is trained: objective, optimizer, batches, checkpoints."""
 
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from dmpctl.refusals import Among, Clash
 from dmpctl.settings.sections import Section
 
 
@@ -41,7 +42,8 @@ class Train(Section, panel="Training"):
     @model_validator(mode="after")
     def _warmup_ends(self) -> Self:
         if self.warmup > self.iters:
-            raise ValueError(f"warmup {self.warmup} is longer than iters {self.iters}")
+            hint = f"say {{warmup:{self.iters // 10}}}, or more iterations"
+            raise Clash(self, "{warmup} is longer than {iters}", hint)
         return self
 
 
@@ -53,7 +55,7 @@ class Save(Section, panel="Run", science=False):
     save_every: int = Field(default=5_000, ge=1, description="Steps between checkpoints.")
     keep_last: int = Field(default=3, ge=1, description="Checkpoints kept.")
     keep_every: int | None = Field(default=None, ge=1, description="Steps whose multiples are kept for good; default: none.")
-    track: str | None = Field(
+    track: Annotated[str | None, Among(("tensorboard", "wandb", "trackio"))] = Field(
         default=None,
         pattern=r"^(tensorboard|wandb|trackio)(,(tensorboard|wandb|trackio))*$",
         description="Trackers beside metrics.jsonl: tensorboard, wandb, trackio, or some; default: none.",

@@ -14,11 +14,11 @@ from dmpctl.processes.ranks import resolve_device
 from dmpctl.processes.stop import Stop, interrupted
 from dmpctl.runs.rundir import version_of
 from dmpctl.settings.model import Settings
-from dmpctl.settings.study import Study, Variant, read_study, settings_of
 from dmpctl.studies.cell import Cell, GoingOn, do_cell, find_going_on
 from dmpctl.studies.plot import plot
 from dmpctl.studies.results import CellRecord, Results
 from dmpctl.studies.stage import SCHEMA_VERSION, Side, Stage, open_stage, side_of
+from dmpctl.studies.study import Study, Variant, read_study, settings_of
 from dmpctl.studies.table import ALPHA, bands_of, console_rows, doubts, markdown, rows_of, sentences, tidy
 from dmpctl.types import Progress, Report, Source
 

@@ -26,8 +26,8 @@ from dmpctl.runs.records import read_record
 from dmpctl.sampling.generate import in_batches
 from dmpctl.settings.measuring import Fid, Sampling
 from dmpctl.settings.model import Settings
-from dmpctl.settings.study import Study, settings_of
 from dmpctl.studies.results import SampledDistance, StageRecord, refuse_other
+from dmpctl.studies.study import Study, settings_of
 from dmpctl.training.patch import refuse_sampling
 from dmpctl.types import Codec, Extractor, Progress, Silent, Source
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dmpctl.settings.study import read_study
+from dmpctl.studies.study import read_study
 from tests.helpers import Done, environment
 
 ROOT = Path(__file__).parents[2]

@@ -199,7 +199,7 @@ def test_what_does_not_fit_is_one_sentence_before_anything_is_written(place, tmp
     monkeypatch.chdir(tmp_path)
     text = STUDY.replace('"backbone', f'"{place}/backbone')
     for old, new, code, part in (
-        ("iters = 4", "itres = 4", 2, "study.toml [settings]: itres is no setting, did you mean iters?"),
+        ("iters = 4", "itres = 4", 2, "study.toml [settings]: itres is no setting\nhint: did you mean iters?"),
         ("tuning_seeds = [101]", "tuning_seeds = [1]", 2, "seed 1 is in seeds and in tuning_seeds"),
         ('"digits"', '"digts"', 2, "no data is called 'digts'"),
         ("eval_images = 80", 'eval_images = 80\nextractor = "inception"', 3, "Inception"),

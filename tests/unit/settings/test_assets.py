@@ -56,7 +56,7 @@ def test_rows_are_recorded_with_a_run_and_make_it_no_other_experiment(rows, tmp_
     [
         ("assets = 3", "x.toml: an asset is a table [assets.NAME]"),
         ("[assets]\nmine = 3", "x.toml: an asset is a table [assets.NAME]"),
-        ("[assets.m]\nurll = 'https://x/y'", "x.toml [assets.m]: urll is no key of an asset, did you mean url?"),
+        ("[assets.m]\nurll = 'https://x/y'", "x.toml [assets.m]: urll is no key of an asset"),
         ("[assets.m]\nname = 'x'", "[assets.m]: name is no key of an asset"),
         ("[assets.m]\nwhat = 'x'", "[assets.m]: it needs url or repo"),
         ("[assets.m]\nurl = 'https://x/y'\nrepo = 'a/b'", "[assets.m]: url and repo contradict each other"),
@@ -64,11 +64,11 @@ def test_rows_are_recorded_with_a_run_and_make_it_no_other_experiment(rows, tmp_
         ("[assets.m]\nurl = 'file:///etc/passwd'", "is not https"),
         ("[assets.m]\nurl = 'https://example.org/'", "names no file"),
         ("[assets.m]\nrepo = 'a/b'", "repo needs file, or patterns of files in allow"),
-        ("[assets.m]\nrepo = 'a/b/c'\nfile = 'x'", "[assets.m]: repo: String should match"),
+        ("[assets.m]\nrepo = 'a/b/c'\nfile = 'x'", "[assets.m]: repo takes OWNER/NAME"),
         ("[assets.m]\nrepo = 'a/b'\nfile = '../x'", "name files inside the repository"),
         ("[assets.m]\nurl = 'https://x/y'\nfile = '/etc/x'", "name files inside the repository"),
-        ("[assets.m]\nurl = 'https://x/y'\nsha256 = 'abc'", "[assets.m]: sha256: String should match"),
-        ("[assets.m]\nurl = 'https://x/y'\nsize = -1", "[assets.m]: size: Input should be greater"),
+        ("[assets.m]\nurl = 'https://x/y'\nsha256 = 'abc'", "[assets.m]: sha256 takes 64 hexadecimal digits"),
+        ("[assets.m]\nurl = 'https://x/y'\nsize = -1", "[assets.m]: size takes a whole number of 0 or more"),
         ("[assets.'../m']\nurl = 'https://x/y'", "is no name"),
     ],
 )

@@ -27,6 +27,13 @@ def sentence(*args, kind=UsageError, **kwargs) -> str:
     return caught.value.message
 
 
+def spoken(*args) -> str:
+    """Sentence and hint."""
+    with pytest.raises(UsageError) as caught:
+        resolve(*args)
+    return f"{caught.value.message} ({caught.value.hint})"
+
+
 def test_precedence_of_all_layers(monkeypatch, toml):
     def value(given, config=None):
         resolved = resolve("patch", {"base": "DiT-L/2"} | given, config)
@@ -115,14 +122,14 @@ def test_a_no_on_the_command_line_is_its_origin():
 @pytest.mark.parametrize(
     ("given", "starts", "holds"),
     [
-        ({"iters": "0"}, "--iters: Input should be greater than or equal to 1", "found '0'"),
-        ({"iters": "many"}, "--iters: Input should be a valid integer", "found 'many'"),
-        ({"gate": "topkk"}, "--gate: 'topkk' is not one of soft, topk", "did you mean topk?"),
-        ({"method": "dpm"}, "--method: 'dpm' is not one of dmp", "did you mean dmp?"),
-        ({"device": "gpu"}, "--device: found 'gpu'", "expected auto, cpu"),
-        ({"gate": "topk"}, "gate topk needs topk", ""),
-        ({"channels": "2"}, "--channels: '2' is not one of 1, 3", ""),
-        ({"preset": "digit"}, "--preset: 'digit' is not one of auto, dmp, dmp-code, dmp+, digits", "did you mean digits?"),
+        ({"iters": "0"}, "--iters takes a whole number of 1 or more", "found '0'"),
+        ({"iters": "many"}, "--iters takes a whole number of 1 or more", "found 'many'"),
+        ({"gate": "topkk"}, "--gate takes one of soft, topk", "found 'topkk'"),
+        ({"method": "dpm"}, "--method takes one of dmp", "found 'dpm'"),
+        ({"device": "gpu"}, "--device takes auto, cpu", "found 'gpu'"),
+        ({"gate": "topk"}, "--gate topk needs --topk", ""),
+        ({"channels": "2"}, "--channels takes one of 1 or 3, found '2'", ""),
+        ({"preset": "digit"}, "--preset takes one of auto, dmp, dmp-code, dmp+ or digits", "found 'digit'"),
     ],
 )
 def test_a_wrong_flag(given, starts, holds):
@@ -133,29 +140,26 @@ def test_a_wrong_flag(given, starts, holds):
 
 def test_a_wrong_variable(monkeypatch):
     monkeypatch.setenv("DMPCTL_ITERS", "x")
-    assert sentence("patch", {}).startswith("DMPCTL_ITERS: Input should be a valid integer")
+    assert sentence("patch", {}).startswith("DMPCTL_ITERS takes a whole number of 1 or more")
 
 
 def test_a_wrong_value_in_a_file(toml):
     path = toml("lr = -1\n")
-    assert sentence("pretrain", {}, path).startswith(f"{path}: lr: Input should be greater than 0")
+    assert sentence("pretrain", {}, path).startswith(f"{path}: lr takes a number above 0")
     path = toml('[patch]\ngate = "sofd"\n')
-    assert (
-        sentence("patch", {}, path)
-        == f"{path} [patch]: gate: 'sofd' is not one of soft, topk, hard, uniform, random, did you mean soft?"
-    )
+    assert sentence("patch", {}, path) == f"{path} [patch]: gate takes one of soft, topk, hard, uniform or random, found 'sofd'"
 
 
 def test_all_wrong_values_are_named_at_once():
     message = sentence("patch", {"iters": "0", "ema": "1"})
-    assert "--iters:" in message
-    assert "--ema:" in message
+    assert "--iters takes" in message
+    assert "--ema takes" in message
 
 
 @pytest.mark.parametrize("command", ["patch", "doctor"])
 def test_an_unknown_variable_names_the_nearest(monkeypatch, command):
     monkeypatch.setenv("DMPCTL_ITRS", "5")
-    assert sentence(command, {}) == "DMPCTL_ITRS is no variable of dmpctl, did you mean DMPCTL_ITERS?"
+    assert spoken(command, {}) == "DMPCTL_ITRS is no variable of dmpctl (did you mean DMPCTL_ITERS?)"
 
 
 def test_variables_of_the_tool_itself_are_left_alone(monkeypatch):
@@ -166,18 +170,21 @@ def test_variables_of_the_tool_itself_are_left_alone(monkeypatch):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("itrs = 5\n", ": itrs is no setting, did you mean iters?"),
-        ("batch-sise = 5\n", ": batch-sise is no setting, did you mean batch_size?"),
-        ("[patch]\npromts = 5\n", " [patch]: promts is no setting, did you mean prompts?"),
-        ("[patch]\ntimesteps = 5\n", " [patch]: timesteps is no setting here, other commands have it"),
-        ("[ptch]\niters = 5\n", ": [ptch] is no command of dmpctl, did you mean patch?"),
-        ("batch-size = 5\nbatch_size = 6\n", ": batch_size is there twice, with a hyphen and with an underscore"),
-        ("[pretrain]\nlrr = 1\n", " [pretrain]: lrr is no setting, did you mean lr?"),
+        ("itrs = 5\n", ": itrs is no setting (did you mean iters?)"),
+        ("batch-sise = 5\n", ": batch-sise is no setting (did you mean batch_size?)"),
+        ("[patch]\npromts = 5\n", " [patch]: promts is no setting (did you mean prompts?)"),
+        ("[patch]\ntimesteps = 5\n", " [patch]: timesteps is no setting here, other commands have it (did you mean steps?)"),
+        ("[ptch]\niters = 5\n", ": [ptch] is no command of dmpctl (did you mean patch?)"),
+        (
+            "batch-size = 5\nbatch_size = 6\n",
+            ": batch_size is there twice, with a hyphen and an underscore (remove one of the two)",
+        ),
+        ("[pretrain]\nlrr = 1\n", " [pretrain]: lrr is no setting (did you mean lr?)"),
     ],
 )
 def test_an_unknown_name_in_a_file(toml, text, says):
     path = toml(text)
-    assert sentence("patch", {}, path) == f"{path}{says}"
+    assert spoken("patch", {}, path) == f"{path}{says}"
 
 
 def test_a_file_that_is_not_toml(toml):

@@ -13,12 +13,13 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dmpctl.errors import MissingError, UsageError
+from dmpctl.refusals import first_error
 from dmpctl.settings.layers import Found, by_public_name, from_preset, named, read_toml, validated
 from dmpctl.settings.measuring import Sampling
 from dmpctl.settings.model import Settings
 from dmpctl.settings.options import options_of
 from dmpctl.settings.sections import Console, Launch
-from dmpctl.words import did_you_mean, first_error
+from dmpctl.words import nearest_or
 
 Seed = Annotated[int, Field(ge=0)]
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+-]*")  # of a stage or a variant: they name folders
@@ -159,15 +160,15 @@ def _model(kind: type[M], values: Mapping[str, object], where: str) -> M:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        wrong = first_error(error)
-        raise UsageError(f"{where}: {wrong.own or f'{wrong.where}: {wrong.message}{wrong.found}'}") from None
+        raise UsageError(f"{where}: {first_error(error, kind).sentence}", "dmpctl compare --help says what it holds") from None
 
 
 def _known(names: Iterable[str], known: Iterable[str], where: str, what: str) -> None:
     """UsageError, with the nearest name, for a name that is not known."""
     for name in names:
         if name not in known:
-            raise UsageError(f"{where}: {name} is no {what}{did_you_mean(name, known)}")
+            otherwise = f"name one of {', '.join(known)}"
+            raise UsageError(f"{where}: {name} is no {what}", nearest_or(name, known, otherwise))
 
 
 def _options(values: Mapping[str, object], where: str, refused: Sequence[str] = ()) -> dict[str, Found]:

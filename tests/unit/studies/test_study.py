@@ -4,7 +4,7 @@ import pytest
 
 from dmpctl.errors import MissingError, UsageError
 from dmpctl.settings.options import options_of
-from dmpctl.settings.study import OURS, read_study, settings_of
+from dmpctl.studies.study import OURS, read_study, settings_of
 
 FILE = """
 [compare]
@@ -63,20 +63,20 @@ def test_a_whole_file(study):
 @pytest.mark.parametrize(
     ("old", "new", "parts"),
     [
-        ("[compare]", "[compaer]", ("compaer is no table of a study, did you mean compare?",)),
-        ("tuning_seeds", "tuning_seed", ("[compare]: tuning_seed is no setting, did you mean tuning_seeds?",)),
-        ("iters = 7", "itres = 7", ("[settings]: itres is no setting, did you mean iters?",)),
-        ('method = "dmp"', 'methud = "dmp"', ("[variants.dmp]: methud is no setting, did you mean method?",)),
-        ("continue = true", "contineu = true", ("[variants.trained-on]: contineu is no setting, did you mean continue?",)),
-        ("tune.gate_lr", "tune.gate_rl", ("[variants.dmp] tune: gate_rl is no setting, did you mean gate_lr?",)),
-        ('against = ["dmp"]', 'against = ["dnp"]', ("[compare] against: dnp is no variant, did you mean dmp?",)),
-        ('stages = ["flat"]', 'stages = ["flet"]', ("[variants.full] stages: flet is no stage, did you mean flat?",)),
-        ("tuning_seeds", 'tune_stage = "flatt"\ntuning_seeds', ("[compare] tune_stage: flatt is no stage, did you mean flat?",)),
+        ("[compare]", "[compaer]", ("compaer is no table of a study (did you mean compare?)",)),
+        ("tuning_seeds", "tuning_seed", ("[compare]: tuning_seed is no setting (did you mean tuning_seeds?)",)),
+        ("iters = 7", "itres = 7", ("[settings]: itres is no setting (did you mean iters?)",)),
+        ('method = "dmp"', 'methud = "dmp"', ("[variants.dmp]: methud is no setting (did you mean method?)",)),
+        ("continue = true", "contineu = true", ("[variants.trained-on]: contineu is no setting (did you mean continue?)",)),
+        ("tune.gate_lr", "tune.gate_rl", ("[variants.dmp] tune: gate_rl is no setting (did you mean gate_lr?)",)),
+        ('against = ["dmp"]', 'against = ["dnp"]', ("[compare] against: dnp is no variant (did you mean dmp?)",)),
+        ('stages = ["flat"]', 'stages = ["flet"]', ("[variants.full] stages: flet is no stage (did you mean flat?)",)),
+        ("tuning_seeds", 'tune_stage = "flatt"\ntuning_seeds', ("[compare] tune_stage: flatt is no stage (did you mean flat?)",)),
         ("tuning_seeds = [101]", "tuning_seeds = [2, 101]", ("[compare]: seed 2 is in seeds and in tuning_seeds",)),
         ("seeds = [1, 2]", "seeds = [1, 1]", ("[compare]: seeds holds a value twice",)),
-        ("seeds = [1, 2]", "seeds = []", ("[compare]: seeds: ", "at least 1")),
-        ("seeds = [1, 2]", "seeds = [-1]", ("[compare]: seeds.0: ", "found -1")),
-        ('run = "runs/study"', "", ("[compare]: run: Field required",)),
+        ("seeds = [1, 2]", "seeds = []", ("[compare]: seeds takes a list of one or more values",)),
+        ("seeds = [1, 2]", "seeds = [-1]", ("[compare]: seeds.0 takes a list of ", "found -1")),
+        ('run = "runs/study"', "", ("[compare]: run is missing",)),
         ("tuning_seeds = [101]", "", ("[variants.dmp]: tune needs tuning_seeds",)),
         ("tuning_seeds", "eval_images = 1\ntuning_seeds", ("eval_images 1 is no sample",)),
         ('flat = "digits"', "flat = 3", ("[stages]: flat: found 3",)),
@@ -90,13 +90,17 @@ def test_a_whole_file(study):
         ("iters = 9", "batch-size = 8\nbatch_size = 9", ("[variants.full]: batch_size is there twice",)),
         ("continue = true", "continue = true\nema = 0.9", ("ema cannot be set beside continue",)),
         ("continue = true", "continue = true\ntune.iters = [1, 2]", ("iters cannot be set beside continue",)),
-        ("tune.gate_lr = [1e-3, 1e-4]", "tune.gate_lr = []", ("[variants.dmp]: tune.gate_lr: ",)),
+        (
+            "tune.gate_lr = [1e-3, 1e-4]",
+            "tune.gate_lr = []",
+            ("[variants.dmp]: tune.gate_lr takes a table, each value a list of one",),
+        ),
     ],
 )
 def test_what_is_wrong_is_one_sentence_with_file_and_key(study, tmp_path, old, new, parts):
     with pytest.raises(UsageError) as failure:
         study(lines={old: new})
-    message = failure.value.message
+    message = f"{failure.value.message} ({failure.value.hint})"
     assert message.startswith(str(tmp_path / "study.toml"))
     assert "\n" not in message
     assert all(part in message for part in parts), message
@@ -138,10 +142,10 @@ def test_preset_then_settings_then_variant_then_choice(study, monkeypatch):
 @pytest.mark.parametrize(
     ("old", "new", "part"),
     [
-        ("iters = 9", "iters = 0", "[variants.full]: iters: Input should be greater than or equal to 1, found 0"),
-        ('method = "full"', 'method = "ful"', "[variants.full]: method: 'ful' is not one of dmp, prompt, lora, full"),
-        ("iters = 9", "topk = 3", "[variants.full]: topk: the chosen method has no topk"),
-        ("iters = 9", "warmup = 8", "[variants.full]: warmup 8 is longer than iters 7"),
+        ("iters = 9", "iters = 0", "[variants.full]: iters takes a whole number of 1 or more, found 0"),
+        ('method = "full"', 'method = "ful"', "[variants.full]: method takes one of dmp, prompt, lora or full, found 'ful'"),
+        ("iters = 9", "topk = 3", "[variants.full]: topk belongs to method dmp, the chosen method is full"),
+        ("iters = 9", "warmup = 8", "[variants.full]: warmup = 8 is longer than "),
     ],
 )
 def test_a_wrong_value_names_file_and_key(study, tmp_path, old, new, part):

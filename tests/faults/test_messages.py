@@ -1,0 +1,349 @@
+"""What is said of a wrong line: which option, as it was written, what was found, what is allowed, what to type instead.
+
+The options, their types and bounds are read from the settings, so that a new option is covered without a line here.
+"""
+
+import ast
+import json
+import re
+import shlex
+import traceback
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args
+
+import pytest
+
+from dmpctl.cli.commands import COMMANDS
+from dmpctl.errors import UsageError
+from dmpctl.refusals import SYNONYMS, Among, Clash, Takes
+from dmpctl.settings.layers import resolve
+from dmpctl.settings.methods import METHODS
+from dmpctl.settings.options import Option, every_option, options_of
+from tests.house import modules
+
+JARGON = re.compile(
+    r"Input should|[Vv]alue error|value_error|pydantic|typer|click|unable to|valid (integer|number|string|boolean|path|list)"
+    r"|NoneType|<class|<function|object at|Traceback|internal|union_tag|finite_number|extra_forbidden|expected Of"
+)
+TALK = ("dmpctl reads", "dmpctl has", "dmpctl writes", "dmpctl cache")  # no commands, but sentences
+FORMS = ("flag", "variable", "key", "argument")
+HUGE = 10**30
+PARTNERS = {"topk": {"gate": "topk"}, "num_heads": {"hidden_size": 24}, "hidden_size": {"num_heads": 1}}
+
+
+@pytest.fixture
+def spoken(cli):
+    """Run a line that is to fail: (sentence, hint), both checked for their form."""
+
+    def run(*argv: object, code: int = 2) -> tuple[str, str]:
+        done = cli(*argv)
+        lines = done.err.splitlines()
+        assert (done.code, done.out, len(lines)) == (code, "", 2), (argv, done)
+        assert not JARGON.search(done.err), done.err
+        assert lines[0].startswith("error: ")
+        assert lines[1].startswith("hint: ")
+        return lines[0][7:], lines[1][6:]
+
+    return run
+
+
+def kinds_of(option: Option) -> set[Any]:
+    return {option.field.annotation, *get_args(option.field.annotation)} - {NoneType}
+
+
+def bounds(option: Option) -> list[float]:
+    """Numbers that lie just outside of what the option takes."""
+    step = 1 if int in kinds_of(option) else 1e-6
+    ends = (("ge", -step), ("gt", 0.0), ("le", step), ("lt", 0.0))
+    return [getattr(mark, name) + beyond for mark in option.field.metadata for name, beyond in ends if hasattr(mark, name)]
+
+
+def wrong_values(option: Option, form: str) -> list[Any]:
+    """A wrong value of every class: of another type, out of range, no choice, a fraction for a whole number, empty."""
+    marks, kinds = option.field.metadata, kinds_of(option)
+    if bool in kinds:
+        return [] if form == "flag" else ["maybe", "2"] if form == "variable" else ["maybe", 7, "", [True]]
+    typed: list[Any] = ["zzz"] if option.choices or int in kinds or float in kinds else []
+    if int in kinds:
+        typed += ["1.5", "nan", HUGE, *bounds(option)]
+    if float in kinds:
+        typed += ["nan", "inf", *bounds(option)]
+    typed += ["?!"] if any(isinstance(mark, Takes | Among) for mark in marks) else []
+    typed += [""] if form != "variable" else []  # an empty variable is unset
+    if form in ("flag", "variable"):
+        return list(map(str, typed))
+    other = [[1, 2], {"a": 1}]
+    other += [True] if int in kinds or float in kinds else [7] if not option.choices else []
+    return [*typed, *other, *(["a\0b"] if str in kinds or Path in kinds else [])]
+
+
+def refused(command: str, option: Option, value: Any, form: str, monkeypatch, place: Path) -> tuple[str, str, str]:
+    """Name, sentence and hint of a refusal of one value, given in one way."""
+    own = [method for method, kind in METHODS.items() if option.name in kind.model_fields]
+    given: dict[str, Any] = {"method": own[0]} if own and command == "patch" and option.name != "method" else {}
+    config, name = None, option.flag
+    if form == "variable":
+        monkeypatch.setenv(option.variable, value)
+        name = option.variable
+    elif form == "key":
+        config = place / "x.toml"
+        text = re.sub(r'"(\w+)": ', r"\1 = ", json.dumps(value)) if isinstance(value, dict) else json.dumps(value)
+        config.write_text(f"[{command}]\n{option.public} = {text}\n")
+        name = f"{config} [{command}]: {option.public}"
+    else:
+        given, name = given | {option.name: value}, option.public if form == "argument" else name
+    try:
+        with pytest.raises(UsageError) as caught:
+            resolve(command, given, config, python=form == "argument")
+    except BaseException as error:
+        raise AssertionError(f"{command} {name} takes {value!r}: {error}") from None
+    finally:
+        monkeypatch.delenv(option.variable, raising=False)
+    return name, caught.value.message, caught.value.hint or ""
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_wrong_value_of_every_option_is_refused_by_name(command, form, monkeypatch, tmp_path):
+    flags = {flag for option in options_of(command).values() for flag in (option.flag, option.off)}
+    for option in options_of(command).values():
+        for value in wrong_values(option, form):
+            if option.name == "encode_with" and not isinstance(value, str):
+                continue
+            name, sentence, hint = refused(command, option, value, form, monkeypatch, tmp_path)
+            assert sentence.startswith(name), sentence
+            assert repr(value)[:60] in sentence, sentence
+            assert not JARGON.search(sentence + hint), sentence
+            assert hint, sentence
+            assert "\n" not in sentence + hint
+            assert set(re.findall(r"--[a-z0-9][\w-]*", hint)) <= flags, hint
+            assert form == "flag" or "--" not in hint, hint
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_a_hint_says_is_taken_when_typed(command, monkeypatch, tmp_path):
+    for option in options_of(command).values():
+        for value in wrong_values(option, "flag"):
+            _, sentence, hint = refused(command, option, value, "flag", monkeypatch, tmp_path)
+            if not hint.startswith("say "):
+                assert hint.startswith(f"leave {option.flag} out")
+                continue
+            flag, better = shlex.split(hint.removeprefix("say ").partition(", or ")[0])
+            assert flag == option.flag
+            own = [each for each, kind in METHODS.items() if command == "patch" and option.name in kind.model_fields]
+            own = own if option.name != "method" else []
+            alone = {**({"method": own[0]} if own else {}), **PARTNERS.get(option.name, {}), option.name: better}
+            assert resolve(command, alone), sentence
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence", "hint"),
+    [
+        ("patch --iters abc", "--iters takes a whole number of 1 or more, found 'abc'", "say --iters 50000"),
+        ("patch --steps 20.5", "--steps takes a whole number from 1 to 1000, found '20.5'", "say --steps 20,"),
+        ("sample r --steps 1001", "from 1 to 1000, found '1001'", "say --steps 1000,"),
+        ("sample r --sampler DDIM", "found 'DDIM'", "say --sampler ddim,"),
+        ("patch --preset dmpplus", "auto, dmp, dmp-code, dmp+ or digits, found 'dmpplus'", "say --preset dmp+,"),
+        ("fid r --metrics fdi", "or several joined by commas, found 'fdi'", "say --metrics fid,"),
+        ("fid r --metrics fid,kdi", "found 'fid,kdi'", "say --metrics fid,kid,"),
+        ("patch --lr 0.001", "--lr belongs to method lora or full, the chosen method is dmp", "say --prompt-lr or --gate-lr,"),
+        ("patch --prompts 4 --method lora", "--prompts belongs to method dmp or prompt", "add --method dmp"),
+        ("patch --gate-lr 1 --preset dmp+", "--gate-lr belongs to method dmp, the chosen method is prompt", "add --method dmp"),
+        ("patch --iters", "--iters takes a whole number of 1 or more, nothing follows it", "say --iters 50000"),
+        (
+            "patch --iters --batch-size 3",
+            "--iters takes a whole number of 1 or more, found '--batch-size'",
+            "before --batch-size",
+        ),
+        ("patch --json=1", "--json takes no value", "say --json or --no-json"),
+        ("patch --hflip true", "--hflip takes no value, found true", "say --hflip or --no-hflip"),
+        ("patch photos", "dmpctl patch takes no argument, found photos", "say --data photos or --base photos"),
+        ("pretrain photos", "dmpctl pretrain takes no argument, found photos", "say --data photos"),
+        ("fid a b", "dmpctl fid takes one argument, WHAT, found also b", "say --reference b or --versus b"),
+        ("sample a b", "takes one argument, RUN", "or --out b"),
+        ("doctor now", "dmpctl doctor takes no argument, found now", "leave now out"),
+        ("sample", "dmpctl sample needs RUN", "such as: dmpctl sample runs/digits"),
+        ("compare", "dmpctl compare needs FILE", "such as: dmpctl compare "),
+        ("sample ''", "RUN is empty", "dmpctl sample --help"),
+        ("fid ''", "WHAT is empty", "dmpctl fid --help"),
+        ("ptch", "there is no command ptch", "did you mean patch?"),
+        ("train", "there is no command train", "did you mean dmpctl patch?"),
+        ("--debug patch", "no option --debug before the command", "dmpctl patch --debug"),
+        ("-V", "no option -V before the command", "dmpctl --version"),
+        ("--verson", "no option --verson", "did you mean --version?"),
+    ],
+)
+def test_a_wrong_line(line, sentence, hint, spoken):
+    said, then = spoken(*shlex.split(line))
+    assert sentence in said
+    assert hint in then
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        ("sample r --class 3", ["--label"]),
+        ("sample r --classes 3", ["--label"]),
+        ("patch --gpus 2", ["--num-processes"]),
+        ("patch -o x", ["--run"]),
+        ("sample r --output x", ["--out"]),
+        ("patch --batch 8", ["--batch-size", "--sample-batch"]),
+        ("sample r --batch 8", ["--sample-batch"]),
+        ("patch --epochs 3", ["--iters"]),
+        ("sample r --seed 3", ["--sample-seed"]),
+        ("patch --learning-rate 1", ["--prompt-lr", "--gate-lr", "--lr"]),
+        ("pretrain --learning-rate 1", ["--lr"]),
+        ("sample r --guidance-scale 2", ["--cfg"]),
+        ("sample r --num-samples 4", ["--num-images"]),
+        ("patch --model x", ["--base", "--weights"]),
+        ("patch --data-dir x", ["--data"]),
+        ("patch --fp16", ["--precision", "--sample-precision"]),
+        ("patch --no-evalute", ["--no-evaluate"]),
+        ("patch --Iters 3", ["--iters"]),
+        ("patch --batch_size 3", ["--batch-size"]),
+        ("patch --conf x", ["--config"]),
+    ],
+)
+def test_an_option_by_another_name(line, meant, spoken):
+    said, hint = spoken(*shlex.split(line))
+    assert shlex.split(line)[-1 if line.endswith("fp16") else -2 if "no-" not in line else -1] in said
+    assert re.findall(r"--[\w-]+", hint) == meant
+
+
+def test_every_other_name_leads_to_an_option_and_hides_none():
+    public = {*every_option(), "config"}
+    assert {name for names in SYNONYMS.values() for name in names} <= public
+    for command in COMMANDS:
+        for word, names in SYNONYMS.items():
+            own = {option.public for option in options_of(command).values()}
+            assert word not in own or word in names or not set(names) & own or word in ("images",), (command, word)
+
+
+def test_help_is_asked_for_by_one_letter(cli):
+    assert cli("patch", "-h").out == cli("patch", "--help").out
+    assert cli("-h").code == 0
+
+
+@pytest.mark.parametrize(("typed", "value"), [("1e3", 1000), ("1000.0", 1000), ("1_000", 1000), (" 7 ", 7)])
+def test_a_whole_number_may_be_written_in_other_ways(typed, value):
+    assert resolve("patch", {"iters": typed}).settings.train.iters == value
+
+
+def test_lists_of_names_may_be_toml_lists(tmp_path):
+    (tmp_path / "x.toml").write_text('metrics = ["fid", "kid"]\n')
+    assert resolve("fid", {}, tmp_path / "x.toml").settings.fid.wanted == ("fid", "kid")
+
+
+# Values that do not go together: the options of a line, and those that the hint has to name
+CLASHES = [
+    ("pretrain", {"hidden_size": 30, "num_heads": 4}),
+    ("pretrain", {"class_conditional": True, "text_conditional": True}),
+    ("pretrain", {"text_conditional": True, "schedule": "flow"}),
+    ("pretrain", {"size": 7, "patch_size": 2}),
+    ("patch", {"cpu": True, "device": "cuda"}),
+    ("patch", {"nnodes": "3:2"}),
+    ("patch", {"nnodes": "2"}),
+    ("patch", {"prompt_depth": 1, "prompt_sites": "0"}),
+    ("patch", {"sites": "mid", "prompt_depth": 1}),
+    ("patch", {"sites": "mid", "prompt_sites": "0"}),
+    ("patch", {"gate": "topk"}),
+    ("patch", {"topk": 8}),
+    ("patch", {"gate": "hard", "topk": 8}),
+    ("patch", {"gate": "topk", "topk": 8, "prompts": 4}),
+    ("patch", {"gate": "topk", "topk": 3, "prompt_sets": 2}),
+    ("patch", {"gate_per_site": True, "gate": "uniform"}),
+    ("patch", {"warmup": 100, "iters": 10}),
+    ("fid", {"versus": "a", "fail_unless_better_than": "b"}),
+    ("sample", {"prompt": "a", "prompts_from": "b"}),
+    ("download", {"list_assets": True, "verify": True}),
+    ("download", {"encode_with": "true"}),
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("command", "values"), CLASHES)
+def test_values_that_do_not_go_together_are_named_as_they_were_written(command, values, form, monkeypatch, tmp_path):
+    options, config, given = options_of(command), None, {}
+    for name, value in values.items():
+        if form == "variable":
+            monkeypatch.setenv(options[name].variable, str(value))
+    if form == "key":
+        config = tmp_path / "x.toml"
+        config.write_text("".join(f"{options[name].public} = {json.dumps(value)}\n" for name, value in values.items()))
+    if form in ("flag", "argument"):
+        given = values
+    with pytest.raises(UsageError) as caught:
+        resolve(command, given, config, python=form == "argument")
+    sentence, hint = caught.value.message, caught.value.hint or ""
+    for name in values if len(values) < 3 else set(values) - {"gate"}:
+        assert options[name].written.named(form) in sentence, sentence
+        assert form != "key" or str(config) in sentence
+    assert not JARGON.search(sentence + hint)
+    assert set(re.findall(r"--[a-z0-9][\w-]*", hint)) <= {option.flag for option in options.values()}
+    assert any(option.written.named(form) in hint for option in options.values()), hint
+    assert form == "flag" or "--" not in hint
+
+
+@pytest.mark.parametrize(("command", "values"), CLASHES)
+def test_a_hint_about_values_that_do_not_go_together_leads_out(command, values):
+    flags = {option.flag: name for name, option in options_of(command).items()}
+    then = dict(values)
+    for _ in range(2 if "nnodes" in values else 1):  # machines that are in order need a place to meet
+        with pytest.raises(UsageError) as caught:
+            resolve(command, then)
+        words = shlex.split((caught.value.hint or "").replace(",", " ").replace(";", " "))
+        if words[0] == "leave":
+            del then[flags[words[1].rstrip(":")]]
+        else:
+            assert words[0] in ("say", "add")
+            then[flags[words[1]]] = words[2]
+        if "rdzv_endpoint" in then:
+            break
+    assert resolve(command, then)
+
+
+def test_every_clash_of_the_settings_is_in_the_list_above(monkeypatch):
+    seen, init = set(), Clash.__init__
+
+    def recorded(self, *args):
+        frame = traceback.extract_stack()[-2]
+        seen.add((Path(frame.filename).stem, frame.lineno))
+        init(self, *args)
+
+    monkeypatch.setattr(Clash, "__init__", recorded)
+    for command, values in CLASHES:
+        with pytest.raises(UsageError):
+            resolve(command, values)
+    raised = {
+        (module.rpartition(".")[2], node.lineno)
+        for module, source in modules().items()
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "Clash"
+    }
+    assert raised == seen
+    plain = [
+        f"{module}: {line}"
+        for module, source in modules().items()
+        if ".settings." in module
+        for line in source.splitlines()
+        if "raise ValueError" in line and not module.endswith((".assets", ".study"))
+    ]
+    assert plain == []
+
+
+def test_every_flag_and_command_that_the_package_names_exists():
+    """In all texts of the package, so in every hint: no `--flag` that no command has, no `dmpctl COMMAND` that is none."""
+    flags = {flag for command in COMMANDS for option in options_of(command).values() for flag in (option.flag, option.off)}
+    flags |= {"--config", "--help", "--version"}
+    wrong = []
+    for module, source in modules().items():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                named = re.findall(r"(?<![\w-])--[a-z][a-z0-9]+(?:-[a-z0-9]+)*(?![\w-])", node.value)
+                called = re.findall(r"(?<![\w/.])dmpctl ([a-z][a-z-]+)(?= |$|\b)", node.value) if "`" not in node.value else []
+                wrong += [(module, word) for word in named if word not in flags]
+                wrong += [
+                    (module, f"dmpctl {word}") for word in called if f"dmpctl {word}" in node.value and word not in COMMANDS
+                ]
+    assert [each for each in wrong if each[1] not in TALK] == []

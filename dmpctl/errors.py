@@ -41,6 +41,10 @@ class IntegrityError(DmpError):
     exit_code = 4
 
 
+class Damaged(IntegrityError):
+    """A file that is not what was written. Who can make it again puts it aside, says so, and does."""
+
+
 class NumericalError(DmpError):
     """Numbers that are not finite."""
 

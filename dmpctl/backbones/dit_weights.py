@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dmpctl.backbones.dit import DiT, DiTConfig
 from dmpctl.backbones.foreign import INERT_GLOBALS, Scalar, said_by
 from dmpctl.errors import IntegrityError, MissingError, UsageError
-from dmpctl.files import read_tensors
+from dmpctl.files import json_object, read_tensors
 from dmpctl.runs.records import BackboneDescription, CodecRecord, EncoderRecord, as_record
 from dmpctl.store.shapes import SHAPES
 from dmpctl.types import ScheduleSpec
@@ -125,13 +125,7 @@ def described_weights(path: Path, tensors: dict[str, Tensor], metadata: Mapping[
     if content is None:
         return replace(weights, tensors=_plain_names(tensors))
     wrong = f"{path} describes itself in a way that cannot be read"
-    try:
-        value = json.loads(content)
-        if value["schema_version"] != 1:
-            raise IntegrityError(f"{path} has schema_version {value['schema_version']}, this dmpctl reads 1", "upgrade dmpctl")
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise IntegrityError(f"{wrong} ({error})") from None
-    return described(weights, value, wrong)
+    return described(weights, json_object(content, f"{wrong}: it", 1), wrong)
 
 
 def described(weights: Weights, about: Mapping[str, Any], wrong: str) -> Weights:

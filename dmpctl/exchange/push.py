@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dmpctl.errors import MissingError, UsageError
 from dmpctl.files import read_json, tensors_to_bytes
+from dmpctl.measuring.record import SCHEMA_VERSION as RECORDS
 from dmpctl.measuring.record import sampling_words
 from dmpctl.models.backbone import metadata_of
 from dmpctl.models.patch_files import load_patch, read_patch_record
@@ -128,7 +129,7 @@ def _numbers(path: Path) -> list[str]:
     """Returns a line for each number that the run has measured, with its protocol."""
     found = []
     for file in sorted(path.glob("metrics/*.json")):
-        record = read_json(file)
+        record = read_json(file, RECORDS)
         if "paired_loss_verdict" in record:
             if record["difference"]:
                 found.append(f"- Against its backbone on the same seeds, {record['metric']}: {record['verdict']}.")

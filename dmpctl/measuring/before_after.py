@@ -9,7 +9,8 @@ from PIL import Image, ImageDraw
 from pydantic import BaseModel, JsonValue
 from torch import Tensor
 
-from dmpctl.files import make_folder, read_json, write_json
+from dmpctl.errors import Damaged
+from dmpctl.files import make_folder, put_aside, read_json, write_json
 from dmpctl.measuring.features import build_extractor, extract
 from dmpctl.measuring.image_sets import images_of
 from dmpctl.measuring.paired_loss import LossDifference, epsilon_errors, loss_difference
@@ -78,10 +79,13 @@ def recorded(patched: Patched, source: Source, run: Path, command: Command) -> B
     """The comparison of a run's patch under these settings: read, or made now and recorded with its sheet."""
     path, picture = run / "metrics" / f"comparison-{patched.step:07d}.json", run / "before-after.png"
     if path.is_file() and picture.is_file():
-        before = read_json(path, SCHEMA_VERSION)
         wanted = {"patch_sha256": patched.patch_sha256, "protocol": protocol(command.settings, source).model_dump()}
-        if all(before.get(key) == value for key, value in wanted.items()):
-            return BeforeAfter.model_validate(before)
+        try:
+            before = read_json(path, SCHEMA_VERSION)
+            if all(before.get(key) == value for key, value in wanted.items()):
+                return BeforeAfter.model_validate(before)
+        except Damaged as error:
+            command.progress.say(f"warning: {error.message}; put aside as {put_aside(path).name}, and measured again")
     began = time.perf_counter()
     found, image = measure(patched, source, command)
     make_folder(path.parent)

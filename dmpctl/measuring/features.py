@@ -1,7 +1,8 @@
 """Features of images: the extractor that a protocol asks for, and its features on disk, so that a killed measurement goes on.
 
-<folder>/key.json, done.npy [N], hashes.npy [N], features.npy [N, D] and, where asked for, logits.npy and spatial.npy: memory
+<folder>/key.json, seals.npy [N], hashes.npy [N], features.npy [N, D] and, where asked for, logits.npy and spatial.npy: memory
 maps keyed by the image's index, so that no set of features is ever in memory as a whole, and ranks fill rows of their own.
+A row has a seal, the hash of all that is kept of its image: rows that do not have theirs are extracted again.
 """
 
 import hashlib
@@ -19,8 +20,8 @@ from numpy.typing import NDArray
 from pydantic import JsonValue
 from torch import Tensor
 
-from dmpctl.errors import MissingError, NumericalError, UsageError
-from dmpctl.files import make_folder, sha256_of_json, write_json, writing
+from dmpctl.errors import Damaged, IntegrityError, MissingError, NumericalError, UsageError
+from dmpctl.files import make_folder, map_array, put_aside, sha256_of_json, write_json, writing
 from dmpctl.measuring.image_sets import ImageSet
 from dmpctl.metrics.features.inception import Inception
 from dmpctl.metrics.features.pixels import Pixels
@@ -32,7 +33,7 @@ from dmpctl.settings.measuring import SMALL_SIDE, Fid
 from dmpctl.store.fetch import cached, require
 from dmpctl.types import Extractor, Outputs
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 BATCH = 64  # images in one pass of the extractor
 Kept = Literal["logits", "spatial"]  # outputs that some metrics need beside the features
 
@@ -48,14 +49,29 @@ class FeatureStore:
         self._open: dict[str, NDArray[Any]] = {}
         make_folder(self.folder)
         if not (self.folder / "key.json").is_file():
-            self._begin("done", np.uint8)
+            self._begin("seals", np.uint64)
             self._begin("hashes", np.uint64)
             write_json(self.folder / "key.json", full)  # last: without it nothing here counts
-        self._done, self._hashes = self._map("done"), self._map("hashes")
 
     def missing(self, rank: int = 0, world: int = 1) -> list[int]:
         """Indices without features, of those that are this rank's: i % world == rank."""
-        return [int(i) for i in np.flatnonzero(self._done == 0) if i % world == rank]
+        return [int(i) for i in np.flatnonzero(self._map("seals") == 0) if i % world == rank]
+
+    def check(self) -> int:
+        """Forgets the rows that are not what was put there, and returns their number. Damaged where no row can be told."""
+        seals = self._map("seals")
+        wrong = [int(i) for i in np.flatnonzero(seals) if self._seal(int(i)) != seals[i]]
+        self.forget(wrong)
+        return len(wrong)
+
+    def forget(self, indices: Sequence[int]) -> None:
+        """Features of these images are missing from now on."""
+        self._map("seals")[np.asarray(indices, dtype=np.int64)] = 0
+
+    def _seal(self, index: int) -> int:
+        """The seal that a row should have; never 0."""
+        parts = (self._map(name)[index].tobytes() for name in ("hashes", *self._kept))
+        return int.from_bytes(hashlib.blake2b(b"".join(parts), digest_size=8).digest(), "little") or 1
 
     def put(self, indices: Sequence[int], images: Tensor, outputs: Outputs) -> None:
         """Keeps the outputs for these images uint8 [B, C, H, W]; NumericalError for features that are not finite."""
@@ -70,8 +86,8 @@ class FeatureStore:
                 self._begin(name, np.float32, values.shape[1], replace=False)
             self._map(name)[rows] = values.float().cpu().numpy()
         hashes = (hashlib.blake2b(image.contiguous().numpy().tobytes(), digest_size=8).digest() for image in images)
-        self._hashes[rows] = [int.from_bytes(digest, "little") for digest in hashes]
-        self._done[rows] = 1  # after the rows themselves
+        self._map("hashes")[rows] = [int.from_bytes(digest, "little") for digest in hashes]
+        self._map("seals")[rows] = [self._seal(index) for index in indices]  # after the rows themselves
 
     @property
     def features(self) -> Tensor:
@@ -91,7 +107,7 @@ class FeatureStore:
     @property
     def duplicates(self) -> int:
         """How many images are equal, byte for byte, to one before them."""
-        return self.count - len(np.unique(self._hashes))
+        return self.count - len(np.unique(self._map("hashes")))
 
     def remove(self) -> None:
         """Deletes it."""
@@ -120,7 +136,8 @@ class FeatureStore:
 
     def _map(self, name: str) -> NDArray[Any]:
         if name not in self._open:
-            self._open[name] = open_memmap(self.folder / f"{name}.npy", mode="r+")
+            kind = np.float32 if name in self._kept else np.uint64
+            self._open[name] = map_array(self.folder / f"{name}.npy", kind, self.count)
         return self._open[name]
 
 
@@ -132,13 +149,23 @@ def features_in(root: Path, images: ImageSet, extractor: Extractor, command: Com
     """
     key: dict[str, JsonValue] = {"images": dict(images.identity), "extractor": extractor.fingerprint}
     ranks = command.ranks
-    if ranks.is_main:
-        FeatureStore(root, key, images.count, kept)  # begun by one, before the others look
+    if ranks.is_main:  # begun by one, before the others look
+        _check(FeatureStore(root, key, images.count, kept), command)
     ranks.wait()
     store = FeatureStore(root, key, images.count, kept)
     _fill(store, images, extractor, command)
     ranks.wait()
     return store
+
+
+def _check(store: FeatureStore, command: Command) -> None:
+    """Says what is damaged of these features, so that it is extracted again; a file of another size takes all with it."""
+    try:
+        if wrong := store.check():
+            command.progress.say(f"warning: {wrong} of {store.count} rows in {store.folder} are damaged: extracted again")
+    except (Damaged, FileNotFoundError) as error:
+        aside = put_aside(store.folder)
+        command.progress.say(f"warning: {error}; put aside as {aside.name}, all of these features are extracted again")
 
 
 def _fill(store: FeatureStore, images: ImageSet, extractor: Extractor, command: Command) -> None:
@@ -147,17 +174,22 @@ def _fill(store: FeatureStore, images: ImageSet, extractor: Extractor, command: 
     missing = store.missing(rank, world)
     if not missing:
         return
-    share = len(range(rank, images.count, world))
+    share, put = len(range(rank, images.count, world)), list[int]()
     shown = command.progress.track(f"{extractor.name} features of {images.name}", share, share - len(missing))
-    with Stop() as stop, shown as task:
-        for indices, pictures in images.read(missing):
-            for first in range(0, len(indices), BATCH):
-                part, some = indices[first : first + BATCH], pictures[first : first + BATCH]
-                store.put(part, some, extractor.outputs(some))
-                task.advance(len(part))
-                if stop.got:
-                    done = f"{images.count - len(store.missing())} of {images.count} images are measured"
-                    raise interrupted(stop.got, done, "the same command goes on with them")
+    try:
+        with Stop() as stop, shown as task:
+            for indices, pictures in images.read(missing):
+                for first in range(0, len(indices), BATCH):
+                    part, some = indices[first : first + BATCH], pictures[first : first + BATCH]
+                    store.put(part, some, extractor.outputs(some))
+                    put += part
+                    task.advance(len(part))
+                    if stop.got:
+                        done = f"{images.count - len(store.missing())} of {images.count} images are measured"
+                        raise interrupted(stop.got, done, "the same command goes on with them")
+    except IntegrityError:
+        store.forget(put)  # a checksum comes after what it is of
+        raise
 
 
 def extract(extractor: Extractor, batches: Iterable[Tensor]) -> Tensor:

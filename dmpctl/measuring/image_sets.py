@@ -10,7 +10,7 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from dmpctl.data.folder import FolderReader
-from dmpctl.errors import MissingError, UsageError
+from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.files import read_json
 from dmpctl.images.stored import StoredImages
 from dmpctl.metrics.npz import NpzImages, npz_images
@@ -18,10 +18,11 @@ from dmpctl.models.patch_files import load_result
 from dmpctl.models.patched import Patched
 from dmpctl.models.speed import compile_blocks
 from dmpctl.processes.command import Command
-from dmpctl.sampling.generate import begin_samples, in_batches, samples_about, samples_folder
-from dmpctl.sampling.pictures import png_if_whole, png_of, read_png, write_pngs
+from dmpctl.sampling.generate import SCHEMA_VERSION as SAMPLES
+from dmpctl.sampling.generate import begin_samples, in_batches, samples_about, samples_folder, samples_key
+from dmpctl.sampling.pictures import png_of, sealed_png, sealed_pngs, write_pngs
 from dmpctl.store.addresses import address_in
-from dmpctl.types import Silent, Source
+from dmpctl.types import Progress, Silent, Source
 
 BATCH = 256
 LOSSY = (".jpg", ".jpeg", ".webp")
@@ -88,18 +89,26 @@ def _about_source(source: Source) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def folder_images(path: Path, limit: int) -> ImageSet:
+def folder_images(path: Path, limit: int, progress: Progress) -> ImageSet:
     """An image folder; from one that `dmpctl sample` wrote, the numbered images, whose seeds are known."""
     if not (path / "samples.json").is_file():
         return source_images(str(path), StoredImages(FolderReader(path)), limit)
-    about, count = read_json(path / "samples.json"), 0
-    while count < limit and png_of(path, count).is_file():
-        count += 1
-    if not count:
+    about, key = read_json(path / "samples.json", SAMPLES), samples_key(path, progress)
+    numbers = sorted(int(found.stem) for found in path.glob("[0-9]*.png") if found.stem.isdecimal())[:limit]
+    if not numbers:
         raise UsageError(f"{path} holds no 000000.png", "make its images: dmpctl sample")
-    channels, height, width = read_png(png_of(path, 0)).shape
+    if (count := len(numbers)) <= numbers[-1]:
+        lacks = next(k for k in range(count + 1) if k not in numbers)
+        raise IntegrityError(f"{path} lacks {png_of(path, lacks).name}", "make it again: dmpctl sample")
+
+    def image(index: int) -> Tensor:
+        if (found := sealed_png(path, index, key)) is None:
+            raise IntegrityError(f"{png_of(path, index)} is gone", "make it again: dmpctl sample")
+        return found
+
+    channels, height, width = image(0).shape
     identity, seeds = _identity_in(about)
-    read = partial(_one_by_one, lambda k: read_png(png_of(path, k)))
+    read = partial(_one_by_one, image)
     return ImageSet(str(path), (channels, height, width), count, read, identity, seeds)
 
 
@@ -142,18 +151,19 @@ def run_images(path: Path, model: Patched, command: Command) -> ImageSet:
 def _made(path: Path, model: Patched, command: Command, indices: Sequence[int]) -> Iterator[tuple[Sequence[int], Tensor]]:
     settings = command.settings
     folder, keep, missing = samples_folder(path, model, settings.sampling), not settings.fid.stream, list(indices)
+    key: str | None = None
     if keep and indices:
         begin_samples(folder, samples_about(model, settings))
-        missing = []
+        missing, key = [], samples_key(folder, command.progress)
         for first in range(0, len(indices), BATCH):
-            part = {k: png_if_whole(png_of(folder, k)) for k in indices[first : first + BATCH]}
-            there = {k: image for k, image in part.items() if image is not None}
+            part = indices[first : first + BATCH]
+            there = sealed_pngs(folder, part, key, command.progress)
             missing += [k for k in part if k not in there]
             if there:
                 yield list(there), torch.stack(list(there.values()))
     for made, images in in_batches(model, missing, settings.sampling, command.device, Silent()):
         if keep:
-            write_pngs(folder, made, images)
+            write_pngs(folder, made, images, key)
         yield made, images
 
 
@@ -165,7 +175,7 @@ def open_images_of(path: Path, command: Command) -> ImageSet:
         model = load_result(path, command.settings.result.result_weights).with_codec(command.settings)
         return run_images(path, model.with_prompts(command.settings, limit, command.progress), command)
     if path.is_dir():
-        return folder_images(path, limit)
+        return folder_images(path, limit, command.progress)
     if path.suffix == ".npz" and path.is_file():
         return npz_set(path, limit)
     raise MissingError(f"{path} is no run, no folder of images and no .npz file", "name a run, such as runs/digits")

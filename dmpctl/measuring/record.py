@@ -116,7 +116,7 @@ def sampling_words(values: Mapping[str, Any] | None) -> str:
 def history(run: Path) -> Report:
     """Everything that was measured of a run, oldest first. MissingError where nothing was."""
     folder = outputs_of(run) / "metrics"
-    found = [(path, read_json(path)) for path in sorted(folder.glob("*.json"))] if folder.is_dir() else []
+    found = [(path, read_json(path, SCHEMA_VERSION)) for path in sorted(folder.glob("*.json"))] if folder.is_dir() else []
     records = [{**record, "file": path.name} for path, record in found if "metrics" in record and "protocol" in record]
     if not records:
         raise MissingError(f"nothing was measured of {run}", f"measure it: dmpctl fid {run}")

@@ -10,22 +10,22 @@ from pydantic import JsonValue
 from torch import Tensor, split
 
 from dmpctl.data.source import open_source
-from dmpctl.errors import UsageError
-from dmpctl.files import make_folder, sha256_of, sha256_of_json, write_atomic
+from dmpctl.errors import Damaged, UsageError
+from dmpctl.files import make_folder, put_aside, sha256_of, sha256_of_json, write_atomic
 from dmpctl.measuring.features import FeatureStore, Kept, features_in
 from dmpctl.measuring.image_sets import ImageSet, npz_set, source_images
 from dmpctl.metrics.frechet import Factor
 from dmpctl.metrics.moments import BLOCK, features_to_moments
 from dmpctl.metrics.npz import names_of
-from dmpctl.metrics.statistics import SUFFIXES, disagreements, read_statistics, write_statistics
+from dmpctl.metrics.statistics import SUFFIXES, Statistics, disagreements, read_statistics, write_statistics
 from dmpctl.processes.command import Command
 from dmpctl.runs.records import Record
 from dmpctl.settings.measuring import Fid
 from dmpctl.settings.sections import Data
 from dmpctl.store.cache import cache_dir, working_on
-from dmpctl.types import Extractor
+from dmpctl.types import Extractor, Progress
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 VECTORS = {"pr", "dc", "kid"}  # metrics that need the features themselves
 
 
@@ -151,13 +151,22 @@ def _kept_as(images: ImageSet, extractor: Extractor, protocol: str, spatial: boo
     return about, cache_dir() / "statistics" / f"{key}.safetensors"
 
 
+def _kept_in(path: Path, width: int, progress: Progress) -> Statistics | None:
+    """Statistics in the cache, None where there are none; damaged ones are put aside, and that is said."""
+    try:
+        return read_statistics(path, width) if path.is_file() else None
+    except Damaged as error:
+        progress.say(f"warning: {error.message}; put aside as {put_aside(path).name}, and computed again")
+        return None
+
+
 def _from_images(images: ImageSet, extractor: Extractor, protocol: str, command: Command) -> Reference:
     """Statistics from the cache, or from the images and into it."""
     options, vectors = command.settings.fid, cache(lambda: cached_features(images, extractor, command).features)
     about, path = _kept_as(images, extractor, protocol, "sfid" in options.wanted)
-    with nullcontext() if path.is_file() else working_on(f"statistics-{path.stem[:16]}"):
-        if path.is_file():
-            found = read_statistics(path, extractor.width)
+    kept = _kept_in(path, extractor.width, command.progress)
+    with nullcontext() if kept else working_on(f"statistics-{path.stem[:16]}"):
+        if (found := kept or _kept_in(path, extractor.width, command.progress)) is not None:
             features, spatial = found.features, found.spatial
         else:
             store = cached_features(images, extractor, command)

@@ -1,5 +1,6 @@
 """Reading an npz of images or statistics without loading it whole, and without unpickling anything."""
 
+import math
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -10,13 +11,15 @@ from typing import IO
 
 import numpy as np
 import torch
-from numpy.lib import format as npy
 from numpy.typing import NDArray
 from torch import Tensor
 
 from dmpctl.errors import IntegrityError, MissingError
+from dmpctl.files import array_header
 
 IMAGES = "arr_0"  # in ADM's layout
+CHUNK = 2**24  # bytes
+LARGEST_SIDE = 8192  # pixels
 LARGEST = 2**30  # bytes of statistics: covariances of 2048 features have 32 MiB
 
 
@@ -33,10 +36,11 @@ class NpzImages:
 
         Raises IntegrityError where the file ends early or fails its checksum.
         """
+        size = max(1, min(size, LARGEST // 4 // math.prod(self.shape)))
         left, (channels, height, width) = self.count if limit is None else min(limit, self.count), self.shape
         bytes_each = channels * height * width
         with _member(self.path, IMAGES) as stream:
-            _header(self.path, stream)
+            array_header(stream, str(self.path))
             while left:
                 part = min(size, left)
                 data = stream.read(part * bytes_each)
@@ -45,8 +49,8 @@ class NpzImages:
                 left -= part
                 array = np.frombuffer(bytearray(data), np.uint8).reshape(part, height, width, channels)
                 yield torch.from_numpy(array).permute(0, 3, 1, 2).contiguous()
-            if limit is None:
-                stream.read(1)  # the checksum is compared at the end of a member
+            while stream.read(CHUNK):  # the checksum is compared at the end of a member
+                pass
 
 
 def npz_images(path: Path) -> NpzImages:
@@ -55,11 +59,13 @@ def npz_images(path: Path) -> NpzImages:
     Raises MissingError if it is not there, IntegrityError for anything but uint8 [N, H, W, 1 or 3].
     """
     with _member(path, IMAGES) as stream:
-        shape, fortran, dtype = _header(path, stream)
+        shape, fortran, dtype = array_header(stream, str(path))
     if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or not all(shape) or fortran:
         order = ", columns first" if fortran else ""
         raise IntegrityError(f"{path}: arr_0 should be uint8 [N, H, W, 3], found {dtype} {list(shape)}{order}")
     count, height, width, channels = shape
+    if max(height, width) > LARGEST_SIDE:
+        raise IntegrityError(f"{path}: images of {width}x{height} are larger than {LARGEST_SIDE} on a side")
     return NpzImages(path, count, (channels, height, width))
 
 
@@ -71,8 +77,8 @@ def npz_arrays(path: Path, names: tuple[str, ...]) -> dict[str, NDArray[np.float
     found = {}
     for name in names_of(path) & set(names):
         with _member(path, name) as stream:
-            shape, fortran, dtype = _header(path, stream)
-            size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+            shape, fortran, dtype = array_header(stream, str(path))
+            size = math.prod(shape) * dtype.itemsize
             if dtype.kind not in "fiu" or size > LARGEST:
                 raise IntegrityError(f"{path}: {name} should hold real numbers, found {dtype} {list(shape)}")
             data = stream.read(size + 1)
@@ -109,16 +115,3 @@ def _member(path: Path, name: str) -> Iterator[IO[bytes]]:
             raise IntegrityError(f"{path} holds no {name}; it has {', '.join(sorted(archive.namelist())[:5]) or 'nothing'}")
         with archive.open(f"{name}.npy") as stream:
             yield stream
-
-
-def _header(path: Path, stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]:
-    """Shape, whether columns come first, and dtype. Objects, which would have to be unpickled, are refused."""
-    try:
-        version = npy.read_magic(stream)
-        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        shape, fortran, dtype = read(stream)
-    except ValueError as error:
-        raise IntegrityError(f"{path} holds an array that cannot be read ({error})", "copy the file again") from None
-    if dtype.hasobject:
-        raise IntegrityError(f"{path} holds pickled objects, which are never loaded")
-    return shape, fortran, dtype

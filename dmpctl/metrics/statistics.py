@@ -16,7 +16,7 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from dmpctl.errors import IntegrityError, MissingError, NumericalError
-from dmpctl.files import read_tensors, tensor_names, write_tensors
+from dmpctl.files import json_object, read_tensors, tensor_names, write_tensors
 from dmpctl.metrics.features.networks import one_line
 from dmpctl.metrics.frechet import Factor, Gaussian
 from dmpctl.metrics.moments import FeatureMoments
@@ -113,10 +113,7 @@ def _read_own(path: Path) -> Statistics:
         raise IntegrityError(f"{path} does not hold feature moments", AGAIN)
     if int(version) > SCHEMA_VERSION:
         raise IntegrityError(f"{path} has schema_version {version}, this dmpctl reads up to {SCHEMA_VERSION}", "upgrade dmpctl")
-    try:
-        about = json.loads(metadata.get("about", "{}"))
-    except json.JSONDecodeError as error:
-        raise IntegrityError(f"{path} describes itself in a way that cannot be read ({error})", AGAIN) from None
+    about = json_object(metadata.get("about", "{}"), f"what {path} says of itself")
     spatial = _moments_in(path, tensors, SPATIAL) if SPATIAL + "count" in tensors else None
     return Statistics(path, "dmpctl", _moments_in(path, tensors, ""), spatial, about.get("protocol"), 0, about)
 

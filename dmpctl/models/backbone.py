@@ -21,8 +21,8 @@ from dmpctl.backbones.dit_weights import (
 )
 from dmpctl.backbones.pixart import PixArt, fresh, plain_config
 from dmpctl.codecs.vae import Vae
-from dmpctl.errors import MissingError, UsageError
-from dmpctl.files import read_json
+from dmpctl.errors import Damaged, MissingError, UsageError
+from dmpctl.files import read_json, sha256_of
 from dmpctl.runs.records import CodecRecord, EncoderRecord
 from dmpctl.settings.sections import Base
 from dmpctl.store.locate import PUBLISHED_SHAPES, locate
@@ -122,11 +122,17 @@ def needed_encoder(name: str) -> EncoderRecord | None:
 
 
 def described_beside(path: Path, weights: Weights) -> Weights:
-    """`weights`, described by the backbone.json beside them where they do not describe themselves: so in checkpoints."""
+    """`weights`, described by the backbone.json beside them where they do not describe themselves: so in checkpoints.
+
+    Damaged where it knows them with another hash.
+    """
     beside = path.parent / "backbone.json"
-    if weights.config is not None or path.name != "backbone.safetensors" or not beside.is_file():
+    if path.name != "backbone.safetensors" or not beside.is_file():
         return weights
-    return described(weights, read_json(beside, 1), f"{beside} does not describe the backbone beside it")
+    about = read_json(beside, 1)
+    if about.get("sha256") not in (None, found := sha256_of(path)):
+        raise Damaged(f"{path} is damaged: sha256 {found}, expected {about['sha256']}", "copy the backbone again")
+    return weights if weights.config else described(weights, about, f"{beside} does not describe the backbone beside it")
 
 
 def backbone_file(base: Base, data: str | None = None) -> tuple[Path, int | None]:

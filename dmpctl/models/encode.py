@@ -58,14 +58,13 @@ def build_latents(
     again: str = "the same command",
     dtype: torch.dtype = torch.float16,
     per_shard: int | None = None,
-    verify: bool = False,
 ) -> LatentCache:
     """The latent cache of these images under `cache_root`, after encoding what it lacks, `batch` images at once on `device`.
 
     `flip`: mirrored images too, None: if the source may be mirrored. `num_workers`: processes that decode images.
-    `again`: the command that goes on after an interruption. `per_shard` None: what suits their size. `verify`: hash all that
-    is there. Raises UsageError for a disk too small or a codec that does not fit, NumericalError for latents that are not
-    finite, Interrupted after a signal, and what the source raises.
+    `again`: the command that goes on after an interruption. `per_shard` None: what suits their size.
+    Raises UsageError for a disk too small or a codec that does not fit, NumericalError for latents that are not finite,
+    Interrupted after a signal, and what the source raises.
     """
     shards = latent_shards(cache_root, source, codec, source.mirror if flip is None else flip, dtype, per_shard)
 
@@ -84,7 +83,7 @@ def build_latents(
                 yield {"moments": moments, "labels": labels}
                 first += len(labels)
 
-    fill(shards, make, progress, f"encoding {source.name}", again, verify)
+    fill(shards, make, progress, f"encoding {source.name}", again)
     return LatentCache(shards, source)
 
 
@@ -97,7 +96,6 @@ def build_conditions(
     batch: int = 32,
     again: str = "the same command",
     per_shard: int | None = None,
-    verify: bool = False,
 ) -> ConditionCache:
     """The states of these captions and of the null caption under `cache_root`, after encoding what it lacks."""
     states, every = TextSpec(encoder.max_length, encoder.width), [*captions, NULL]
@@ -112,13 +110,15 @@ def build_conditions(
                 raise NumericalError(f"{encoder.name} gives states of captions {first} and on that are not finite")
             yield {"states": found, "mask": mask.cpu()}
 
-    fill(shards, make, progress, "encoding captions", again, verify)
+    fill(shards, make, progress, "encoding captions", again)
     return ConditionCache(shards)
 
 
-def fill(shards: Shards, make: Make, progress: Progress, what: str, again: str, verify: bool = False) -> None:
+def fill(shards: Shards, make: Make, progress: Progress, what: str, again: str) -> None:
     """Make the shards that are missing, with other processes that do the same; returns when all are there."""
-    there = shards.finished(verify)
+    there = shards.finished()
+    if shards.damaged:
+        progress.say(f"warning: damaged in {shards.folder}: {', '.join(sorted(shards.damaged)[:3])}; {what} anew")
     if len(there) == len(shards):
         return
     make_folder(shards.folder)

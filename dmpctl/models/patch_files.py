@@ -29,7 +29,7 @@ from dmpctl.runs.records import (
     as_record,
     read_record,
 )
-from dmpctl.runs.rundir import version_of
+from dmpctl.runs.rundir import RunDir, version_of
 from dmpctl.settings.methods import Method
 from dmpctl.settings.sections import Base
 from dmpctl.store.addresses import address_in
@@ -91,6 +91,8 @@ def load_patch(folder: Path, base: Base | None = None, which: Which | None = Non
     its shape is another than the patch was trained on.
     """
     record = read_patch_record(folder)
+    if (folder / "config.json").is_file():
+        RunDir(folder).config()  # refuses what a newer dmpctl has made
     path = folder / "patch.safetensors"
     if not path.is_file():
         raise MissingError(f"{folder} has no patch.safetensors", "train it: dmpctl patch")

@@ -1,12 +1,13 @@
 """Notes that a launcher and its processes leave for each other in one folder: the work to do, and how each process ended."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from pydantic import BaseModel
 
-from dmpctl.files import read_json, write_json
+from dmpctl.files import read_json, write_atomic, write_json
 from dmpctl.settings.model import Settings
 
 JOB = "job.json"
@@ -29,7 +30,7 @@ class Assignment:
         path = isinstance(self.argument, Path)
         argument = {"value": str(self.argument) if path else self.argument, "path": path}
         about = {"command": self.command, "settings": self.settings.to_dict(), "argument": argument, "argv": self.argv}
-        write_json(folder / JOB, about)
+        write_atomic(folder / JOB, json.dumps(about).encode())  # not as a record is written: addresses keep their passwords
 
     @classmethod
     def read(cls, folder: Path) -> Self:

@@ -15,6 +15,7 @@ from dmpctl.gates.figures import gates_seen, judge, sites_table
 from dmpctl.gates.plots import heat_map
 from dmpctl.measuring.before_after import BeforeAfter
 from dmpctl.measuring.before_after import table as comparison_table
+from dmpctl.measuring.record import SCHEMA_VERSION as RECORDS
 from dmpctl.measuring.record import sampling_words
 from dmpctl.models.patch_files import load_result
 from dmpctl.pages.page import drawing, render, to_svg
@@ -219,4 +220,4 @@ def gates(run: RunDir, settings: Settings, progress: Progress) -> GatesSection |
 
 def _json(path: Path) -> dict[str, Any]:
     """A JSON file of the run; empty where there is none."""
-    return read_json(path) if path.is_file() else {}
+    return read_json(path, RECORDS) if path.is_file() else {}

@@ -1,6 +1,5 @@
 """`dmpctl sample`: images from a backbone or its patch. Image k depends on (seed, k) alone."""
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ from dmpctl.diffusion.samplers import refuse_other_kind
 from dmpctl.diffusion.samplers import sample as run_sampler
 from dmpctl.diffusion.schedule import schedule_of
 from dmpctl.errors import UsageError
-from dmpctl.files import make_folder, read_json, sha256_of_json, write_json, writing
+from dmpctl.files import make_folder, plain_json, read_json, sha256_of_json, write_json, writing
 from dmpctl.models.codec import latent_record
 from dmpctl.models.conditions import Conditions, Labels, encoder_record
 from dmpctl.models.patch_files import load_result, outputs_of
@@ -26,12 +25,12 @@ from dmpctl.processes.command import Command
 from dmpctl.processes.ranks import Ranks
 from dmpctl.processes.stop import Stop, interrupted
 from dmpctl.rng import ImageDraws, seed_of
-from dmpctl.sampling.pictures import contact_sheet, png_if_whole, png_of, read_png, write_npz, write_picture, write_pngs
+from dmpctl.sampling.pictures import contact_sheet, png_of, read_png, sealed_pngs, write_npz, write_picture, write_pngs
 from dmpctl.settings.measuring import Sampling
 from dmpctl.settings.model import Settings
 from dmpctl.types import Denoiser, Progress, Report
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1: images without a seal
 BATCH = 256  # images held at once while an npz is put together
 
 
@@ -156,10 +155,11 @@ def _write_npz(folder: Path, model: Patched, command: Command) -> tuple[int, Pat
 def _write_folder(folder: Path, model: Patched, command: Command) -> tuple[int, Path]:
     """Makes the images whose PNG is missing; returns how many, and the contact sheet."""
     wanted, ranks = command.settings.images, command.ranks
-    missing = [k for k in ranks.mine(range(wanted.num_images)) if png_if_whole(png_of(folder, k)) is None]
+    mine, key = ranks.mine(range(wanted.num_images)), samples_key(folder, command.progress)
+    missing = [k for k in mine if k not in sealed_pngs(folder, [k], key, command.progress)]
     batches = in_batches(model, missing, command.settings.sampling, ranks.device, command.progress, wanted.image_label)
     for part, images in batches:
-        write_pngs(folder, part, images)
+        write_pngs(folder, part, images, key)
     made, target = ranks.total(len(missing)), folder / "contact-sheet.png"  # when all are done
     if ranks.is_main:
         shown = [read_png(png_of(folder, k)) for k in range(min(64, wanted.num_images))]
@@ -226,12 +226,21 @@ def prompts_record(model: Patched) -> dict[str, Any]:
     return {"prompts": dict(model.prompts.about), "text": text and text.to_json()} if model.prompts else {}
 
 
+def samples_key(folder: Path, progress: Progress) -> str | None:
+    """What the images of a folder are sealed with: the sha256 of its samples.json; None, which is said, for an older one."""
+    about = read_json(folder / "samples.json", SCHEMA_VERSION)
+    if about["schema_version"] > 1:
+        return sha256_of_json(about)
+    progress.say(f"{folder} was begun by an older dmpctl: nothing says whether its images are what was made")
+    return None
+
+
 def begin_samples(folder: Path, about: dict[str, Any]) -> None:
     """Make the folder; UsageError if it holds images made in another way."""
     path = folder / "samples.json"
     if path.is_file():
         before = read_json(path, SCHEMA_VERSION)
-        changed = [key for key in about if before.get(key) != json.loads(json.dumps(about[key]))]
+        changed = [key for key, value in plain_json(about).items() if key != "schema_version" and before.get(key) != value]
         if changed:
             raise UsageError(
                 f"{folder} holds images made with another {', '.join(changed)}", "name another --out, or remove that folder"

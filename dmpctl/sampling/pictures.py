@@ -10,10 +10,15 @@ from typing import IO
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from dmpctl.files import write_atomic, writing
-from dmpctl.images.scan import BROKEN
+from dmpctl.errors import Damaged
+from dmpctl.files import SEAL, put_aside, sha256_of_bytes, write_atomic, writing
+from dmpctl.images.scan import BROKEN, reason_of
+from dmpctl.types import Progress
+
+AGAIN = "make it again: dmpctl sample"
 
 
 def to_image(image: Tensor) -> Image.Image:
@@ -27,28 +32,65 @@ def png_of(folder: Path, index: int) -> Path:
     return folder / f"{index:06d}.png"
 
 
-def write_pngs(folder: Path, indices: Sequence[int], images: Tensor) -> None:
-    """Write images under their six-digit index; a half-written file never bears that name."""
+def write_pngs(folder: Path, indices: Sequence[int], images: Tensor, key: str | None = None) -> None:
+    """Write images under their six-digit index, sealed with `key`; a half-written file never bears that name."""
     for index, image in zip(indices, images, strict=True):
         final = png_of(folder, index)
         temporary = final.with_name(f".{final.name}")
+        about = PngInfo()
+        if key is not None:
+            about.add_text(SEAL, _seal_of(image, index, key))
         with writing(final):
-            to_image(image).save(temporary, "PNG")
+            to_image(image).save(temporary, "PNG", pnginfo=about)
             temporary.replace(final)
 
 
-def png_if_whole(path: Path) -> Tensor | None:
-    """A PNG as uint8 [C, H, W]; None where there is none, or half of one."""
+def _seal_of(image: Tensor, index: int, key: str) -> str:
+    """The sha256 of an image, of its place, and of the folder's `key`: all that makes its images these."""
+    return sha256_of_bytes(f"{key} {index} {list(image.shape)} ".encode() + image.contiguous().numpy().tobytes())
+
+
+def sealed_png(folder: Path, index: int, key: str | None) -> Tensor | None:
+    """Image `index` of a folder as uint8 [C, H, W], None where there is none. Damaged where it is not what was written.
+
+    `key` None: the folder is older than seals.
+    """
+    path = png_of(folder, index)
     try:
-        return read_png(path)
-    except BROKEN:
+        with Image.open(path, formats=("PNG",)) as picture:
+            image = _pixels(picture)
+            seal = picture.info.get(SEAL)
+    except FileNotFoundError:
         return None
+    except BROKEN as error:
+        raise Damaged(f"{path} cannot be read ({reason_of(error)})", AGAIN) from None
+    if key is not None and seal != _seal_of(image, index, key):
+        raise Damaged(f"{path} is not the image that was made", AGAIN)
+    return image
+
+
+def sealed_pngs(folder: Path, indices: Sequence[int], key: str | None, progress: Progress) -> dict[int, Tensor]:
+    """Those of the images that are there and whole; others are put aside, and that is said."""
+    found: dict[int, Tensor] = {}
+    for index in indices:
+        try:
+            image = sealed_png(folder, index, key)
+        except Damaged as error:
+            aside = put_aside(png_of(folder, index))
+            progress.say(f"warning: {error.message}; put aside as {aside.name}, and made again")
+            continue
+        found |= {} if image is None else {index: image}
+    return found
 
 
 def read_png(path: Path) -> Tensor:
     """A PNG as uint8 [C, H, W]."""
-    with Image.open(path) as image:
-        array = np.asarray(image)
+    with Image.open(path, formats=("PNG",)) as image:
+        return _pixels(image)
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    array = np.asarray(image)
     return torch.from_numpy(array.copy()).reshape(*array.shape[:2], -1).permute(2, 0, 1)
 
 

@@ -153,7 +153,7 @@ def from_run(run: Path | None, options: Mapping[str, Option]) -> dict[str, Found
     path = None if run is None else run / "config.json"
     if path is None or not path.is_file():
         return {}
-    recorded = read_json(path).get("settings")
+    recorded = read_json(path, 1).get("settings")
     if not isinstance(recorded, dict):
         raise IntegrityError(f"{path} does not say with which settings it was made", "name a run of dmpctl patch or pretrain")
     values = dict(recorded.get("sampling", {}))

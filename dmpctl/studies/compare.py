@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dmpctl.errors import NumericalError
-from dmpctl.files import json_to_bytes, make_folder, sha256_of_json, write_atomic, write_json
+from dmpctl.errors import Damaged, NumericalError
+from dmpctl.files import json_to_bytes, make_folder, put_aside, sha256_of_json, write_atomic, write_json
 from dmpctl.models.build import build_patch
 from dmpctl.models.sources import open_data
 from dmpctl.processes.command import again_command
@@ -163,7 +163,11 @@ def compare(settings: Settings, file: Path, progress: Progress) -> Report:
     if settings.console.dry_run:
         return _planned(opened)
     for cell in filter(None, map(opened.cell, opened.in_order())):
-        cell.record()  # refuses now what was made in another way
+        try:
+            cell.record()  # refuses now what was made in another way
+        except Damaged as error:
+            aside = put_aside(cell.path / "cell.json").name
+            progress.say(f"warning: {error.message}; put aside as {aside}, {cell.name} is trained and measured again")
     root = make_folder(opened.study.compare.run.expanduser().absolute())
     with Stop() as stop:
         records = _run(opened, stop, progress)

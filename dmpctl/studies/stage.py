@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from dmpctl.codecs.text import TextEncoder
-from dmpctl.errors import UsageError
-from dmpctl.files import locked, make_folder, read_tensors, sha256_of_json, write_json, write_tensors
+from dmpctl.errors import Damaged, UsageError
+from dmpctl.files import locked, make_folder, put_aside, read_tensors, sha256_of, sha256_of_json, write_json, write_tensors
 from dmpctl.measuring import paired_loss
 from dmpctl.measuring.features import build_extractor, extract
 from dmpctl.measuring.image_sets import images_of
@@ -139,9 +139,16 @@ def side_of(stage: Stage, progress: Progress) -> Side | None:
             if not path.is_file():
                 progress.say(f"{stage.name}: measuring the backbone itself")
                 _measure(stage, path)
-    record = read_record(path, StageRecord)
-    refuse_other(path, record.shaped_by, stage.protocol())
-    tensors, _ = read_tensors(path.with_suffix(".safetensors"))
+    beside = path.with_suffix(".safetensors")
+    try:
+        record = read_record(path, StageRecord)
+        refuse_other(path, record.shaped_by, stage.protocol())
+        tensors, _ = read_tensors(beside)
+        if (found := sha256_of(beside)) != record.sha256:
+            raise Damaged(f"{beside} is damaged: sha256 {found}, expected {record.sha256}")
+    except Damaged as error:
+        progress.say(f"warning: {error.message}; put aside as {put_aside(path).name}, the backbone is measured again")
+        return side_of(stage, progress)
     reference = None
     if "features" in tensors:
         reference = Factor.of(FeatureMoments(int(tensors["count"]), tensors["mean"], tensors["scatter"]))

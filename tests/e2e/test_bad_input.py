@@ -192,7 +192,8 @@ def test_a_patch_on_another_backbone(tmp_path, cli, conditional, run):
     base = copied(conditional, tmp_path / "base")
     assert cli("patch", "--base", base, "--run", tmp_path / "other", *FEW).code == 0
     pretrain_run(tmp_path / "new", class_conditional=True, seed=1)  # the same shape, other weights
-    shutil.copy(tmp_path / "new" / "backbone.safetensors", base / "backbone.safetensors")
+    for name in ("backbone.safetensors", "backbone.json"):
+        shutil.copy(tmp_path / "new" / name, base / name)
     for command in ("sample", "fid", "inspect-gates"):
         failed(cli(command, tmp_path / "other"), 4, "was trained on another backbone: sha256", hint=str(base))
     shutil.rmtree(base)
@@ -313,7 +314,7 @@ def test_a_config_of_the_future(run, cli):
 
 def test_a_config_that_is_none(run, cli):
     (run / "config.json").write_text("{}")
-    failed(cli("patch", "--run", run, *FEW), 4, "schema_version None", hint="upgrade dmpctl")
+    failed(cli("patch", "--run", run, *FEW), 4, "schema_version None", hint="bring it back from a copy")
     for command in ("sample", "fid"):
         failed(cli(command, run, "--cpu"), 4, "config.json")
 

@@ -242,8 +242,8 @@ def test_a_killed_measurement_goes_on(run):
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def done() -> int:
-        found = list(run.glob("metrics/features/*/done.npy"))
-        return int(np.load(found[0]).sum()) if found and found[0].stat().st_size > 600 else 0
+        found = list(run.glob("metrics/features/*/seals.npy"))
+        return int((np.load(found[0]) != 0).sum()) if found and found[0].stat().st_size > 8 * 600 else 0
 
     while done() < 40 and process.poll() is None:
         time.sleep(0.01)

@@ -66,6 +66,7 @@ def test_what_a_run_records(run, finished):
     assert name.startswith("metrics/fd-pixels-80-0000006-ddim-3-cfg1-seed0-")
     found = json.loads((run / name).read_text())
     assert found.pop("measured").startswith("20")
+    assert len(found.pop("sealed")) == 64
     assert found == json.loads(json.dumps(report.data))
     wanted = {"metric", "value", "standard_error", "n", "n_reference", "metrics", "protocol", "reference", "images", "sampling"}
     assert wanted | {"codec", "patch", "arithmetic", "versions", "warnings"} < set(found)

@@ -64,7 +64,7 @@ def test_logits_and_spatial_features_are_kept_where_they_are_asked_for(tmp_path)
     assert store.spatial.shape == (3, 4)
     plain = FeatureStore(tmp_path, KEY, 3)
     put(plain, [0])
-    assert {path.name for path in plain.folder.iterdir()} == {"key.json", "done.npy", "hashes.npy", "features.npy"}
+    assert {path.name for path in plain.folder.iterdir()} == {"key.json", "seals.npy", "hashes.npy", "features.npy"}
 
 
 def test_copies_are_counted(tmp_path):

@@ -8,7 +8,7 @@ from dmpctl.files import read_json, read_tensors, sha256_of, write_json, write_t
 from dmpctl.models.backbone import load_backbone
 from dmpctl.models.patch_files import backbone_digest, lasting_name, load_patch, load_result
 from dmpctl.settings.sections import Base
-from tests.helpers import BUNDLED, copied, flip
+from tests.helpers import BUNDLED, copied, flip, write_by_hand
 
 T = torch.tensor([10, 500, 990])
 
@@ -107,7 +107,7 @@ def test_a_patch_refuses_what_it_was_not_trained_on(tmp_path, finished, path, va
     for key in path[:-1]:
         place = place[key]
     place[path[-1]] = value
-    (run / "patch.json").write_text(json.dumps(about))
+    write_by_hand(run / "patch.json", about)
     with pytest.raises(IntegrityError, match=sentence):
         load_patch(run)
 
@@ -117,7 +117,7 @@ def test_a_patch_says_all_that_is_needed(tmp_path, finished, key):
     run = copied(finished, tmp_path / "run")
     about = json.loads((run / "patch.json").read_text())
     del about[key]
-    (run / "patch.json").write_text(json.dumps(about))
+    write_by_hand(run / "patch.json", about)
     with pytest.raises(IntegrityError, match=f"patch.json lacks {key}"):
         load_patch(run)
 

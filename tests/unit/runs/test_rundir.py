@@ -8,7 +8,7 @@ import pytest
 
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.runs.rundir import RunDir, version_of
-from tests.helpers import patch_run
+from tests.helpers import patch_run, write_by_hand
 
 SCIENCE = {"seed": 0, "prompt_lr": 1e-3, "backbone_sha256": "abc", "size": None}
 
@@ -126,7 +126,7 @@ def test_a_config_that_lacks_something_is_refused(tmp_path, key):
     path = tmp_path / "run" / "config.json"
     config = json.loads(path.read_text())
     del config[key]
-    path.write_text(json.dumps(config))
+    write_by_hand(path, config)
     with pytest.raises(IntegrityError, match=f"config.json lacks {key}"):
         begun(tmp_path / "run")
 

@@ -70,7 +70,7 @@ def test_a_folder_of_png(run):
     patch = json.loads((run / "patch.json").read_text())
     assert about["patch_sha256"] == patch["sha256"]
     assert about["backbone_sha256"] == patch["backbone"]["sha256"]
-    assert (about["schema_version"], about["step"], about["sampling"]["steps"]) == (1, 6, 3)
+    assert (about["schema_version"], about["step"], about["sampling"]["steps"]) == (2, 6, 3)
     expected = generate.generate(load_patch(run), range(7), settings_for("sample", **FAST).sampling, CPU)
     for k, image in enumerate(expected):
         assert np.array_equal(np.asarray(Image.open(folder / f"{k:06d}.png")), image[0].numpy())
@@ -83,11 +83,13 @@ def test_what_is_there_is_kept_and_what_is_broken_is_made_again(run):
     (folder / "000002.png").unlink()
     (folder / "000004.png").write_bytes(whole["000004.png"][:-30])
     (folder / "000005.png").write_bytes(b"")
-    Image.new("L", (8, 8)).save(folder / "000001.png")  # whole, so it is taken for what it says it is
+    Image.new("L", (8, 8)).save(folder / "000001.png")  # whole, but another
+    (folder / "000006.png").write_bytes(whole["000003.png"])
     report = sample(run)
-    assert (report.data["made"], report.data["kept"]) == (3, 4)
-    for name in ("000000.png", "000002.png", "000004.png", "000005.png", "samples.json"):
-        assert (folder / name).read_bytes() == whole[name]
+    assert (report.data["made"], report.data["kept"]) == (5, 2)
+    for name, content in whole.items():
+        assert (folder / name).read_bytes() == content
+    assert (folder / "000001.png.damaged").is_file()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

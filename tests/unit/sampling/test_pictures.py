@@ -1,6 +1,7 @@
 """Images on disk: PNG, contact sheets, npz."""
 
 import os
+from contextlib import suppress
 from itertools import pairwise
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dmpctl.errors import Damaged
 from dmpctl.sampling import pictures
 
 CPU = torch.device("cpu")
@@ -16,15 +18,17 @@ FAST = {"sampler": "ddim", "steps": 3, "sample_batch": 5, "cpu": True}
 
 @pytest.mark.parametrize("length", [0, 6, 30, 48, 84])
 def test_a_png_that_is_cut_off_is_no_png(tmp_path, length):
-    path = tmp_path / "x.png"
+    path = tmp_path / "000000.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)).save(path)
-    assert pictures.png_if_whole(path) is not None
+    assert pictures.sealed_png(tmp_path, 0, None) is not None
     data = path.read_bytes()
     assert len(data) > 120
     path.write_bytes(data[:length])
-    assert pictures.png_if_whole(path) is None
+    with pytest.raises(Damaged):
+        pictures.sealed_png(tmp_path, 0, None)
     path.write_bytes(data[:length] + b"\xff" + data[length + 1 :])
-    pictures.png_if_whole(path)  # whatever the bytes: an answer
+    with suppress(Damaged):  # whatever the bytes: an answer
+        pictures.sealed_png(tmp_path, 0, None)
 
 
 def test_npz_streams_one_batch_at_a_time(tmp_path):

@@ -1,0 +1,256 @@
+"""A number rests on files: what is not what was written is made again or refused; nothing is believed, or goes in silence."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dmpctl.data.bundled import Digits
+from dmpctl.errors import IntegrityError
+from dmpctl.files import read_json, read_tensors, write_json, write_tensors
+from dmpctl.measuring import paired_loss
+from dmpctl.sampling.pictures import write_npz
+from tests.helpers import copied, flip, patch_run, write_by_hand
+
+FAST = ("--cpu", "--sampler", "ddim", "--steps", "2", "--sample-batch", "64")
+MEASURED = (*FAST, "--max-images", "70", "--json")
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def page_of_zeros(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    start = (len(data) // 2) & ~4095
+    data[start : start + 4096] = bytes(len(data[start : start + 4096]))
+    path.write_bytes(data)
+
+
+def one_bit(path: Path) -> None:
+    flip(path, -3)
+
+
+def same_time(path: Path, damage) -> None:
+    """Damage of which the clock knows nothing."""
+    status = path.stat()
+    damage(path)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def figures(done) -> dict:
+    """The numbers that a command printed."""
+    found = json.loads(done.out)
+    return {key: found[key] for key in ("metric", "value", "standard_error", "n", "metrics")}
+
+
+@pytest.fixture
+def run(finished, tmp_path, monkeypatch):
+    monkeypatch.setenv("DMPCTL_CACHE_DIR", str(tmp_path / "cache"))
+    return copied(finished, tmp_path / "run")
+
+
+DAMAGES = [cut, page_of_zeros, one_bit]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["features.npy", "seals.npy", "hashes.npy"])
+def test_damaged_features_are_extracted_again(cli, run, name, damage):
+    """numpy makes a short memory map longer with zeros: a distance of 4.9 was 19.8."""
+    whole = cli("fid", run, *MEASURED)
+    (path,) = run.glob(f"metrics/features/*/{name}")
+    same_time(path, damage)
+    again = cli("fid", run, *MEASURED)
+    assert again.code == 0, again.err
+    assert figures(again) == figures(whole)
+    assert "extracted again" in again.err
+    assert "extracted again" not in cli("fid", run, *MEASURED).err
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_statistics_of_the_reference_are_computed_again(cli, run, tmp_path, damage):
+    whole = cli("fid", run, *MEASURED)
+    (path,) = (tmp_path / "cache").glob("statistics/*.safetensors")
+    same_time(path, damage)
+    again = cli("fid", run, *MEASURED)
+    assert (again.code, figures(again)) == (0, figures(whole))
+    assert f"put aside as {path.name}.damaged" in again.err
+    assert path.with_name(f"{path.name}.damaged").is_file()
+
+
+def bit_of_a_pixel(path: Path) -> None:
+    flip(path, -24)
+
+
+def other_pixels(path: Path) -> None:
+    Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
+
+
+def other_image(path: Path) -> None:
+    shutil.copy(path.with_name("000005.png"), path)
+
+
+@pytest.mark.parametrize("damage", [cut, bit_of_a_pixel, other_pixels, other_image])
+def test_images_that_are_not_what_was_made(cli, run, damage):
+    """Of a run they are made again; of a folder they are refused."""
+    sampled = ("sample", run, *FAST, "--num-images", "70", "--json")
+    folder = Path(json.loads(cli(*sampled).out)["out"])
+    whole, bytes_of = cli("fid", run, *MEASURED), (folder / "000003.png").read_bytes()
+    damage(folder / "000003.png")
+    refused = cli("fid", folder, "--reference", "digits", "--max-images", "70", "--cpu", "--json")
+    assert (refused.code, "000003.png" in refused.err) == (4, True)
+    shutil.rmtree(run / "metrics" / "features")
+    again = cli("fid", run, *MEASURED)
+    assert (again.code, figures(again)) == (0, figures(whole))
+    assert "000003.png.damaged, and made again" in again.err
+    damage(folder / "000003.png")
+    made = cli(*sampled)
+    assert json.loads(made.out)["made"] == 1
+    assert (folder / "000003.png").read_bytes() == bytes_of
+    assert (folder / "000003.png.damaged-1").is_file()
+
+
+def test_a_folder_that_lacks_an_image_is_refused(cli, run):
+    folder = Path(json.loads(cli("sample", run, *FAST, "--num-images", "70", "--json").out)["out"])
+    (folder / "000033.png").unlink()
+    done = cli("fid", folder, "--reference", "digits", "--cpu")
+    assert (done.code, "lacks 000033.png" in done.err) == (4, True)
+
+
+def test_images_of_an_older_dmpctl_are_read_and_that_is_said(cli, run):
+    sampled = ("sample", run, *FAST, "--num-images", "3", "--json")
+    folder = Path(json.loads(cli(*sampled).out)["out"])
+    about = read_json(folder / "samples.json")
+    write_by_hand(folder / "samples.json", about | {"schema_version": 1})
+    Image.open(folder / "000001.png").save(folder / "000001.png")  # its seal is gone
+    again = cli(*sampled)
+    assert json.loads(again.out)["made"] == 0
+    assert again.err.count("begun by an older dmpctl") == 1
+
+
+@pytest.mark.parametrize("taken", [None, 70])
+def test_a_damaged_npz_is_refused_every_time(cli, run, tmp_path, taken):
+    """Its checksum comes after the images: their features must not stay behind."""
+    images = Digits().images()[:90]
+    write_npz(tmp_path / "x.npz", iter([images]), 90)
+    flip(tmp_path / "x.npz", 4000)
+    limit = () if taken is None else ("--max-images", taken)
+    for _ in range(2):
+        done = cli("fid", tmp_path / "x.npz", "--reference", "digits", "--extractor", "pixels", "--allow-small", "--cpu", *limit)
+        assert (done.code, "x.npz" in done.err) == (4, True), done.err
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """A run with its comparison."""
+    run = tmp_path_factory.mktemp("compared") / "run"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(paired_loss, "MOST_IMAGES", 40)
+        patch_run(run, evaluate=True, eval_images=70, steps=2, sampler="ddim", iters=3)
+    return run
+
+
+def altered(path: Path) -> None:
+    """Another digit in a number: still JSON, and still of the right kind."""
+    text = path.read_text()
+    place = next(k for k, c in enumerate(text) if c in "123456789" and text[k - 1] in " ." and text.count("\n", 0, k) > 2)
+    path.write_text(text[:place] + str(int(text[place]) % 9 + 1) + text[place + 1 :])
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("config.json", "sample {run} --dry-run"),
+        ("config.json", "report {run}"),
+        ("patch.json", "sample {run} --dry-run"),
+        ("patch.json", "push {run} hf://me/x --dry-run"),
+        ("patch.json", "inspect-gates {run} --dry-run"),
+        ("patch.json", "export {run} --dry-run"),
+        ("provenance.json", "report {run}"),
+        ("metrics/comparison-0000003.json", "report {run}"),
+        ("metrics/comparison-0000003.json", "push {run} hf://me/x --dry-run"),
+    ],
+)
+@pytest.mark.parametrize("version", [False, True])
+def test_a_record_is_refused_where_it_is_changed_or_newer(cli, compared, tmp_path, name, line, version):
+    run = copied(compared, tmp_path / "run")
+    if version:
+        write_json(run / name, read_json(run / name) | {"schema_version": 99})
+    else:
+        altered(run / name)
+    done = cli(*line.format(run=run).split())
+    assert done.code == 4, done.err
+    assert Path(name).name in done.err
+    assert ("schema_version 99" if version else "is damaged: it is not what was written") in done.err
+
+
+def test_what_is_refused_can_be_taken_on_purpose(cli, compared, tmp_path):
+    """As the hint says: without its seal a record is what somebody meant."""
+    run = copied(compared, tmp_path / "run")
+    altered(run / "provenance.json")
+    done = cli("report", run)
+    assert 'take its "sealed" away' in done.err
+    write_by_hand(run / "provenance.json", json.loads((run / "provenance.json").read_text()))
+    assert cli("report", run).code == 0
+
+
+def test_a_damaged_comparison_is_made_again(compared, tmp_path, cli, most_loss_images):
+    most_loss_images(40)
+    run = copied(compared, tmp_path / "run")
+    path = run / "metrics" / "comparison-0000003.json"
+    whole = read_json(path)
+    altered(path)
+    given = json.loads((run / "config.json").read_text())["settings"]
+    assert given["evaluate"]["evaluate"]
+    line = "--iters 3 --batch-size 8 --save-every 3 --keep-last 5 --log-every 1 --eval-images 70 --steps 2 --sampler ddim --cpu"
+    done = cli("patch", "--run", run, *line.split())
+    assert done.code == 0, done.err
+    assert "comparison-0000003.json.damaged, and measured again" in done.err
+    found = read_json(path)
+    assert {**found, "eval_seconds": 0} == {**whole, "eval_seconds": 0}
+    assert path.with_name(f"{path.name}.damaged").is_file()
+
+
+def test_weights_beside_their_record_are_those_that_were_trained(cli, conditional, tmp_path):
+    run = copied(conditional, tmp_path / "run")
+    flip(run / "backbone.safetensors", -5)
+    done = cli("sample", run, "--dry-run", "--cpu")
+    assert (done.code, "backbone.safetensors is damaged" in done.err) == (4, True)
+
+
+def test_tensors_that_describe_themselves_are_sealed(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_tensors(path, {"x": torch.arange(6.0)}, {"made": "here"})
+    assert read_tensors(path)[1] == {"made": "here"}
+    for position in (-1, path.read_bytes().index(b"here"), path.read_bytes().index(b'"x"') + 1):
+        whole = path.read_bytes()
+        flip(path, position)
+        with pytest.raises(IntegrityError, match="is damaged"):
+            read_tensors(path)
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 200_000,
+        '{"a":' * 200_000,
+        '{"step": ' + "9" * 4300 + "}",
+        '{"step": ' + "9" * 5000 + "}",
+        '{"step": NaN}',
+        '{"step": Infinity}',
+        '{"step": 1e999}',
+    ],
+    ids=["deep list", "deep object", "4300 digits", "5000 digits", "NaN", "Infinity", "1e999"],
+)
+@pytest.mark.parametrize("name", ["patch.json", "config.json"])
+def test_json_that_nothing_here_can_hold_is_refused(cli, finished, tmp_path, text, name):
+    run = copied(finished, tmp_path / "run")
+    (run / name).write_text(text)
+    done = cli("sample", run, "--dry-run")
+    assert (done.code, "is not valid JSON" in done.err) == (4, True), done.err

@@ -6,9 +6,12 @@ All values pass here, whatever gave them: a flag, a variable, a TOML key or Pyth
 import json
 import math
 import shlex
+import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
+from functools import cache
+from importlib import resources
 from pathlib import Path
 from string import Formatter
 from types import NoneType
@@ -24,52 +27,12 @@ MOST = 2**63 - 1  # the largest whole number that torch, numpy and file formats 
 UNFIT = object()  # which no field takes
 SHOWN = 80  # characters of a refused value
 
-# What people call an option elsewhere, and our names for it; the command decides which of them it has.
-SYNONYMS: Mapping[str, tuple[str, ...]] = {
-    ours: names
-    for words, names in (
-        ("class classes cls class_label class_id labels y", ("label", "class_conditional")),
-        ("lr learning_rate rate", ("prompt_lr", "gate_lr", "lr")),
-        ("resolution image_size img_size input_size side", ("size",)),
-        ("epochs iterations max_steps num_steps train_steps max_train_steps num_iters", ("iters",)),
-        ("num_inference_steps num_sampling_steps sampling_steps nfe timesteps", ("steps",)),
-        ("gpus gpu num_gpus n_gpus ngpus nproc nproc_per_node devices world_size processes", ("num_processes",)),
-        ("o output output_dir out_dir outdir save_dir results_dir logdir dest folder", ("out", "run")),
-        ("batch bs b batchsize train_batch_size per_proc_batch_size global_batch_size", ("batch_size", "sample_batch")),
-        ("guidance guidance_scale cfg_scale scale w", ("cfg",)),
-        ("n num count number samples num_samples num_fid_samples images", ("num_images", "max_images", "eval_images")),
-        ("model backbone ckpt checkpoint pretrained model_path pretrained_model", ("base", "weights")),
-        ("dataset data_dir data_path train_data_dir dataset_name d input", ("data", "reference")),
-        ("ref real target gt", ("reference",)),
-        ("fp16 bf16 half dtype amp mixed_precision autocast", ("precision", "sample_precision")),
-        ("cuda gpu_id gpu_ids no_cuda", ("device",)),
-        ("ema_decay", ("ema",)),
-        ("workers threads j num_threads", ("num_workers",)),
-        ("seed random_seed manual_seed global_seed", ("seed", "sample_seed")),
-        ("k num_experts", ("topk",)),
-        ("num_prompts n_prompts prompt_count prompt_length tokens", ("prompts",)),
-        ("num_classes conditional", ("class_conditional",)),
-        ("text caption", ("prompt", "text_conditional")),
-        ("captions", ("prompts",)),
-        ("scheduler solver method_sampler", ("sampler", "lr_schedule")),
-        ("lora_rank r", ("rank",)),
-        ("metric", ("metrics",)),
-        ("vae", ("codec",)),
-        ("cache", ("cache_dir",)),
-        ("c cfg_file config_file", ("config",)),
-        ("v verbose traceback", ("debug",)),
-        ("q silent", ("quiet",)),
-        ("n_machines nodes machines", ("nnodes",)),
-        ("master_addr master_port endpoint", ("rdzv_endpoint",)),
-        ("name", ("run",)),
-        ("threshold max_fid", ("fail_above",)),
-        ("force overwrite", ("allow_change", "out")),
-        ("check plan", ("dry_run",)),
-        ("wandb tensorboard report_to logger", ("track",)),
-        ("license", ("accept_license",)),
-    )
-    for ours in words.split()
-}
+
+@cache
+def synonyms(table: str) -> Mapping[str, Any]:
+    """Returns a table of synonyms.toml: what people write -> our name, or names."""
+    tables = tomllib.loads((resources.files("dmpctl") / "synonyms.toml").read_text("utf-8"))
+    return {word: ours for words, ours in tables[table].items() for word in words.split()}
 
 
 @dataclass(frozen=True)
@@ -161,7 +124,7 @@ def meant(word: str, options: Mapping[str, Writable], form: Form, otherwise: str
     known = {public: option.named(form) for public, option in options.items()}
     if form == "flag":
         known |= {option.off[2:].replace("-", "_"): option.off for option in options.values() if option.off}
-    names = [known[name] for name in SYNONYMS.get(plain, ()) if name in known]
+    names = [known[name] for name in synonyms("options").get(plain, ()) if name in known]
     near = nearest(plain, known)
     names = names or ([known[near]] if near else [])
     return f"did you mean {one_of(names)}?" if names else otherwise
@@ -169,7 +132,8 @@ def meant(word: str, options: Mapping[str, Writable], form: Form, otherwise: str
 
 def shown(value: object) -> str:
     """Returns a value that was found, in quotes where it is text, not too long for a sentence."""
-    text = repr(value) if isinstance(value, str | int | float | bool | list | dict | None) else repr(str(value))
+    plain = isinstance(value, str | int | float | bool | list | tuple | dict | Path | None)
+    text = repr(str(value) if isinstance(value, Path) else value) if plain else f"a {type(value).__name__}"
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 

@@ -8,30 +8,6 @@ from dmpctl.cli.commands import COMMANDS, Row
 from dmpctl.errors import UsageError
 from dmpctl.words import nearest_or
 
-# What people call a command elsewhere.
-COMMAND_SYNONYMS = {
-    **dict.fromkeys(("train", "finetune", "fit"), "patch"),
-    **dict.fromkeys(("generate", "infer", "inference"), "sample"),
-    **dict.fromkeys(("eval", "evaluate", "measure", "score"), "fid"),
-    **dict.fromkeys(("gates", "inspect"), "inspect-gates"),
-    **dict.fromkeys(("upload", "publish"), "push"),
-    **dict.fromkeys(("convert", "load"), "import"),
-    **dict.fromkeys(("merge", "save"), "export"),
-    **dict.fromkeys(("list", "fetch", "get"), "download"),
-    **dict.fromkeys(("info", "env", "check"), "doctor"),
-    **dict.fromkeys(("table", "study", "sweep"), "compare"),
-}
-# Options that a stray word is likely meant for.
-STRAY = {
-    "patch": ("data", "base"),
-    "pretrain": ("data",),
-    "sample": ("prompt", "out"),
-    "fid": ("reference", "versus"),
-    "inspect-gates": ("compare",),
-    "report": ("out",),
-    "import": ("run",),
-    "export": ("out",),
-}
 INSTEAD = {
     ("", "v"): "dmpctl --version shows the version",
     ("fid", "size"): "leave it out: --protocol says how images are resized",
@@ -42,19 +18,21 @@ INSTEAD = {
 
 def no_command(word: str) -> UsageError:
     """A first word that is no command."""
+    from dmpctl.refusals import synonyms  # costs pydantic
+
     known = nearest_or(word, COMMANDS, "dmpctl --help lists the commands")
     if word == "version":
         known = "dmpctl --version shows the version"
     elif word == "help":
         known = "dmpctl --help, or dmpctl patch --help"
-    elif word in COMMAND_SYNONYMS:
-        known = f"did you mean dmpctl {COMMAND_SYNONYMS[word]}?"
+    elif word in synonyms("commands"):
+        known = f"did you mean dmpctl {synonyms('commands')[word]}?"
     return UsageError(f"there is no command {word}", known)
 
 
 def stray(command: Row, words: Sequence[str], args: Sequence[str]) -> UsageError:
     """Words that stand where the command takes none. `args`: the whole line."""
-    from dmpctl.refusals import instead, one_of, takes
+    from dmpctl.refusals import instead, one_of, synonyms, takes
 
     options, name = _options(command.name), command.name
     word, place = quote(words[0]), args.index(words[0]) if words[0] in args else 0
@@ -66,7 +44,7 @@ def stray(command: Row, words: Sequence[str], args: Sequence[str]) -> UsageError
         value = instead(taker.field, "")
         hint = f"say {taker.written.typed('...' if value is None else value, 'flag')} before {switch.flag}"
         return UsageError(f"{taker.flag} takes {takes(taker.field)}, found {switch.flag!r}", hint)
-    meant = [f"{flags[flag].flag} {word}" for each in STRAY.get(name, ()) if (flag := f"--{each}") in flags]
+    meant = [f"{flags[flag].flag} {word}" for each in synonyms("stray").get(name, ()) if (flag := f"--{each}") in flags]
     has = f"takes one argument, {command.argument.name.upper()}, found also" if command.argument else "takes no argument, found"
     return UsageError(f"dmpctl {name} {has} {word}", f"say {one_of(meant)}" if meant else f"leave {word} out")
 

@@ -9,17 +9,21 @@ import re
 import shlex
 import traceback
 from pathlib import Path
-from types import NoneType
+from types import NoneType, SimpleNamespace
 from typing import Any, get_args
 
+import numpy as np
 import pytest
+import torch
 
+import dmpctl
 from dmpctl.cli.commands import COMMANDS
-from dmpctl.errors import UsageError
-from dmpctl.refusals import SYNONYMS, Among, Clash, Takes
+from dmpctl.errors import DmpError, UsageError
+from dmpctl.refusals import Among, Clash, Takes, synonyms
 from dmpctl.settings.layers import resolve
 from dmpctl.settings.methods import METHODS
 from dmpctl.settings.options import Option, every_option, options_of
+from tests.helpers import copied, files
 from tests.house import modules
 
 JARGON = re.compile(
@@ -213,9 +217,9 @@ def test_an_option_by_another_name(line, meant, spoken):
 
 def test_every_other_name_leads_to_an_option_and_hides_none():
     public = {*every_option(), "config"}
-    assert {name for names in SYNONYMS.values() for name in names} <= public
+    assert {name for names in synonyms("options").values() for name in names} <= public
     for command in COMMANDS:
-        for word, names in SYNONYMS.items():
+        for word, names in synonyms("options").items():
             own = {option.public for option in options_of(command).values()}
             assert word not in own or word in names or not set(names) & own or word in ("images",), (command, word)
 
@@ -347,3 +351,82 @@ def test_every_flag_and_command_that_the_package_names_exists():
                     (module, f"dmpctl {word}") for word in called if f"dmpctl {word}" in node.value and word not in COMMANDS
                 ]
     assert [each for each in wrong if each[1] not in TALK] == []
+
+
+# In Python
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence", "hint"),
+    [
+        (lambda run: dmpctl.sample(run, 1, stps=3), "sample() has no option stps", "did you mean steps?"),
+        (lambda run: dmpctl.sample(run, 1, num_images=3), "sample() has no option num_images", ""),
+        (lambda run: dmpctl.sample(run, 1, guidance_scale=3), "sample() has no option guidance_scale", "did you mean cfg?"),
+        (lambda run: dmpctl.train(run, gate_lrr=3), "train() has no option gate_lrr", "did you mean gate_lr?"),
+        (lambda run: dmpctl.train(run, epochs=3), "train() has no option epochs", "did you mean iters?"),
+        (lambda run: dmpctl.measure(run, metric="fid"), "measure() has no option metric", "did you mean metrics?"),
+        (lambda run: dmpctl.sample(run, -1), "count takes a whole number of 1 or more, found -1", "count=4"),
+        (lambda run: dmpctl.sample(run, 0), "found 0", "count=4"),
+        (lambda run: dmpctl.sample(run, 1.5), "found 1.5", "count=4"),
+        (lambda run: dmpctl.sample(run, True), "found True", "count=4"),
+        (lambda run: dmpctl.sample(run, "many"), "found 'many'", "count=4"),
+        (lambda run: dmpctl.sample(run, 1, steps=0), "steps takes a whole number from 1 to 1000, found 0", "say steps=1"),
+        (lambda run: dmpctl.sample(run, 1, steps=None), "steps takes a whole number from 1 to 1000, found None", "say steps="),
+        (lambda run: dmpctl.sample(run, 1, sampler="dddm"), "sampler takes one of ddpm, ", "say sampler='ddpm'"),
+        (lambda run: dmpctl.sample(run, 1, label=-1), "label takes a whole number of 0 or more, found -1", "say label=0"),
+        (lambda run: dmpctl.sample(None, 1), "model takes the path of a run, or", "found None"),
+        (lambda run: dmpctl.sample(3, 1), "model takes the path of a run, or", "found 3"),
+        (lambda run: dmpctl.load_patch(3), "run takes a path or a name, found 3", "run="),
+        (lambda run: dmpctl.load_backbone(3), "name takes a path or a name, found 3", "name="),
+        (lambda run: dmpctl.measure(3), "what takes a path or a name, found 3", "what="),
+        (lambda run: dmpctl.train(""), "run takes a path or a name, found ''", "run="),
+        (lambda run: dmpctl.apply(SimpleNamespace(), 3), "patch takes the path of a run, or", "found 3"),
+        (lambda run: dmpctl.train(run, gate="topk"), "gate='topk' needs topk", "add topk='8'"),
+    ],
+)
+def test_a_wrong_call(call, sentence, hint, finished):
+    with pytest.raises(DmpError) as caught:
+        call(finished)
+    said = f"{caught.value.message} | {caught.value.hint}"
+    assert caught.value.hint
+    assert sentence in said
+    assert hint in said
+    assert not JARGON.search(said)
+    assert "--" not in said or "--help" in said
+
+
+def test_the_path_of_a_run_stands_for_its_patch(finished):
+    few = {"sampler": "ddim", "steps": 2, "cpu": True}
+    images = dmpctl.sample(dmpctl.load_patch(finished), np.int64(2), **few)
+    for path in (finished, str(finished), finished / "patch.safetensors"):
+        assert torch.equal(dmpctl.sample(path, 2, **few), images)
+    assert torch.equal(dmpctl.sample(dmpctl.apply(dmpctl.load_backbone(), finished), 2, **few), images)
+
+
+# A run by one of its files
+
+
+@pytest.mark.parametrize("name", ["patch.safetensors", "patch.json", "config.json", "checkpoints/step-0000003/patch.safetensors"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        ("sample", "--num-images", 1, "--steps", 2, "--sampler", "ddim"),
+        ("fid", "--max-images", 80, "--steps", 2, "--sampler", "ddim", "--dry-run"),
+        ("inspect-gates", "--no-plot", "--timesteps", 2),
+        ("export", "--to", "patch"),
+        ("report", "--out"),
+        ("push", "hf://me/digits"),
+    ],
+    ids=lambda line: line[0],
+)
+def test_a_run_may_be_named_by_a_file_in_it(line, name, finished, tmp_path, cli, monkeypatch):
+    run, other = copied(finished, tmp_path / "run"), copied(finished, tmp_path / "other")
+    command, *options = line
+    options += [tmp_path / "page.html"] if command == "report" else []
+    options += ["--dry-run"] if command == "push" else ["--cpu"] if command in ("sample", "fid", "inspect-gates") else []
+    by_file = cli(command, run / name, *options, "--quiet")
+    by_name = cli(command, (other / name).parent, *options, "--quiet")
+    assert by_file.code == by_name.code, by_file.err
+    assert by_file.err.replace(str(run), str(other)) == by_name.err
+    assert by_file.code == 0 or "checkpoints" in name
+    assert files(run) == files(other)

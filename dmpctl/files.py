@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)  # of a file system that has none
 SEAL = "sealed"  # key of a record, and of the metadata of tensors
 LARGEST_JSON = 2**28  # bytes of a record
 LONGEST_NUMBER = 24  # characters of a whole number
@@ -70,14 +72,22 @@ def make_folder(path: Path) -> Path:
 def locked(path: Path, wait: bool = True, busy: Callable[[], None] | None = None) -> Iterator[bool]:
     """Hold the lock file `path`, which the system gives up when a process dies; yields whether it is held.
 
-    Without `wait` it may not be. `busy` is called before waiting for another process; None: nothing is said.
+    Without `wait` it may not be. `busy` is called before waiting for another process; None: nothing is said. On a file system
+    that has no locks, a file beside it stands for one (`path`.held); one that a dead process of this machine left is taken over.
     UsageError where the file cannot be made.
     """
-    from filelock import FileLock, Timeout
+    from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
-    lock = FileLock(path)
-    with writing(path), suppress(Timeout):
-        lock.acquire(blocking=False)
+    lock: BaseFileLock = FileLock(path)
+    with writing(path), suppress(Timeout), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # filelock's, where it does the same by itself
+        try:
+            lock.acquire(blocking=False)
+        except (OSError, NotImplementedError) as error:
+            if not isinstance(error, NotImplementedError) and error.errno not in NO_LOCKS:
+                raise
+            lock = SoftFileLock(path.with_name(f"{path.name}.held"))
+            lock.acquire(blocking=False)
     if wait and not lock.is_locked:
         if busy is not None:
             busy()
@@ -138,7 +148,7 @@ def plain_json(value: Mapping[str, object]) -> dict[str, Any]:
 def _without_secrets(value: Any) -> Any:  # what JSON gives
     match value:
         case dict():
-            return {key: _without_secrets(item) for key, item in value.items()}
+            return {redacted(key): _without_secrets(item) for key, item in value.items()}
         case list():
             return [_without_secrets(item) for item in value]
     return redacted(value) if isinstance(value, str) else value

@@ -25,6 +25,7 @@ AVERAGE, LAST = ("ema",), ("model", "state_dict")  # entries of a checkpoint; on
 SELF = "dmpctl.dit"  # metadata of a DiT that describes itself
 MODEL = "dmpctl.model"  # metadata of a backbone that is a model of diffusers
 PATCH = "dmpctl.patch"  # metadata of a file that holds a patch beside its backbone
+MOST_STEPS = 100_000  # of a noise schedule
 PREFIXES = ("module.", "_orig_mod.")
 HEADS = {width: heads for width, _, heads in SHAPES.values()}
 
@@ -133,6 +134,7 @@ def described(weights: Weights, about: Mapping[str, Any], wrong: str) -> Weights
 
     IntegrityError, which begins with `wrong`, where it describes no backbone.
     """
+    _refuse_more_than_there_is(weights.tensors, about, wrong)
     found = as_record(about, BackboneDescription, f"{wrong}: it")
     config: Any = found.config or {}
     try:
@@ -141,6 +143,20 @@ def described(weights: Weights, about: Mapping[str, Any], wrong: str) -> Weights
         raise IntegrityError(f"{wrong} ({error})") from None
     weights = replace(weights, config=shape, model=found.model, schedule=schedule)
     return replace(weights, data=found.data, codec=found.codec, text=found.text)
+
+
+def _refuse_more_than_there_is(tensors: Mapping[str, Tensor], about: Mapping[str, Any], wrong: str) -> None:
+    """IntegrityError for a description of more weights than these: a model of it would fill the memory before that is seen."""
+    held = sum(tensor.numel() for tensor in tensors.values())
+    config: Any = about.get("config") or about.get("model") or {}
+    size = {key: value for key, value in config.items() if type(value) is int} if isinstance(config, dict) else {}
+    steps = about["schedule"].get("steps", 0) if isinstance(about.get("schedule"), dict) else 0
+    width = size.get("hidden_size", size.get("num_attention_heads", 1) * size.get("attention_head_dim", 1))
+    depth, side = size.get("depth", size.get("num_layers", 1)), size.get("input_size", size.get("sample_size", 1))
+    if max([*size.values(), depth * width**2, (side // max(1, size.get("patch_size", 1))) ** 2]) > held or depth > len(tensors):
+        raise IntegrityError(f"{wrong}: it is of a larger model than its {held} numbers make", "copy the file again")
+    if isinstance(steps, int) and steps > MOST_STEPS:
+        raise IntegrityError(f"{wrong}: a schedule of {steps} steps is longer than {MOST_STEPS}", "copy the file again")
 
 
 def _unpickle(path: Path) -> Any:

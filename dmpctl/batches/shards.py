@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dmpctl.errors import Damaged, IntegrityError, MissingError, UsageError
-from dmpctl.files import locked, read_json, sha256_of, sha256_of_json, write_json, write_tensors, writing
+from dmpctl.files import NO_LOCKS, locked, read_json, sha256_of, sha256_of_json, write_json, write_tensors, writing
 
 SCHEMA_VERSION = 1
 MOST_ITEMS, MOST_BYTES = 4096, 2**26  # of one shard: as much as an interruption can cost, and as is held in memory
@@ -170,12 +170,13 @@ class Claims:
         """Whether the shard is ours now; False where another process has it."""
         try:
             fcntl.lockf(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, shard)
-        except OSError:
-            return False
+        except OSError as error:
+            return error.errno in NO_LOCKS  # then two may make the same shard: each is put in place by one rename
         return True
 
     def give_back(self, shard: int) -> None:
-        fcntl.lockf(self._handle, fcntl.LOCK_UN, 1, shard)
+        with suppress(OSError):  # there are no locks here
+            fcntl.lockf(self._handle, fcntl.LOCK_UN, 1, shard)
 
 
 class Rows:

@@ -1,7 +1,6 @@
 """`dmpctl`: finds the command that was named and imports only that one; turns every failure into one sentence."""
 
 import os
-import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from dmpctl.cli.commands import COMMANDS, ROWS
 from dmpctl.cli.help import CONTEXT, styled, write_options
 from dmpctl.cli.unparsed import no_command, unparsed
 from dmpctl.errors import DmpError, UsageError
+from dmpctl.words import fit_to_show
 
 SIGINT, SIGPIPE = 130, 141  # exit codes: 128 + the signal
 
@@ -127,16 +127,8 @@ def _said(error: Exception, debug: bool, args: list[str]) -> int:
             message, code = f"internal: {type(error).__name__}: {error}".rstrip(": "), DmpError.exit_code
             hint = None if debug else "this is a bug; run it again with --debug to see where"
     if debug:
-        typer.echo(redacted("".join(traceback.format_exception(error))), err=True)
-    typer.echo(typer.style("error: ", fg="red", bold=True) + redacted(" ".join(message.split())), err=True)
+        typer.echo(fit_to_show("".join(traceback.format_exception(error))), err=True)
+    typer.echo(typer.style("error: ", fg="red", bold=True) + fit_to_show(" ".join(message.split())), err=True)
     if hint:
-        typer.echo(f"hint: {redacted(hint)}", err=True)
+        typer.echo(f"hint: {fit_to_show(hint)}", err=True)
     return code
-
-
-def redacted(text: str) -> str:
-    """Text without access tokens of the hub."""
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        token = os.environ.get(name)
-        text = text.replace(token, "***") if token else text
-    return re.sub(r"\bhf_[A-Za-z0-9]{8,}", "***", text)

@@ -21,6 +21,7 @@ from dmpctl.settings import sections
 from dmpctl.settings.layers import Resolved
 from dmpctl.settings.options import field_of, options_of
 from dmpctl.types import Progress, ProgressTask, Report, Silent, Unit
+from dmpctl.words import fit_to_show, redacted
 
 SECONDS_PER_LINE = 2.0
 LINES_PER_TASK = 50
@@ -69,10 +70,10 @@ class Lines:
         self._stream, self.clock = stream, clock
 
     def track(self, what: str, total: int, start: int = 0, unit: Unit = "it") -> ProgressTask:
-        return LinesTask(self, what, total, start, unit)
+        return LinesTask(self, fit_to_show(what), total, start, unit)
 
     def say(self, message: str) -> None:
-        self._stream.write(message + "\n")
+        self._stream.write(fit_to_show(message) + "\n")
         self._stream.flush()
 
 
@@ -126,11 +127,11 @@ class Bars:
         )
 
     def track(self, what: str, total: int, start: int = 0, unit: Unit = "it") -> ProgressTask:
-        known, done = total if total or unit == "it" else None, so_far(start, total, unit)
+        known, done, what = total if total or unit == "it" else None, so_far(start, total, unit), fit_to_show(what)
         return BarsTask(self.display, self.display.add_task(what, total=known, completed=start, figures="", so_far=done), unit)
 
     def say(self, message: str) -> None:
-        self.console.print(message, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(fit_to_show(message), markup=False, highlight=False, soft_wrap=True)
 
 
 class BarsTask:
@@ -161,7 +162,7 @@ def show(report: Report, as_json: bool) -> None:
     if not is_main():
         return
     if as_json:
-        sys.stdout.write(json.dumps(jsonable(report.data), indent=1, allow_nan=False) + "\n")
+        sys.stdout.write(redacted(json.dumps(jsonable(report.data), indent=1, allow_nan=False)) + "\n")
         return
     terminal = is_terminal(sys.stdout)
     console = Console(
@@ -177,10 +178,10 @@ def show(report: Report, as_json: bool) -> None:
         for column in table.columns:
             column.overflow = "fold"
         for row in report.table:
-            table.add_row(*(escape(row.get(name, "")) for name in columns))  # [brackets] are text here
+            table.add_row(*(escape(fit_to_show(row.get(name, ""))) for name in columns))  # [brackets] are text here
         console.print(table)
     for line in report.lines:
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(fit_to_show(line), markup=False, soft_wrap=True)
 
 
 def jsonable(value: Any) -> Any:

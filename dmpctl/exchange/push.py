@@ -19,6 +19,7 @@ from dmpctl.store.hub import failure
 from dmpctl.store.locate import BUNDLED
 from dmpctl.store.registry import shipped
 from dmpctl.types import Progress, Report
+from dmpctl.words import fit_to_show
 
 TAGS = ("diffusion", "diffusion-model-patching", "dmp", "dmpctl")
 USAGE = """```bash
@@ -83,7 +84,7 @@ def files_of(path: Path, model: Patched, to: str, with_backbone: bool) -> dict[s
     }
     record = record.model_copy(update={"data": data, "backbone": backbone, **tools})
     files["patch.json"] = record.to_bytes()
-    files["README.md"] = card(path, record, to).encode()
+    files["README.md"] = fit_to_show(card(path, record, to)).encode()
     return files
 
 

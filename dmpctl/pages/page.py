@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING
 
 from dmpctl.store.cache import cache_dir
+from dmpctl.words import redacted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,7 +20,7 @@ def render(template: str, page: object) -> bytes:
     loader = PackageLoader("dmpctl", "pages")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"base64": lambda data: base64.b64encode(data).decode(), "json": json.dumps}
-    return environment.get_template(f"{template}.html.j2").render(page=page).encode()
+    return redacted(environment.get_template(f"{template}.html.j2").render(page=page)).encode()
 
 
 def drawing(width: float, height: float) -> "Figure":

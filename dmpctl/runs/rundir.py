@@ -1,12 +1,12 @@
 """The run directory: who owns it, what it was asked to do, and what it has measured."""
 
-import fcntl
 import json
 import math
 import os
 import socket
 import sys
 from collections.abc import Collection, Mapping
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import JsonValue
 
 from dmpctl.errors import IntegrityError, InUse, MissingError, UsageError
-from dmpctl.files import write_atomic, write_json, writing
+from dmpctl.files import locked, plain_json, write_atomic, write_json, writing
 from dmpctl.runs.records import Record, read_record
 from dmpctl.settings.options import defaults_of
 from dmpctl.texts import refuse_other_encoding
@@ -89,7 +89,7 @@ class RunDir:
         """`main` False: another process of the same command holds the lock and does all the writing."""
         self.path, self.main = path.expanduser().absolute(), main
         self.checkpoints, self.metrics = self.path / "checkpoints", MetricsLog(self.path / "metrics.jsonl")
-        self._lock: int | None = None
+        self._held = ExitStack()
 
     def __enter__(self) -> "RunDir":
         """Create the folder and take the lock; UsageError if another command holds it or the folder is something else."""
@@ -101,27 +101,23 @@ class RunDir:
                 raise UsageError(f"{self.path} is a file, a run is a folder", "name another --run")
             names = [p.name for p in self.path.iterdir()] if self.path.is_dir() else []
             # beside a run: an empty folder, or one whose first command was killed before it could say that it is a run
-            if "config.json" not in names and not all(n == ".lock" or n.startswith(".config.json.") for n in names):
+            if "config.json" not in names and not all(n.startswith((".lock", ".config.json.")) for n in names):
                 raise UsageError(f"{self.path} is not empty and is no run of dmpctl", "name another --run")
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = os.read(self._lock, 200).decode(errors="replace").strip()
-            os.close(self._lock)
-            self._lock = None
-            raise InUse(f"{self.path} is in use by {holder}", "wait for it, or name another --run") from None
+        lock = self.path / ".lock"
+        if not self._held.enter_context(locked(lock, wait=False)):
+            self._held.close()
+            holder, held = " ".join(lock.read_bytes()[:200].decode(errors="replace").split()), lock.with_name(f"{lock.name}.held")
+            dead = f"; if it died on another machine: rm {held}" if held.exists() else ""
+            raise InUse(f"{self.path} is in use by {holder or 'another command'}", f"wait for it, or name another --run{dead}")
         now = datetime.now(UTC).isoformat(timespec="seconds")
         with writing(self.path):
-            os.truncate(self._lock, 0)
-            os.pwrite(self._lock, f"pid {os.getpid()} on {socket.gethostname()} since {now}\n".encode(), 0)
+            if lock.read_bytes()[:4] in (b"", b"pid "):  # else the file itself is the lock, where there are no others
+                lock.write_text(f"pid {os.getpid()} on {socket.gethostname()} since {now}\n")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._held.close()
 
     def config(self) -> RunConfig:
         """Returns config.json; MissingError if this is no run, IntegrityError if it lacks something."""
@@ -144,7 +140,7 @@ class RunDir:
                 raise UsageError(f"{self.path} was made by dmpctl {before.command}, not {command}", "name another --run")
             old = before.science
             newer = {key: value for key, value in defaults_of(command).items() if key in science and key not in old}
-            now = json.loads(json.dumps(dict(science)))
+            now = plain_json(science)
             kept = {key: now[key] for key in allowed}
             if changed := differences(old | newer | kept, now):
                 shown = "; ".join(f"{key}: {there} there, {asked} now" for key, there, asked in changed[:4])
@@ -157,7 +153,7 @@ class RunDir:
         """Returns what a resume asks for otherwise than the run did before: `save_every: 500 before, 50 now`."""
         if not (self.path / "config.json").is_file():
             return []
-        sections = (self.config().settings, json.loads(json.dumps(settings)))  # names are unique across them
+        sections = (self.config().settings, plain_json(settings))  # names are unique across them
         old, new = ({key: value for section in each.values() for key, value in section.items()} for each in sections)
         return [f"{key}: {a} before, {b} now" for key, a, b in differences({key: old.get(key) for key in new}, new)]
 

@@ -14,6 +14,7 @@ from dmpctl.store.cache import Fact, Fetched, changing_index, files_dir, now, re
 from dmpctl.store.https import fetch_file
 from dmpctl.store.registry import address_of, expanded, registry_of, row_named
 from dmpctl.types import Progress
+from dmpctl.words import redacted
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def target_of(row: AssetRow) -> Path:
 def entry_of(row: AssetRow) -> Fetched | None:
     """Returns the index's entry of a row, None if it was never fetched, or the row means something else now."""
     entry = read_index().entries.get(row.name)
-    same = entry is not None and (entry.source, entry.wanted) == (row.source, row.patterns)
+    same = entry is not None and (entry.source, entry.wanted) == (redacted(row.source), row.patterns)
     return entry if same else None
 
 

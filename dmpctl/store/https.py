@@ -20,12 +20,14 @@ from dmpctl.files import amount, fsync, make_folder, sha256_of, write_json, writ
 from dmpctl.settings.assets import AssetRow, is_safe
 from dmpctl.store.cache import Fact, need_room
 from dmpctl.types import Progress
+from dmpctl.words import redacted
 
 CHUNK = 1 << 20  # bytes
 TIMEOUT = 60.0  # sec without a byte
 ATTEMPTS = 6  # in a row without getting any further
 FIRST_DELAY, LONGEST_DELAY = 1.0, 60.0  # sec between attempts
 LONGEST_WAIT = 600.0  # sec that a server may ask for
+UNANNOUNCED = 2**36  # bytes at most of a file whose size nobody has said
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 sleep = time.sleep
 T = TypeVar("T")
@@ -137,7 +139,8 @@ class _Part:
             version = _Version.model_validate_json(self.about.read_bytes())
         except (OSError, ValidationError):
             version = _Version(url="")
-        if version.url != self.url or not (version.validator or self.row.sha256):  # may be of another version than is wanted now
+        # Else it may be of another version than is wanted now.
+        if version.url != redacted(self.url) or not (version.validator or self.row.sha256):
             self.discard()
         kept = self.size
         if kept and kept == version.total:
@@ -157,8 +160,14 @@ class _Part:
                 self.path.open("ab" if start else "wb") as file,
             ):
                 while chunk := _chunk(answer):
-                    file.write(chunk)
                     received += len(chunk)
+                    if received > (whole or UNANNOUNCED):
+                        self.discard()
+                        raise IntegrityError(
+                            f"{self.url} gives more than {amount(whole or UNANNOUNCED)}, and does not end",
+                            "look at the address; give the size of the file in a row of your own, [assets.NAME]",
+                        )
+                    file.write(chunk)
                     task.advance(len(chunk))
         if total is not None and received < total:
             raise Again(f"the connection ended after {received} of {total} bytes")

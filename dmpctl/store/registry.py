@@ -16,7 +16,7 @@ from dmpctl.errors import UsageError
 from dmpctl.settings.assets import AssetRow, rows_of
 from dmpctl.settings.model import Settings
 from dmpctl.store.addresses import HUB, HubAddress, of_files
-from dmpctl.words import nearest_or
+from dmpctl.words import nearest_or, redacted
 
 WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")  # the first kind that a repository has one of is taken
 BESIDE = (".json", ".txt", ".model")  # of a model: its configs and its words
@@ -91,7 +91,7 @@ def row_at(address: str) -> AssetRow:
 
     Of a model without a file: its weights and what lies beside them; of a data set: all files.
     """
-    digest = hashlib.sha256(address.encode()).hexdigest()[:12]
+    digest = hashlib.sha256(redacted(address).encode()).hexdigest()[:12]
     if not address.startswith(HUB):
         try:
             return AssetRow(name=f"url-{digest}", what=address, url=address)

@@ -1,11 +1,11 @@
 """Typed records of a study: stage.json of a backbone, cell.json of a training, and all of them together."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from dmpctl.errors import UsageError
+from dmpctl.files import plain_json
 from dmpctl.metrics.frechet import FidEstimate
 from dmpctl.runs.records import Record
 from dmpctl.settings.options import defaults_of
@@ -112,7 +112,7 @@ def refuse_other(path: Path, before: Mapping[str, object], now: Mapping[str, obj
     """
     defaults = {name: value for command in TRAINING for name, value in defaults_of(command).items()}
     before = {key: defaults[key] for key in now if key in defaults} | dict(before)
-    changed = [f"{key}: {old} there, {new} now" for key, old, new in differences(before, json.loads(json.dumps(now)))]
+    changed = [f"{key}: {old} there, {new} now" for key, old, new in differences(before, plain_json(now))]
     if changed:
         raise UsageError(
             f"{path} was made in another way ({'; '.join(changed[:4])})", "name another run in [compare], or restore the file"

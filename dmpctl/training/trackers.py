@@ -19,6 +19,7 @@ from dmpctl.errors import MissingError
 from dmpctl.files import read_json, write_json
 from dmpctl.runs.rundir import RunDir
 from dmpctl.types import Progress
+from dmpctl.words import redacted
 
 SCHEMA_VERSION = 1
 NAME = "trackers.json"  # in the run directory
@@ -49,7 +50,9 @@ class Trackers:
         tracker = LOGGER_TYPE_TO_CLASS[name](PROJECT, **options[name])
         tracker.start()
         if self._sent == 0:
-            plain = {key: value if isinstance(value, int | float | str | bool) else str(value) for key, value in settings.items()}
+            plain = {
+                key: value if isinstance(value, int | float | bool) else redacted(str(value)) for key, value in settings.items()
+            }
             tracker.store_init_configuration(plain)
         self._open[name] = tracker
 

@@ -38,7 +38,7 @@ def test_a_second_command_is_refused_with_the_pid(tmp_path):
 def test_another_process_is_refused_and_a_dead_one_holds_nothing(tmp_path):
     script = (
         "import sys, pathlib; from dmpctl.runs.rundir import RunDir\n"
-        "RunDir(pathlib.Path(sys.argv[1])).__enter__(); print('held', flush=True); sys.stdin.read()"
+        "run = RunDir(pathlib.Path(sys.argv[1])).__enter__(); print('held', flush=True); sys.stdin.read()"
     )
     holder = subprocess.Popen(
         [sys.executable, "-c", script, tmp_path / "run"],

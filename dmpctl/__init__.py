@@ -1,5 +1,10 @@
 """dmpctl: make a converged diffusion transformer better without retraining it."""
 
+import sys
+
+if sys.argv[:1] == ["-m"] and not sys.flags.safe_path and sys.orig_argv[-len(sys.argv)].removeprefix("-m").startswith("dmpctl"):
+    del sys.path[0]  # `python -m dmpctl`: the working directory, whose tokenize.py or torch.py would run
+
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,9 @@ from tests.helpers import Done, made_once, patch_run, pretrain_run
 from tests.random_inception import write_random_inception
 
 torch.set_num_threads(1)
+for _number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):  # ignored where the tests run in the background: so would commands
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

@@ -15,9 +15,11 @@ from dmpctl.cli.commands import COMMANDS, ROWS
 from dmpctl.cli.help import CONTEXT, styled, write_options
 from dmpctl.cli.unparsed import no_command, unparsed
 from dmpctl.errors import DmpError, UsageError
+from dmpctl.processes.peers import loss
+from dmpctl.processes.streams import keep_streams, result_lost
 from dmpctl.words import fit_to_show
 
-SIGINT, SIGPIPE = 130, 141  # exit codes: 128 + the signal
+SIGINT = 130  # exit code: 128 + the signal
 
 
 class Lazy(TyperGroup):
@@ -73,21 +75,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     state: dict[str, Any] = {"debug": False, "args": args}
     try:
-        code = _run(args, state)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        code = SIGPIPE
+        return _run(args, state) or result_lost()
     except KeyboardInterrupt:
-        code = SIGINT
+        return SIGINT
     except Exception as error:
-        code = _said(error, state["debug"], args)
-    if code == SIGPIPE:  # nobody reads any more: Python must not complain about that at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return code
+        return _said(error, state["debug"], args)
 
 
 def entry() -> NoReturn:
     """`dmpctl` as a process of its own."""
+    keep_streams()
+    os.environ["PYTHONSAFEPATH"] = "1"  # nor does a process that is started from here take modules from the working directory
     code = main()
     if "RANK" in os.environ:
         end(code)
@@ -107,9 +105,7 @@ def end(code: int) -> NoReturn:
 def _run(args: list[str], state: dict[str, Any]) -> int:
     try:
         code = get_command(app).main(args, prog_name="dmpctl", standalone_mode=False, obj=state)
-    except SystemExit as stop:  # completion, and what Typer and rich make of a closed pipe
-        if isinstance(stop.__context__, BrokenPipeError):
-            return SIGPIPE
+    except SystemExit as stop:  # completion
         if stop.code is not None and not isinstance(stop.code, int):  # Python means it as a failure's words
             raise DmpError(str(stop.code)) from None
         return stop.code or 0
@@ -118,6 +114,7 @@ def _run(args: list[str], state: dict[str, Any]) -> int:
 
 def _said(error: Exception, debug: bool, args: list[str]) -> int:
     """Say what went wrong on stderr, with --debug after the traceback (never with local variables); returns the exit code."""
+    error = loss(error) or error
     match error:
         case DmpError():
             message, hint, code = error.message, error.hint, error.exit_code

@@ -6,6 +6,7 @@ rank 0, and a failure by the launcher alone.
 
 import ctypes
 import os
+import shutil
 import signal
 import sys
 import time
@@ -18,9 +19,9 @@ from dmpctl.cli.commands import COMMANDS
 from dmpctl.errors import DmpError, Interrupted
 from dmpctl.files import make_folder, write_atomic
 from dmpctl.processes.notes import Assignment, Outcome
+from dmpctl.processes.peers import loss
 from dmpctl.processes.stop import hold_signals, let_signals_in
-
-LOSSES = ("closed by peer", "connection reset", "connection closed", "broken pipe", "timed out", "timeout", "aborted")
+from dmpctl.processes.streams import keep_streams, result_lost
 
 
 def end_with(launcher: int) -> None:
@@ -50,7 +51,7 @@ def work(folder: Path) -> int:
             leave()  # after a failure the others may never come to do so, too
             raise
         leave()
-        outcome = Outcome(rank=rank, exit_code=done)
+        outcome = Outcome(rank=rank, exit_code=done or result_lost())
     except Interrupted as stop:
         outcome = _said(rank, stop, stop.signal_number)
     except DmpError as error:
@@ -72,12 +73,10 @@ def _said(rank: int, error: DmpError, number: int = 0) -> Outcome:
 
 def _unexpected(rank: int, error: BaseException) -> Outcome:
     """Anything but a DmpError: our bug, or (`echo`) the loss of another process as seen from here."""
-    text = f"{type(error).__name__}: {error}".rstrip(": ")
-    echo = isinstance(error, RuntimeError) and any(loss in text.lower() for loss in LOSSES)
-    if echo:
-        text = f"lost the other processes ({' '.join(text.split())[:300]})"
-    hint = "see what the others say, or raise --rank-timeout" if echo else "run it again with --debug to see where"
-    return Outcome(rank=rank, expected=False, echo=echo, message=text, hint=hint, exit_code=DmpError.exit_code)
+    if (echo := loss(error)) is not None:
+        return Outcome(rank=rank, expected=False, echo=True, message=echo.message, hint=echo.hint, exit_code=echo.exit_code)
+    text, hint = f"{type(error).__name__}: {error}".rstrip(": "), "run it again with --debug to see where"
+    return Outcome(rank=rank, expected=False, message=text, hint=hint, exit_code=DmpError.exit_code)
 
 
 def _trace(error: BaseException, wanted: bool) -> None:
@@ -86,5 +85,10 @@ def _trace(error: BaseException, wanted: bool) -> None:
 
 
 if __name__ == "__main__":
-    end_with(launcher=int(sys.argv[2]))
-    end(work(Path(sys.argv[1])))
+    launcher, folder = int(sys.argv[2]), Path(sys.argv[1])
+    keep_streams()
+    end_with(launcher)
+    ended = work(folder)
+    if os.getppid() != launcher:  # killed, it cannot remove this
+        shutil.rmtree(folder, ignore_errors=True)
+    end(ended)

@@ -28,7 +28,7 @@ from dmpctl.metrics.features.pixels import Pixels
 from dmpctl.metrics.features.protocols import PROTOCOLS, MetricProtocol
 from dmpctl.metrics.features.timm import DINOV2, TimmFeatures
 from dmpctl.processes.command import Command
-from dmpctl.processes.stop import Stop, interrupted
+from dmpctl.processes.stop import Stop
 from dmpctl.settings.measuring import SMALL_SIDE, Fid
 from dmpctl.store.fetch import cached, require
 from dmpctl.types import Extractor, Outputs
@@ -176,17 +176,21 @@ def _fill(store: FeatureStore, images: ImageSet, extractor: Extractor, command: 
         return
     share, put = len(range(rank, images.count, world)), list[int]()
     shown = command.progress.track(f"{extractor.name} features of {images.name}", share, share - len(missing))
+
+    def done() -> str:
+        return f"{images.count - len(store.missing())} of {images.count} images are measured"
+
     try:
-        with Stop() as stop, shown as task:
+        with Stop(done, "the same command goes on with them") as stop, shown as task:
             for indices, pictures in images.read(missing):
                 for first in range(0, len(indices), BATCH):
                     part, some = indices[first : first + BATCH], pictures[first : first + BATCH]
-                    store.put(part, some, extractor.outputs(some))
+                    with stop.soon():
+                        found = extractor.outputs(some)
+                    store.put(part, some, found)
                     put += part
                     task.advance(len(part))
-                    if stop.got:
-                        done = f"{images.count - len(store.missing())} of {images.count} images are measured"
-                        raise interrupted(stop.got, done, "the same command goes on with them")
+                    stop.check()
     except IntegrityError:
         store.forget(put)  # a checksum comes after what it is of
         raise

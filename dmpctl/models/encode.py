@@ -20,7 +20,7 @@ from dmpctl.codecs.identity import Identity
 from dmpctl.codecs.text import TextEncoder
 from dmpctl.errors import NumericalError
 from dmpctl.files import make_folder
-from dmpctl.processes.stop import Stop, interrupted
+from dmpctl.processes.stop import Stop
 from dmpctl.settings.model import Settings
 from dmpctl.store.cache import cache_dir, need_room
 from dmpctl.types import Codec, Progress, ProgressTask, Source, TextSpec
@@ -125,7 +125,11 @@ def fill(shards: Shards, make: Make, progress: Progress, what: str, again: str) 
     before = sum(len(shards.items(shard)) for shard in there)
     need_room(shards.folder, (shards.count - before) * int(shards.about["item_bytes"]), f"{what} once and for all")
     shown = progress.track(what, shards.count, before)
-    with Stop() as stop, Claims(shards) as claims, shown as task:
+
+    def done() -> str:
+        return f"{sum(len(shards.items(shard)) for shard in shards.finished())} of {shards.count} are kept"
+
+    with Stop(done, f"go on with: {again}") as stop, Claims(shards) as claims, shown as task:
         while missing := sorted(set(range(len(shards))) - there):
             mine = next((shard for shard in missing if claims.take(shard)), None)
             if mine is None:
@@ -137,9 +141,7 @@ def fill(shards: Shards, make: Make, progress: Progress, what: str, again: str) 
                     there = there | {mine}
             if mine is not None:
                 claims.give_back(mine)
-            if stop.got:
-                done = sum(len(shards.items(shard)) for shard in shards.finished())
-                raise interrupted(stop.got, f"{done} of {shards.count} are kept", f"go on with: {again}")
+            stop.check()
             if elsewhere := shards.finished() - there:
                 task.advance(sum(len(shards.items(shard)) for shard in elsewhere))
                 there = there | elsewhere
@@ -151,12 +153,14 @@ def _length(batch: Batch) -> int:
 
 def _made(batches: Generator[Batch, None, None], stop: Stop, task: ProgressTask) -> list[Batch]:
     """All batches, or those before a signal."""
-    parts, count, since = [], 0, time.perf_counter()
+    parts, count, since = list[Batch](), 0, time.perf_counter()
     with closing(batches):
-        for part in batches:
+        while not (parts and stop.got):
+            with stop.soon():
+                part = next(batches, None)
+            if part is None:
+                break
             parts.append(part)
             count += _length(part)
             task.advance(_length(part), **{"images/s": count / (time.perf_counter() - since)})
-            if stop.got:
-                break
     return parts

@@ -20,10 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+import dmpctl
 from dmpctl.errors import DmpError, Interrupted
 from dmpctl.processes.notes import Assignment, Outcome, outcomes
+from dmpctl.processes.peers import runs
 from dmpctl.processes.ranks import launched
-from dmpctl.processes.stop import hold_signals, let_signals_in
+from dmpctl.processes.stop import heard, hold_signals, let_signals_in
 from dmpctl.settings.sections import Launch
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 GRACE = 8.0  # sec that the others have to end after one has failed, before they are killed
 POLL = 0.2  # sec between two looks at the processes
 SAVING = 3600  # sec that processes have to save after a signal; schedulers have limits of their own
+WORDS = 2  # lines of the log of a process that failed
 MEETING = "dmpctl"  # where machines meet, if no scheduler names the job
 
 
@@ -54,18 +57,17 @@ def run_in(processes: int, work: Assignment) -> int:
     Raises what the first process to fail raised, with its rank, and Interrupted after a signal. No process is left.
     """
     folder = Path(tempfile.mkdtemp(prefix="dmpctl-"))
-    keep = False
     try:
         work.write(folder)
         with ending_the_rest(folder) as hung:
             caught = _started(work.settings.launch, processes, folder)
         return _outcome(folder, caught, hung)
     except DmpError as error:
-        keep = error.exit_code == DmpError.exit_code  # a failure that nobody expected: its logs are needed
+        if work.settings.console.debug and error.exit_code == DmpError.exit_code:
+            sys.stderr.write("\n".join(last_words(folder, rank, 1000) for rank in range(1, processes)) + "\n")
         raise
     finally:
-        if not keep:
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _started(launch: Launch, processes: int, folder: Path) -> "Failures | signal.Signals":
@@ -76,6 +78,10 @@ def _started(launch: Launch, processes: int, folder: Path) -> "Failures | signal
 
     low, high = launch.nodes
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.environ["PYTHONSAFEPATH"] = "1"  # `-m` puts the working directory first, and a torch.py there would run
+    home = str(Path(dmpctl.__file__).parents[1])
+    if home not in sys.path:  # a clone that is not installed
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), home]))
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # shared, a second attempt reads the addresses of the first
     for name in list(logging.root.manager.loggerDict):  # each has a level of its own; we say what failed
         if name.startswith("torch.distributed.elastic"):
@@ -93,7 +99,7 @@ def _started(launch: Launch, processes: int, folder: Path) -> "Failures | signal
         "max_restarts": launch.max_restarts,
         "monitor_interval": POLL,
         "shutdown_timeout": SAVING,
-        "signals_to_handle": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+        "signals_to_handle": ",".join(number.name for number in heard()),
         "logs_specs": DefaultLogsSpecs(
             log_dir=str(folder / "logs"), redirects={rank: Std.NONE if rank == 0 else Std.ALL for rank in range(processes)}
         ),
@@ -122,21 +128,27 @@ def _outcome(folder: Path, caught: "Failures | signal.Signals", hung: Collection
         raise Interrupted(f"stopped by {caught.name}", caught.value, "the same command goes on with what is there")
     if not caught:
         return max((outcome.exit_code for outcome in found), default=0)
-    where = f"logs: {folder / 'logs'}"
     said = sorted((o for o in found if o.message and not o.signal), key=lambda o: (o.echo, not o.expected, o.at))
     by_launcher_last = sorted(caught.items(), key=lambda item: (item[1].exitcode == -signal.SIGTERM, item[0]))
     died = {rank: failure for rank, failure in by_launcher_last if rank not in {outcome.rank for outcome in said}}
     if said and not (said[0].echo and died):
         alike = len(said) > 1 and len({outcome.message for outcome in said}) == 1
-        raise _again(said[0], alike, None if said[0].expected else where)
+        raise _again(said[0], alike, None if said[0].expected else last_words(folder, said[0].rank))
     rank, failure = next(iter(died.items()), by_launcher_last[0])
-    who = f"rank {rank} (pid {failure.pid})"
+    who, where = f"rank {rank} (pid {failure.pid})", last_words(folder, rank)
     if failure.pid in hung:
         raise DmpError(f"{who} hangs: the others waited for it for --rank-timeout seconds", where)
     if failure.exitcode >= 0:
         raise DmpError(f"{who} ended with exit code {failure.exitcode} and said nothing", where)
     memory = ", as where memory runs out" if failure.signal_name() == "SIGKILL" else ""
     raise DmpError(f"{who} was ended by {failure.signal_name()}{memory}", where)
+
+
+def last_words(folder: Path, rank: int, lines: int = WORDS) -> str:
+    """The end of a process's log in the launcher's folder, which is then removed; rank 0 wrote to the terminal."""
+    logs = sorted(folder.glob(f"logs/*/attempt_*/{rank}/stderr.log"), key=lambda path: path.stat().st_mtime)
+    said = logs[-1].read_text("utf-8", errors="replace").splitlines()[-lines:] if logs else []
+    return " / ".join(["run it again with --debug to see all that it said", *map(str.strip, said)])
 
 
 def _failed_before(stop: float, found: Collection[Outcome], caught: "Failures | signal.Signals", hung: Collection[int]) -> bool:
@@ -210,20 +222,10 @@ def _has_failed(attempt: Path) -> bool:
     return False
 
 
+def alive(pid: int) -> bool:
+    """Whether this is a process of ours that runs."""
+    return runs(pid, os.getpid())
+
+
 def _pid_in(path: Path) -> int:
     return int(path.read_text("utf-8"))
-
-
-def alive(pid: int) -> bool:
-    """Whether this is a process of ours that runs; the number of one that has ended may be another's by now (Linux)."""
-    if sys.platform == "linux":
-        try:
-            state, parent, *_ = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            return False
-        return state not in ("Z", "X") and int(parent) == os.getpid()
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True

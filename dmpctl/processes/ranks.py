@@ -1,6 +1,8 @@
 """This process among those that share the work, whoever started them: RANK, WORLD_SIZE and so on, as torchrun gives them."""
 
 import os
+import socket
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -9,6 +11,7 @@ import torch
 from torch import distributed
 
 from dmpctl.errors import UsageError
+from dmpctl.processes.peers import PEERS
 from dmpctl.settings.sections import Launch
 from dmpctl.types import Routing, Routings
 
@@ -97,7 +100,16 @@ def join(launch: Launch) -> Ranks:
     if not distributed.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         distributed.init_process_group(backend, timeout=timedelta(seconds=launch.rank_timeout))
+        _meet()
     return Ranks(distributed.get_rank(), distributed.get_world_size(), device)
+
+
+def _meet() -> None:
+    """Learn the pids of the others on this machine: a collective."""
+    own = torch.tensor([os.getpid(), zlib.crc32(socket.gethostname().encode())])
+    found = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(found, own)
+    PEERS.update({rank: int(one[0]) for rank, one in enumerate(found) if one[1] == own[1] and one[0] != own[0]})
 
 
 def own_device(launch: Launch) -> torch.device:

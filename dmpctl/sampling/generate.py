@@ -23,7 +23,7 @@ from dmpctl.models.patched import Patched
 from dmpctl.models.speed import compile_blocks
 from dmpctl.processes.command import Command
 from dmpctl.processes.ranks import Ranks
-from dmpctl.processes.stop import Stop, interrupted
+from dmpctl.processes.stop import Stop
 from dmpctl.rng import ImageDraws, seed_of
 from dmpctl.sampling.pictures import contact_sheet, png_of, read_png, sealed_pngs, write_npz, write_picture, write_pngs
 from dmpctl.settings.measuring import Sampling
@@ -101,15 +101,19 @@ def generate(
 def in_batches(
     model: Patched, indices: Sequence[int], settings: Sampling, device: torch.device, progress: Progress, label: int | None = None
 ) -> Iterator[tuple[Sequence[int], Tensor]]:
-    """(indices, images uint8 [B, C, H, W]) batch by batch; stops after a batch if a signal came, raising Interrupted."""
+    """(indices, images uint8 [B, C, H, W]) batch by batch; a signal ends it in the middle of one, raising Interrupted."""
     model.to(device)
-    with Stop() as stop, progress.track("sampling", len(indices)) as task:
+    done = 0
+    shown = progress.track("sampling", len(indices))
+    with Stop(lambda: f"after {done} of {len(indices)} images", "give the same command again") as stop, shown as task:
         for first in range(0, len(indices), settings.sample_batch):
             part = indices[first : first + settings.sample_batch]
-            yield part, generate(model, part, settings, device, label)
+            with stop.soon():
+                images = generate(model, part, settings, device, label)
+            yield part, images
+            done += len(part)
             task.advance(len(part))
-            if stop.got:
-                raise interrupted(stop.got, f"after {first + len(part)} of {len(indices)} images", "give the same command again")
+            stop.check()
 
 
 def sample(settings: Settings, run: Path, progress: Progress) -> Report:

@@ -53,6 +53,7 @@ class Pretrain(Section, panel="Training"):
 
 class Save(Section, panel="Run", science=False):
     save_every: int = Field(default=5_000, ge=1, description="Steps between checkpoints.")
+    save_minutes: float = Field(default=10, gt=0, description="Minutes after which a checkpoint is due, too.")
     keep_last: int = Field(default=3, ge=1, description="Checkpoints kept.")
     keep_every: int | None = Field(default=None, ge=1, description="Steps whose multiples are kept for good; default: none.")
     track: Annotated[str | None, Among(("tensorboard", "wandb", "trackio"))] = Field(

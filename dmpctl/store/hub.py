@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, TypeVar
 
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.files import FULL, make_folder, sha256_of, write_atomic
+from dmpctl.processes.stop import SIGNALS, handled_by
 from dmpctl.settings.assets import AssetRow
 from dmpctl.store.addresses import HubAddress
 from dmpctl.store.cache import Fact, hub_dir, need_room
@@ -156,21 +158,18 @@ def of_network(error: Exception) -> bool:
 
 @contextmanager
 def _stoppable() -> Iterator[threading.Event]:
-    """Ctrl-C sets the event, too: the library's threads look at it, and would else finish their files first."""
+    """A signal sets the event, too: the library's threads look at it, and would else finish their files first."""
     stopped = threading.Event()
+    before = {number: signal.getsignal(number) for number in SIGNALS}
 
-    def stop(number: int, frame: object) -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
         stopped.set()
+        if callable(handler := before[signal.Signals(number)]):
+            handler(number, frame)
         raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():
+    with handled_by(stop):
         yield stopped
-        return
-    before = signal.signal(signal.SIGINT, stop)
-    try:
-        yield stopped
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _bar(task: ProgressTask, stopped: threading.Event) -> type:

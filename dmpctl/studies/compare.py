@@ -11,7 +11,7 @@ from dmpctl.models.build import build_patch
 from dmpctl.models.sources import open_data
 from dmpctl.processes.command import again_command
 from dmpctl.processes.ranks import resolve_device
-from dmpctl.processes.stop import Stop, interrupted
+from dmpctl.processes.stop import Stop
 from dmpctl.runs.rundir import version_of
 from dmpctl.settings.model import Settings
 from dmpctl.studies.cell import Cell, GoingOn, do_cell, find_going_on
@@ -169,23 +169,25 @@ def compare(settings: Settings, file: Path, progress: Progress) -> Report:
             aside = put_aside(cell.path / "cell.json").name
             progress.say(f"warning: {error.message}; put aside as {aside}, {cell.name} is trained and measured again")
     root = make_folder(opened.study.compare.run.expanduser().absolute())
-    with Stop() as stop:
-        records = _run(opened, stop, progress)
-    return _report(opened, root, records)
+    return _report(opened, root, _run(opened, progress))
 
 
-def _run(opened: OpenStudy, stop: Stop, progress: Progress) -> dict[CellKey, CellRecord]:
+def _run(opened: OpenStudy, progress: Progress) -> dict[CellKey, CellRecord]:
     """Do the cells in order; those that wait for another process or for a tuning are looked at again at the end.
 
     The records come in the order of the keys, whoever did them when.
     """
     waiting, done = opened.in_order(), dict[CellKey, CellRecord]()
-    with progress.track("cells", len(waiting)) as task:
+
+    def there() -> str:
+        cells = filter(None, map(opened.cell, opened.in_order()))
+        return f"{sum((cell.path / 'cell.json').is_file() for cell in cells)} cells are done"
+
+    with Stop(there, f"go on with: {again_command()}") as stop, progress.track("cells", len(waiting)) as task, stop.soon():
         while waiting:
             before, waiting = waiting, []
             for key in before:
-                if stop.got:
-                    raise interrupted(stop.got, f"{len(done)} cells are done", f"go on with: {again_command()}")
+                stop.check()
                 record = _one(opened, key, progress)
                 if record is None:
                     waiting.append(key)

@@ -151,11 +151,12 @@ def _report(settings: Settings, run: RunDir, session: Session[PatchDescription],
     patched, described = replace(load_patch(run.path), codec=session.codec, text=session.text), session.subject.described
     data: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "run": str(run.path), "step": patched.step}
     data |= {"patch_sha256": patched.patch_sha256, "train_seconds": round(trained.seconds, 1)}
+    data |= {"skipped_steps": trained.skipped}
     data |= {"added_parameters": described.added_parameters, "added_percent": described.added_percent}
     first = f"trained {trained.step - trained.start} steps in {trained.seconds:.0f} s"
     if trained.was_complete:
         first = f"the run was complete already, at step {patched.step}"
-    first += f"; the patch adds {described.added_words}"
+    first += f"{trained.skipped_words}; the patch adds {described.added_words}"
     where = f"patch: {run.path / 'patch.safetensors'}"
     if not settings.evaluate.evaluate:
         return Report(data, (), (first, where))

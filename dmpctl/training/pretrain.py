@@ -107,6 +107,7 @@ def session_of(
 def _finished(run: RunDir, session: Session[BackboneDescription], trained: Trained) -> Report:
     path, parameters = run.path / "backbone.safetensors", session.spec.parameters
     data = {"run": str(run.path), "step": trained.step, "seconds": round(trained.seconds, 1), "parameters": parameters}
+    data |= {"skipped_steps": trained.skipped}
     data |= {"backbone_sha256": digest_of(read_tensors(path)[0]), **session.facts}
     row = {
         "step": str(trained.step),
@@ -114,5 +115,5 @@ def _finished(run: RunDir, session: Session[BackboneDescription], trained: Train
         "seconds": f"{trained.seconds:.0f}",
         "backbone": str(path),
     }
-    how = "the run was complete already" if trained.was_complete else "done"
+    how = ("the run was complete already" if trained.was_complete else "done") + trained.skipped_words
     return Report(data, (row,), (f"{how}: patch it with: dmpctl patch --base {run.path}",))

@@ -79,11 +79,17 @@ def science_of(settings: Settings) -> dict[str, object]:
 
 @dataclass(frozen=True)
 class Trained:
-    """From which step to which; `seconds` of training, 0 where the run was complete already."""
+    """From which step to which; `seconds` of training, 0 where the run was complete already; steps of all that were `skipped`."""
 
     start: int
     step: int
     seconds: float
+    skipped: int
+
+    @property
+    def skipped_words(self) -> str:
+        """` (2 steps were skipped: ...)`, "" where none was."""
+        return f" ({self.skipped} of all steps were skipped: not finite)" if self.skipped else ""
 
     @property
     def was_complete(self) -> bool:
@@ -110,10 +116,12 @@ def train_in(
     if start < settings.train.iters:
         with _recorded(session, run, trainer, damaged):
             trainer.train()
+    trainer.refuse_none_applied()
     if ranks.is_main:
         checkpoint.publish(checkpoint.complete(run.checkpoints)[-1], session.subject.kind, run.path, session.metadata)
     ranks.wait()
-    return Trained(start, trainer.step, time.perf_counter() - began if start < trainer.step else 0.0)
+    seconds = time.perf_counter() - began if start < trainer.step else 0.0
+    return Trained(start, trainer.step, seconds, trainer.skipped)
 
 
 def inputs_of(session: Session[Description], run: RunDir, command: Command) -> InputMaker:
@@ -144,5 +152,7 @@ def _recorded(session: Session[Description], run: RunDir, trainer: Trainer, dama
         yield
     finally:
         found = left_out_of(session.source)
-        if ranks.is_main and found != known:  # broken behind a good header
-            run.amend(found)
+        changed: dict[str, object] = dict(found) if found != known else {}  # broken behind a good header
+        changed |= {"skipped_steps": trainer.skipped} if trainer.skipped else {}
+        if ranks.is_main and changed:
+            run.amend(changed)

@@ -4,8 +4,9 @@ Everything random is a function of (seed, step, sample): resumed equals uninterr
 """
 
 import math
+import time
 from collections.abc import Mapping
-from contextlib import closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ from dmpctl.errors import NumericalError, UsageError
 from dmpctl.models.speed import cast_frozen, compile_blocks
 from dmpctl.processes.command import Command
 from dmpctl.processes.sharded import is_sharded, whole
-from dmpctl.processes.stop import Stop, interrupted
+from dmpctl.processes.stop import Asked, Stop, interrupted
 from dmpctl.runs import checkpoint
 from dmpctl.runs.checkpoint import Saver
 from dmpctl.runs.records import Description
@@ -82,6 +83,7 @@ class Trainer:
                 f"take a --batch-size that is a multiple of {parts}, another --num-processes or --grad-accum",
             )
         self.step, self.bad_steps, self.trackers = 0, 0, Trackers(command.progress)
+        self.saved, self.saved_at = 0, time.monotonic()  # the step of the last checkpoint, and when it was
 
     def resume(self) -> tuple[int, list[str]]:
         """Go back to the newest checkpoint that is whole: its step (0 if there is none), and what is wrong with newer ones."""
@@ -91,7 +93,7 @@ class Trainer:
             checkpoint.restore(state, self.subject.module, self.plain, self.ema)
             if self.accelerator.scaler is not None and state.scaler:
                 self.accelerator.scaler.load_state_dict(state.scaler)
-            self.step = state.step
+            self.step = self.saved = state.step
         if self.ranks.largest(self.step, -self.step) != [self.step, -self.step]:
             raise UsageError(f"not all processes find the same checkpoints in {self.run.path}", "put --run on a disk they share")
         if self.ranks.is_main:
@@ -104,10 +106,11 @@ class Trainer:
     def train(self) -> None:
         """Train to `--iters`, saving on the way.
 
-        Raises Interrupted after saving on a signal, NumericalError after too many steps in a row that are not finite:
-        among those no checkpoint is due, so that the last one is from before.
+        Raises Interrupted after saving on a signal, NumericalError after too many steps in a row that are not finite, or
+        where no step of all was: among those no checkpoint is due, so that the last one is from before.
         """
         settings, averages = self.settings, Averages()
+        self.saved_at = time.monotonic()
         save, iters = settings.save, settings.train.iters
         shown = self.command.progress.track(f"training the {self.subject.kind}", iters, self.step)
         saver = Saver(self.run.checkpoints, self.subject.kind, save.keep_last, save.keep_every)
@@ -117,24 +120,38 @@ class Trainer:
         with Stop() as stop, shown as task, saver, closing(inputs) as stream:
             clock = Clock(settings.train.batch_size)
             while self.step < iters:
-                figures, number = self._one_step(clock.next_of(stream), stop)
-                averages.add(figures)
-                self.step += 1
-                if self.step % save.log_every == 0 or self.step == iters:
-                    self._log(averages.take(), clock, task)
-                number = stop.got if self.ranks.world == 1 else number  # alone, nobody need be asked
-                due = self.step % save.save_every == 0 and not self.bad_steps
-                if number or due or self.step == iters:
+                try:
+                    with self._soon(stop):
+                        taken = clock.next_of(stream)
+                    figures, number, late = self._one_step(taken, stop)
+                except Asked:  # this step is not taken
+                    self.optimizer.zero_grad(set_to_none=True)
+                    number, late = stop.got, False
+                else:
+                    averages.add(figures)
+                    self.step += 1
+                    if self.step % save.log_every == 0 or self.step == iters:
+                        self._log(averages.take(), clock, task)
+                    number = stop.got if self.ranks.world == 1 else number  # alone, nobody need be asked
+                due = (late or self.step % save.save_every == 0) and not self.bad_steps
+                if self.step == iters:
+                    self.refuse_none_applied()
+                if (number or due or self.step == iters) and self.step > self.saved:
                     self.save(saver)
                 saver.check()
                 if number:
                     saver.finish()
                     self.trackers.finish()
                     self.ranks.wait()
-                    raise interrupted(number, f"saved at step {self.step}", f"go on with: {self.command.again}")
+                    where = f"saved at step {self.step}" if self.saved else "before its first step was done"
+                    raise interrupted(number, where, f"go on with: {self.command.again}")
             saver.finish()
         self.trackers.finish()
         self.ranks.wait()
+
+    def _soon(self, stop: Stop) -> AbstractContextManager[None]:
+        """A signal ends a long step of a process that is alone; others would wait for its part of a sum."""
+        return stop.soon() if self.ranks.world == 1 else nullcontext()
 
     def _noised(self, inputs: Inputs) -> Noised:
         """The batch on the device: latents, drawn from their moments, and noised to their timesteps."""
@@ -146,23 +163,39 @@ class Trainer:
             x0 = x0 + (0.5 * moments.logvar).exp() * here.latent_noise
         return Noised(x0, self.schedule.add_noise(x0, here.t, here.noise), here.t, here.noise, here.cond, here.gate_noise)
 
-    def _one_step(self, inputs: Inputs, stop: Stop) -> tuple[dict[str, Tensor], int]:
-        """One optimizer step: scalars to log, and the signal that some process got (0: none).
+    @property
+    def skipped(self) -> int:
+        """Steps so far that changed nothing, since they were not finite: AdamW counts those that it took."""
+        taken = max((int(state["step"]) for state in self.plain.state.values()), default=0)
+        return self.step - taken
 
-        A loss or gradient that is not finite on any of them is counted and skipped by all.
+    def refuse_none_applied(self) -> None:
+        """NumericalError where no step so far was applied: what is there is what training began with."""
+        if self.step and self.skipped == self.step:
+            raise NumericalError(
+                f"none of {self.step} steps could be applied: the loss or its gradient was never finite",
+                "look at the backbone's weights and the images; nothing was published",
+            )
+
+    def _one_step(self, inputs: Inputs, stop: Stop) -> tuple[dict[str, Tensor], int, bool]:
+        """One optimizer step: scalars to log, the signal that some process got (0: none), and whether it is time to save.
+
+        A loss or gradient that is not finite on any of them is counted and skipped by all. Alone, a signal ends it (Asked).
         """
-        batch = self._noised(inputs)
-        figures = self._backward(batch)
+        with self._soon(stop):
+            batch = self._noised(inputs)
+            figures = self._backward(batch)
         clip = self.settings.train.grad_clip
         norm = self.accelerator.clip_grad_norm_(self.parameters.values(), math.inf if clip is None else clip)
         figures["grad_norm"] = whole(torch.as_tensor(norm, device=self.device))
         finite = figures["loss"].isfinite()
         if self.accelerator.scaler is None:  # a scaler skips such steps by itself
             finite = finite & figures["grad_norm"].isfinite()
-        bad, number = self.ranks.largest(int(not finite), stop.got)
+        waited = time.monotonic() - self.saved_at >= 60 * self.settings.save.save_minutes
+        bad, number, late = self.ranks.largest(int(not finite), stop.got, int(waited))
         if bad:
             self._skip(batch)
-            return {}, number
+            return {}, number, bool(late)
         factor = self._rate_factor()
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
@@ -170,7 +203,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._average()
-        return figures, number
+        return figures, number, bool(late)
 
     def _backward(self, batch: Noised) -> dict[str, Tensor]:
         """Gradients of the global batch's loss, in --grad-accum parts; returns the loss and its terms, to log."""
@@ -237,15 +270,19 @@ class Trainer:
 
     def _log(self, means: dict[str, float], clock: Clock, task: ProgressTask) -> None:
         speed, means = clock.take(), self.ranks.mean(means)
-        task.advance(int(speed.pop("steps")), loss=means.get("loss", math.nan), **{"steps/s": speed["steps_per_sec"]})
+        skipped = {"skipped": float(self.skipped)} if self.skipped else {}
+        shown = {"loss": means.get("loss", math.nan), "steps/s": speed["steps_per_sec"], **skipped}
+        task.advance(int(speed.pop("steps")), **shown)
         if self.ranks.is_main:
-            figures: dict[str, float | list[float]] = {**means, "lr": [g["lr"] for g in self.optimizer.param_groups], **speed}
+            rates = [g["lr"] for g in self.optimizer.param_groups]
+            figures: dict[str, float | list[float]] = {**means, "lr": rates, **speed, **skipped}
             figures = {k: v for k, v in figures.items() if not isinstance(v, float) or math.isfinite(v)}
             self.run.metrics.append({"step": self.step, **figures})
             self.trackers.log(self.step, figures)
 
     def save(self, saver: Saver) -> None:
         """Write a checkpoint of this step (main process); what is shared out is put together by all."""
+        self.saved, self.saved_at = self.step, time.monotonic()
         state = self._state() if self.ranks.is_main or is_sharded(self.subject.module) else None
         if state is not None and self.ranks.is_main:
             untrained = {n: v for n, v in self.subject.module.state_dict().items() if n not in self.parameters}

@@ -19,7 +19,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("processes",),
     ("runs",),
     ("store",),
-    ("images", "pages"),
+    ("images", "pages", "foreign"),
     ("backbones", "methods", "diffusion", "codecs", "data", "batches", "metrics.features"),
     ("metrics",),
     ("models",),

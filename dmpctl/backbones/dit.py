@@ -24,7 +24,8 @@ FREQUENCIES = 256  # width of the sinusoidal timestep embedding, fixed in the pu
 class DiTConfig:
     """Shape of a DiT. `input_size` and `channels` are those of the latents; `num_classes` 0 means unconditional.
 
-    `null_class` False: the label table has no extra row, so labels cannot be dropped.
+    `null_class` False: the label table has no extra row, so labels cannot be dropped. `from_data`, of a flow: the network counts
+    time from images (0) to noise (1) and predicts noise - x0, as REPA and LFM; else the other way round, as SiT.
     """
 
     input_size: int
@@ -36,6 +37,7 @@ class DiTConfig:
     num_classes: int = 1000
     null_class: bool = True
     learned_sigma: bool = True
+    from_data: bool = False
 
     def __post_init__(self) -> None:
         """UsageError for sizes that make no model."""
@@ -260,7 +262,10 @@ class DiT(nn.Module):
 
     def _time(self, t: Tensor) -> Tensor:
         """t as the network counts it: a SiT from noise (0) to images (1)."""
-        return 1 - t / self.schedule.steps if self.schedule.kind == "flow" else t
+        if self.schedule.kind != "flow":
+            return t
+        level = t / self.schedule.steps
+        return level if self.config.from_data else 1 - level
 
     def _denoise(self, x: Tensor, t: Tensor, cond: Tensor | None, edit: Edit | None) -> Tensor:
         c = self._embed(t, cond)
@@ -271,7 +276,8 @@ class DiT(nn.Module):
             again = self.recompute and tokens.requires_grad
             tokens = checkpoint(block, tokens, c, use_reentrant=False) if again else block(tokens, c)
         squares = self.final_layer(tokens, c)[:, -self.config.tokens :]  # prepended prompts fall away
-        return self._unpatchify(squares)
+        prediction = self._unpatchify(squares)
+        return -prediction if self.config.from_data else prediction
 
     def _unpatchify(self, squares: Tensor) -> Tensor:
         """[B, T, p * p * C] to [B, C, H, W]; inside a token the order is row, column, channel."""

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import pickle
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,21 +11,22 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor, nn
 
-from dmpctl.backbones.dit import DiT, DiTConfig
-from dmpctl.backbones.foreign import INERT_GLOBALS, Scalar, said_by
+from dmpctl.backbones.dit import DiT, DiTConfig, shape_config
+from dmpctl.backbones.told import Given, told
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.files import json_object, read_tensors
+from dmpctl.foreign.said import Scalar, said_by, said_in
+from dmpctl.foreign.tensors import refuse_unsound, unpickled
+from dmpctl.foreign.unwrapped import unwrapped
 from dmpctl.runs.records import BackboneDescription, CodecRecord, EncoderRecord, as_record
 from dmpctl.store.shapes import SHAPES
 from dmpctl.types import ScheduleSpec
 
-AVERAGE, LAST = ("ema",), ("model", "state_dict")  # entries of a checkpoint; one samples from the average
 SELF = "dmpctl.dit"  # metadata of a DiT that describes itself
 MODEL = "dmpctl.model"  # metadata of a backbone that is a model of diffusers
 PATCH = "dmpctl.patch"  # metadata of a file that holds a patch beside its backbone
 MOST_STEPS = 100_000  # of a noise schedule
-PREFIXES = ("module.", "_orig_mod.")
-HEADS = {width: heads for width, _, heads in SHAPES.values()}
+SCALE = 0.18215  # of Stable Diffusion's latents
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,8 @@ class Weights:
 
     The rest is the file's own description, None where it has none (other people's files): `config` of a DiT, or `model`,
     diffusers' config of another network; `codec` whose latents it denoises; `text`, the encoder of its captions.
-    `said`: the plain values of the config that other people's files carry, by dotted path.
+    `said`: the plain values of the config that other people's files carry, by dotted path; `assumed`: what nothing says, in
+    sentences; `average`: whether these are an average of what was trained.
     """
 
     tensors: dict[str, Tensor]
@@ -45,6 +45,8 @@ class Weights:
     schedule: ScheduleSpec | None = None
     data: str | None = None
     said: Mapping[str, Scalar] = field(default_factory=dict)
+    assumed: tuple[str, ...] = ()
+    average: bool = False
     codec: CodecRecord | None = None
     text: EncoderRecord | None = None
     model: Mapping[str, JsonValue] | None = None
@@ -95,11 +97,17 @@ def read_weights(path: Path, which: Literal["ema", "raw"] | None = None) -> Weig
             hint = f"use the backbone alone; to take the two apart: dmpctl import {path} --run DIR"
             raise UsageError(f"{path} holds a backbone with a patch on it, and a patch fits a backbone alone", hint)
         if which == "ema":
-            raise _no_such(path, which)
+            raise UsageError(f"{path} holds no average of its weights", "leave --weights out")
         return described_weights(path, tensors, metadata)
-    value = _unpickle(path)
-    tensors, taken = _unwrap(path, value, which)
-    return Weights(tensors, taken, said=said_by(value))
+    value = unpickled(path)
+    return _of_others(path, value, which, said_by(value) if isinstance(value, dict) else {})
+
+
+def _of_others(path: Path, value: object, which: Literal["ema", "raw"] | None, said: Mapping[str, Scalar]) -> Weights:
+    found = unwrapped(path, value, which)
+    refuse_unsound(found.tensors, path)
+    aside = f"{found.beside} tensors beside those below '{found.prefix}' were left out"
+    return Weights(found.tensors, found.words, said=said, assumed=(aside,) if found.beside else (), average=found.average)
 
 
 def is_patched(path: Path) -> bool:
@@ -115,16 +123,12 @@ def is_patched(path: Path) -> bool:
         return False
 
 
-def _no_such(path: Path, which: str) -> UsageError:
-    what = "average of its weights" if which == "ema" else "last weights beside their average"
-    return UsageError(f"{path} holds no {what}", "leave --weights out")
-
-
 def described_weights(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> Weights:
     """Returns the backbone of a safetensors file as its metadata describes it; IntegrityError where that cannot be read."""
     content, weights = metadata.get(MODEL, metadata.get(SELF)), Weights(tensors, "the file")
     if content is None:
-        return replace(weights, tensors=_plain_names(tensors))
+        return _of_others(path, tensors, None, said_in(metadata))
+    refuse_unsound(tensors, path)
     wrong = f"{path} describes itself in a way that cannot be read"
     return described(weights, json_object(content, f"{wrong}: it", 1), wrong)
 
@@ -159,70 +163,33 @@ def _refuse_more_than_there_is(tensors: Mapping[str, Tensor], about: Mapping[str
         raise IntegrityError(f"{wrong}: a schedule of {steps} steps is longer than {MOST_STEPS}", "copy the file again")
 
 
-def _unpickle(path: Path) -> Any:
-    try:
-        with torch.serialization.safe_globals(INERT_GLOBALS):  # the published training scripts store their settings too
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes raise anything: IndexError, struct.error, AssertionError, ...
-        forbidden = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        if forbidden:
-            message = f"{path} holds more than tensors ({forbidden[1]}) and was not loaded"
-            raise IntegrityError(message, "ask for a .safetensors file") from None
-        reason = f"{type(error).__name__} {error}".splitlines()[0].strip()
-        raise IntegrityError(f"{path} is not a readable checkpoint ({reason})") from None
+def known(path: Path, weights: Weights, given: Given) -> Weights:
+    """Returns `weights` with the model they are of: as their file describes itself, or as `told` reads it.
 
-
-def _unwrap(path: Path, value: Any, which: Literal["ema", "raw"] | None) -> tuple[dict[str, Tensor], str]:
-    taken = "the file"
-    held = [key for key in AVERAGE + LAST if isinstance(value, dict) and isinstance(value.get(key), dict)]
-    wanted = [key for key in held if which is None or (key in AVERAGE) == (which == "ema")]
-    if wanted:
-        value, taken = value[wanted[0]], f"its '{wanted[0]}' entry"
-    elif held or which == "ema":
-        raise _no_such(path, str(which))
-    found = value if isinstance(value, dict) else {}
-    if not found or not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in found.items()):
-        raise IntegrityError(f"{path} holds no state dict (found {type(value).__name__})")
-    return _plain_names(found), taken
-
-
-def _plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    plain = dict(tensors)
-    for prefix in PREFIXES * 2:  # compiled inside data-parallel, or the other way round
-        if plain and all(name.startswith(prefix) for name in plain):
-            plain = {name.removeprefix(prefix): value for name, value in plain.items()}
-    return plain
-
-
-def infer_config(tensors: Mapping[str, Tensor], num_heads: int | None = None) -> DiTConfig:
-    """The shape of a state dict in the published layout.
-
-    `num_heads` None: as in the published model of that width. IntegrityError if this is no DiT;
-    UsageError if the heads cannot be known.
+    UsageError where an option says something else. Raises as `told` does.
     """
-    try:
-        width, channels, patch, _ = tensors["x_embedder.proj.weight"].shape
-        tokens = tensors["pos_embed"].shape[1]
-        rows = tensors["y_embedder.embedding_table.weight"].shape[0]
-        outputs = tensors["final_layer.linear.bias"].shape[0]
-    except KeyError as error:
-        raise IntegrityError(f"this is no DiT in the published layout: it lacks {error}") from None
-    except (ValueError, IndexError):
-        raise IntegrityError("this is no DiT in the published layout: its tensors have other dimensions") from None
-    blocks = [re.match(r"blocks\.(\d{1,4})\.", name) for name in tensors]
-    depth = 1 + max((int(block[1]) for block in blocks if block), default=-1)
-    if not depth:
-        raise IntegrityError("this is no DiT in the published layout: it lacks 'blocks.0'")
-    heads = num_heads or HEADS.get(width)
-    if heads is None:
+    if weights.config is None and weights.model is None:
+        found = told(path, weights.tensors, weights.said, given)
+        codec = weights.codec or (CodecRecord(name=found.codec, fingerprint=None, scale=SCALE) if found.codec else None)
+        weights = replace(weights, tensors=found.tensors, config=found.config, schedule=found.schedule)
+        weights = replace(weights, codec=codec, assumed=(*weights.assumed, *found.assumed))
+    elif weights.schedule is not None and given.schedule not in (None, weights.schedule.kind):
         raise UsageError(
-            f"a DiT of width {width} is no published shape, so its number of heads is unknown",
-            "name a shape: --base DiT-S/2 --weights FILE, or say how many: dmpctl import FILE --num-heads N",
+            f"{path} says that its schedule is {weights.schedule.kind}, not {given.schedule}", "leave --schedule out"
         )
-    side = int(tokens**0.5) * patch
-    return DiTConfig(
-        side, channels, patch, width, depth, heads, 0 if rows == 1 else rows - 1, True, outputs == 2 * channels * patch * patch
-    )
+    if given.shape is not None and weights.config is not None:
+        _refuse_other_shape(path, weights.config, given.shape)
+    return weights
+
+
+def _refuse_other_shape(path: Path, config: DiTConfig, name: str) -> None:
+    shape = shape_config(name)
+    if shape is None:
+        raise UsageError(f"--shape {name} is no published shape", f"known: {', '.join(SHAPES)}, each with /2, /4 or /8")
+    for key in ("patch_size", "hidden_size", "depth", "num_heads"):
+        wanted, found = getattr(shape, key), getattr(config, key)
+        if wanted != found:
+            raise UsageError(f"{path} is no {name}: its {key} is {found}, not {wanted}", f"leave {name} out")
 
 
 def dit_from(weights: Weights, num_heads: int | None = None, schedule: ScheduleSpec | None = None) -> DiT:
@@ -230,8 +197,12 @@ def dit_from(weights: Weights, num_heads: int | None = None, schedule: ScheduleS
 
     IntegrityError on a missing or unexpected key or shape.
     """
-    config = weights.config or infer_config(weights.tensors, num_heads)
-    model = DiT(config, weights.schedule or schedule)
+    if weights.config is None:
+        found = told(weights.taken, weights.tensors, weights.said, Given(heads=num_heads))
+        schedule = schedule or found.schedule
+        weights = replace(weights, config=found.config, tensors=found.tensors)
+    assert weights.config is not None
+    model = DiT(weights.config, weights.schedule or schedule)
     fill(model, weights.tensors, "the DiT")
     return model
 
@@ -248,5 +219,6 @@ def fill(model: nn.Module, found: Mapping[str, Tensor], what: str) -> None:
     ]
     if wrong:
         message = f"these weights do not fit {what} they claim to be: {'; '.join(wrong[:3])} ({len(wrong)} in all)"
-        raise IntegrityError(message, "if the file holds a patch too, take the two apart: dmpctl import FILE --run DIR")
+        apart = "it holds a patch too, take the two apart: dmpctl import FILE --run DIR"
+        raise IntegrityError(message, apart if "prompt_embeddings" in found else "name the weights of one whole model")
     model.load_state_dict(found)

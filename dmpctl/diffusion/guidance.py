@@ -27,7 +27,8 @@ def guide(
     if scale == 1:
         return lambda x, t: predict(x, t, cond)
     if cond is None or null is None:
-        raise UsageError(f"guidance {scale:g} needs a backbone with classes or captions, this one has none", "use --cfg 1")
+        lacks = "has none" if cond is None else "was trained without dropping them, so it has no null class"
+        raise UsageError(f"guidance {scale:g} needs a backbone with classes or captions, this one {lacks}", "use --cfg 1")
     both = torch.cat([cond, null.expand_as(cond)])
 
     def guided(x: Tensor, t: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from typing import assert_never
 import torch
 
 from dmpctl.backbones.dit import DiT
-from dmpctl.backbones.dit_weights import PATCH, infer_config
+from dmpctl.backbones.dit_weights import PATCH
+from dmpctl.backbones.told import infer_config
 from dmpctl.errors import UsageError
 from dmpctl.files import make_folder, sha256_of_bytes, tensors_to_bytes, write_atomic
 from dmpctl.models.backbone import Loaded, metadata_of

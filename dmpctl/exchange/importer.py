@@ -7,19 +7,20 @@ The published DMP checkpoint holds the whole model; backbone and patch come apar
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 from dmpctl.backbones.diffusers_dit import DiffusersDiT, to_original
 from dmpctl.backbones.diffusers_folder import open_folder
-from dmpctl.backbones.dit import DiT, DiTConfig, shape_config
-from dmpctl.backbones.dit_weights import Weights, digest_of, dit_from, infer_config, is_patched, read_weights
-from dmpctl.backbones.foreign import value_in
+from dmpctl.backbones.dit import DiT
+from dmpctl.backbones.dit_weights import Weights, digest_of, dit_from, is_patched, known, read_weights
+from dmpctl.backbones.told import Given
 from dmpctl.errors import IntegrityError, UsageError
 from dmpctl.exchange.export import put_all
 from dmpctl.files import json_to_bytes, sha256_of, sha256_of_bytes, tensors_to_bytes
-from dmpctl.models.backbone import Loaded, facts_of, freeze, metadata_of
+from dmpctl.foreign.said import value_in
+from dmpctl.models.backbone import Loaded, facts_of, freeze, loaded_from, metadata_of
 from dmpctl.models.build import PatchModule
 from dmpctl.models.patch_files import describe_patch, lasting_name, load_merged, patch_from
 from dmpctl.runs.records import CodecRecord, DataRecord, PretrainedRecord, Which
@@ -29,8 +30,7 @@ from dmpctl.settings.methods import Dmp, Method, PromptTuning
 from dmpctl.settings.model import Settings
 from dmpctl.settings.presets import PRESETS
 from dmpctl.settings.sections import Base
-from dmpctl.store.shapes import SHAPES, is_flow
-from dmpctl.types import Progress, Report, ScheduleSpec
+from dmpctl.types import Progress, Report
 
 SCHEMA_VERSION = 1
 GATE_KEYS = ("gate.weight", "gate.bias", "w_noise")
@@ -95,10 +95,10 @@ def opened(path: Path, options: Importing, data: str | None) -> TakenApart:
     weights = read_weights(path, options.import_weights)
     mine = {name: value for name, value in weights.tensors.items() if name in PATCH_KEYS}
     rest = {name: value for name, value in weights.tensors.items() if name not in PATCH_KEYS}
-    backbone, assumed = _backbone(path, replace(weights, tensors=rest), options, data)
+    backbone = _backbone(path, replace(weights, tensors=rest), options, data)
     step = int(path.stem) if path.stem.isdecimal() and len(path.stem) >= STEP_DIGITS else 0
-    which: Which = "ema" if "'ema'" in weights.taken else "raw"
-    found = TakenApart(backbone, weights.taken, assumed, step, which)
+    which: Which = "ema" if weights.average else "raw"
+    found = TakenApart(backbone, weights.taken, backbone.assumed, step, which)
     if not mine:
         for name, value in (("--topk", options.import_topk), ("--position", options.import_position)):
             if value is not None:
@@ -107,7 +107,7 @@ def opened(path: Path, options: Importing, data: str | None) -> TakenApart:
     method, more = _method(path, mine, weights, backbone, options)
     patch = patch_from(backbone.model, method, mine, path)
     origin = DataRecord(name=backbone.data, fingerprint=None)
-    return replace(found, patch=patch, method=method, data=origin, assumed=assumed + more)
+    return replace(found, patch=patch, method=method, data=origin, assumed=found.assumed + more)
 
 
 def _original(folder: Path, data: str | None) -> Loaded:
@@ -123,46 +123,11 @@ def _original(folder: Path, data: str | None) -> Loaded:
     return Loaded(made, digest_of(made.state_dict()), str(folder), lasting_name(data) if data else None)
 
 
-def _backbone(path: Path, weights: Weights, options: Importing, data: str | None) -> tuple[Loaded, tuple[str, ...]]:
-    """The backbone of a file, and what was assumed of it; UsageError where its shape is another than --shape."""
-    config = weights.config or infer_config(weights.tensors, _heads(weights, options))
-    _refuse_other_shape(path, config, options)
-    said = value_in(weights.said, "schedule_name", "noise_schedule")
-    flow = is_flow(options.shape or "")
-    kind: Literal["linear", "cosine", "flow"] = "flow" if flow else "cosine" if said == "cosine" else "linear"
-    kind = options.import_schedule or kind
-    known = flow or weights.schedule is not None or options.import_schedule or said in ("linear", "cosine")
-    if weights.schedule is not None and options.import_schedule not in (None, weights.schedule.kind):
-        raise UsageError(f"{path} says that its schedule is {weights.schedule.kind}", "leave --schedule out")
-    model = freeze(dit_from(replace(weights, config=config), schedule=ScheduleSpec(kind)))
-    origin = lasting_name(data) if data else weights.data
-    loaded = Loaded(model, digest_of(model.state_dict()), f"{path} ({weights.taken})", origin, weights.codec)
-    return loaded, () if known else ("a linear schedule was assumed: the file names none (--schedule)",)
-
-
-def _heads(weights: Weights, options: Importing) -> int | None:
-    """Attention heads, which no tensor shows: as given, else of a named shape of this width, else what the config says."""
-    if options.import_heads is not None:
-        return options.import_heads
-    kernel = weights.tensors.get("x_embedder.proj.weight")
-    for name in (options.shape, value_in(weights.said, "models.name", "model")):
-        shape = shape_config(name) if isinstance(name, str) else None
-        if shape is not None and kernel is not None and shape.hidden_size == kernel.shape[0]:
-            return shape.num_heads
-    said = value_in(weights.said, "num_heads")
-    return said if type(said) is int and said > 0 else None
-
-
-def _refuse_other_shape(path: Path, config: DiTConfig, options: Importing) -> None:
-    if options.shape is None:
-        return
-    shape = shape_config(options.shape)
-    if shape is None:
-        raise UsageError(f"--shape {options.shape} is no published shape", f"known: {', '.join(SHAPES)}, each with /2, /4 or /8")
-    for name in ("patch_size", "hidden_size", "depth", "num_heads"):
-        wanted, found = getattr(shape, name), getattr(config, name)
-        if wanted != found:
-            raise UsageError(f"{path} is no {options.shape}: its {name} is {found}, not {wanted}", "leave --shape out")
+def _backbone(path: Path, weights: Weights, options: Importing, data: str | None) -> Loaded:
+    """The backbone of a file, with what was assumed of it; UsageError where an option does not fit."""
+    given = Given(options.shape, options.import_heads, options.import_schedule)
+    loaded = loaded_from(path, known(path, weights, given))
+    return replace(loaded, data=lasting_name(data) if data else loaded.data)
 
 
 def _method(

@@ -172,7 +172,7 @@ def open_images_of(path: Path, command: Command) -> ImageSet:
     limit = command.settings.fid.max_images
     model_file = path.suffix in MODELS or address_in(path) is not None
     if model_file or any((path / name).is_file() for name in ("config.json", "patch.json")):
-        model = load_result(path, command.settings.result.result_weights).with_codec(command.settings)
+        model = load_result(path, command.settings.result.result_weights).with_codec(command.settings, command.progress)
         return run_images(path, model.with_prompts(command.settings, limit, command.progress), command)
     if path.is_dir():
         return folder_images(path, limit, command.progress)

@@ -15,9 +15,9 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor
 
-from dmpctl.errors import IntegrityError, MissingError, NumericalError
+from dmpctl.errors import IntegrityError, NumericalError
 from dmpctl.files import json_object, read_tensors, tensor_names, write_tensors
-from dmpctl.metrics.features.networks import one_line
+from dmpctl.foreign.tensors import unpickled
 from dmpctl.metrics.frechet import Factor, Gaussian
 from dmpctl.metrics.moments import FeatureMoments
 from dmpctl.metrics.npz import IMAGES, names_of, npz_arrays, npz_images
@@ -157,16 +157,7 @@ def protocol_of_name(name: str) -> str | None:
 
 def _read_torch_fidelity(path: Path) -> Statistics:
     """A dict of mu and sigma as torch-fidelity caches it: numpy arrays, the only thing but tensors that is unpickled."""
-    from numpy._core.multiarray import _reconstruct, scalar
-
-    if not path.is_file():
-        raise MissingError(f"there is no file {path}")
-    allowed: list[Any] = [_reconstruct, scalar, np.ndarray, np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType]
-    try:
-        with torch.serialization.safe_globals(allowed):
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken or hostile pickle can raise anything
-        raise IntegrityError(f"{path} is not a readable statistics file ({one_line(error)})", AGAIN) from None
+    found = unpickled(path, "statistics file", AGAIN)
     if not isinstance(found, Mapping) or not {"mu", "sigma"} <= set(found):
         raise IntegrityError(f"{path} holds no mu and sigma", AGAIN)
     return Statistics(path, "torch-fidelity", _gaussian(path, found["mu"], found["sigma"], "mu", "sigma"), protocol="adm")

@@ -16,10 +16,12 @@ from dmpctl.backbones.dit_weights import (
     dit_from,
     dit_metadata,
     fill,
+    known,
     model_metadata,
     read_weights,
 )
 from dmpctl.backbones.pixart import PixArt, fresh, plain_config
+from dmpctl.backbones.told import Given
 from dmpctl.codecs.vae import Vae
 from dmpctl.errors import Damaged, MissingError, UsageError
 from dmpctl.files import read_json, sha256_of
@@ -28,7 +30,7 @@ from dmpctl.settings.sections import Base
 from dmpctl.store.locate import PUBLISHED_SHAPES, locate
 from dmpctl.store.registry import shipped
 from dmpctl.store.shapes import TEXT, is_flow
-from dmpctl.types import BackboneSpec, ScheduleSpec, TextSpec
+from dmpctl.types import BackboneSpec, Progress, ScheduleSpec, TextSpec
 
 BackboneModule = DiT | Foreign
 
@@ -38,7 +40,7 @@ class Loaded:
     """A frozen backbone and where it came from.
 
     `data`: what it was trained on, `codec` and `text`: the records of the codec and of the encoder of captions it was trained
-    with; None if its file does not say.
+    with; None if its file does not say. `assumed`: what neither the file nor an option says, in sentences.
     """
 
     model: BackboneModule
@@ -47,6 +49,12 @@ class Loaded:
     data: str | None
     codec: CodecRecord | None = None
     text: EncoderRecord | None = None
+    assumed: tuple[str, ...] = ()
+
+    def tell(self, progress: Progress) -> None:
+        """Say what was assumed, a line each."""
+        for line in self.assumed:
+            progress.say(f"{self.origin}: {line}")
 
     @property
     def spec(self) -> BackboneSpec:
@@ -80,22 +88,24 @@ def load_backbone(base: Base, data: str | None = None) -> Loaded:
 
     UsageError for an unknown name, MissingError where weights are needed, IntegrityError where they do not fit.
     """
-    path, heads = backbone_file(base, data)
+    path, shape = backbone_file(base, data)
     if path.is_dir():
         loaded = pipeline_backbone(path)
         return loaded if loaded.text is not None else replace(loaded, text=needed_encoder(base.base))
-    weights = described_beside(path, read_weights(path))
-    model = freeze(model_from(weights, heads, ScheduleSpec("flow") if is_flow(base.base) else None))
-    return Loaded(model, digest_of(model.state_dict()), f"{path} ({weights.taken})", weights.data, weights.codec, weights.text)
+    return loaded_from(path, known(path, described_beside(path, read_weights(path)), Given(shape)))
 
 
-def model_from(weights: Weights, num_heads: int | None = None, schedule: ScheduleSpec | None = None) -> BackboneModule:
-    """The network those weights are of; every key must fit. `num_heads`, `schedule`: of a DiT whose file does not say.
+def loaded_from(path: Path, weights: Weights) -> Loaded:
+    """The frozen backbone of a file that was read; IntegrityError where a key does not fit."""
+    model = freeze(model_from(weights))
+    where, own = f"{path} ({weights.taken})", (weights.data, weights.codec, weights.text)
+    return Loaded(model, digest_of(model.state_dict()), where, *own, weights.assumed)
 
-    IntegrityError on a missing or unexpected key or shape.
-    """
+
+def model_from(weights: Weights) -> BackboneModule:
+    """The network those weights are of; IntegrityError on a missing or unexpected key or shape."""
     if weights.model is None:
-        return dit_from(weights, num_heads, schedule)
+        return dit_from(weights)
     model = made(weights.model, weights.schedule, weights.text.tokens if weights.text else None)
     fill(model, weights.tensors, f"the {weights.model.get('_class_name')}")
     return model
@@ -135,13 +145,13 @@ def described_beside(path: Path, weights: Weights) -> Weights:
     return weights if weights.config else described(weights, about, f"{beside} does not describe the backbone beside it")
 
 
-def backbone_file(base: Base, data: str | None = None) -> tuple[Path, int | None]:
-    """Where the weights of --base lie (a folder: of diffusers), and the heads that a shape name fixes (None: the file says)."""
+def backbone_file(base: Base, data: str | None = None) -> tuple[Path, str | None]:
+    """Where the weights of --base lie (a folder: of diffusers), and the shape that it names (None: the file says)."""
     shape = shape_named(base.base)
     if shape is not None:
         if base.weights is None:
             raise without_weights(base.base, shape, data or "DIR")
-        return locate(base.weights, "weights"), shape.num_heads
+        return locate(base.weights, "weights"), base.base.removesuffix(TEXT)
     path = locate(base.base, "backbone")
     fetched = path != Path(base.base).expanduser()  # and so whatever its row or address says
     if fetched or path.is_file() or holds_diffusers(path):

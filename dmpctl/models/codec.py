@@ -33,7 +33,7 @@ def open_codec(settings: Settings, channels: int | None = None, recorded: CodecR
     given = settings.codec.codec
     automatic = given == "auto"
     codec = _opened(_automatic(channels, recorded) if automatic else given, settings)
-    if recorded is not None and automatic and codec.fingerprint != recorded.fingerprint:
+    if recorded is not None and automatic and recorded.fingerprint not in (None, codec.fingerprint):
         raise IntegrityError(
             f"the codec {codec.name} has sha256 {codec.fingerprint}, the backbone was trained with {recorded.fingerprint}",
             "name the right one: --codec FOLDER",

@@ -118,8 +118,13 @@ class Patched:
         columns = {} if self.record is None else self.record.data.columns
         return None if self.trained_on is None else Data.model_validate({"data": self.trained_on, **columns})
 
-    def with_codec(self, settings: Settings) -> "Patched":
-        """Returns a copy with the codec and the text encoder that the settings name; a model that was just loaded has none."""
+    def with_codec(self, settings: Settings, progress: Progress | None = None) -> "Patched":
+        """Returns a copy with the codec and the text encoder that the settings name; a model that was just loaded has none.
+
+        `progress` hears what was assumed of the backbone, where no patch has recorded it; None: nobody does.
+        """
+        if progress is not None and self.record is None:
+            self.backbone.tell(progress)
         return replace(
             self.with_text(settings), codec=build_codec(self.backbone, settings, self.record.codec if self.record else None)
         )

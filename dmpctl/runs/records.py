@@ -71,10 +71,10 @@ def as_record(value: object, kind: type[R], what: str) -> R:
 
 
 class CodecRecord(Record):
-    """The codec that latents were made with. `fingerprint`: sha256 of its weights and config."""
+    """The codec that latents were made with. `fingerprint`: sha256 of its weights and config, None: its name alone is known."""
 
     name: str
-    fingerprint: str
+    fingerprint: str | None
     scale: float
 
 

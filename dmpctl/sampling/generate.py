@@ -119,7 +119,7 @@ def in_batches(
 def sample(settings: Settings, run: Path, progress: Progress) -> Report:
     """Writes images of a run: a PNG folder and a contact sheet, or one npz in ADM layout. What is there already is kept."""
     command, wanted, sampling = Command.begin(settings, progress), settings.images, settings.sampling
-    model = load_result(run, settings.result.result_weights).with_codec(settings)
+    model = load_result(run, settings.result.result_weights).with_codec(settings, progress)
     model = model.with_prompts(settings, wanted.num_images, progress)
     model = model.unpatched() if wanted.unpatched else model
     folder = (wanted.out or samples_folder(run, model, sampling)).absolute()

@@ -4,6 +4,7 @@
 """
 
 import os
+import re
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from importlib import resources
@@ -15,7 +16,7 @@ from dmpctl.settings.model import Settings
 from dmpctl.store.addresses import HUB, HubAddress, address_in, of_rows
 from dmpctl.store.fetch import fetch, files_of, present, require
 from dmpctl.store.registry import WEIGHTS, Published, Registry, address_of, published, registry_of, row_at, shipped
-from dmpctl.store.shapes import SHAPE_NAMES
+from dmpctl.store.shapes import SHAPE_NAMES, is_shape
 from dmpctl.texts import refuse_other_encoding
 from dmpctl.types import Progress
 from dmpctl.words import nearest_or, printable
@@ -72,6 +73,8 @@ def named(kind: Kind, settings: Settings | None = None) -> Registry:
 def _nothing(name: str, path: Path, kind: Kind) -> DmpError:
     """The failure for a word that is no name, and at which nothing lies."""
     names = list(named(kind))
+    if kind != "run" and (there := _on_the_hub(name, kind)) is not None:
+        return UsageError(f"{name} is the name of a model on the Hub, and nothing lies at that path", there)
     match kind:
         case "backbone":
             known = f"name one of {', '.join(BUNDLED)}, a shape such as DiT-L/2, a file or a run"
@@ -90,6 +93,17 @@ def _nothing(name: str, path: Path, kind: Kind) -> DmpError:
             return MissingError(f"{path} is not there", "name a file, hf://OWNER/NAME@REVISION/FILE or https://...")
         case _:
             assert_never(kind)
+
+
+def _on_the_hub(name: str, kind: Kind) -> str | None:
+    """The hint for a word OWNER/NAME, which is an address or has a name of its own here; None for another word."""
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) or is_shape(name) or name.endswith((*WEIGHTS, ".json", ".toml")):
+        return None
+    own = [row.name for row in shipped().values() if row.repo == name and row.name in named(kind)]
+    own += [row.removesuffix("-diffusers") for row in own if row.endswith("-diffusers")]
+    if kind in ("backbone", "weights"):
+        return f"write {' or '.join([*own, f'{HUB}{name}'])}"
+    return f"write {' or '.join(own)}" if own else None
 
 
 def fetch_weights(word: str | Path, settings: Settings, progress: Progress) -> Path:

@@ -40,6 +40,7 @@ def patch(settings: Settings, progress: Progress) -> Report:
         return _parameters_only(settings)
     settings = with_weights_here(settings, progress)
     loaded = load_backbone(settings.base, settings.data.data)
+    loaded.tell(progress)
     codec = build_codec(loaded, settings)
     source = open_data(settings.data, loaded.spec, codec, loaded.data, settings)
     session = session_of(settings, loaded, codec, source)
@@ -101,7 +102,7 @@ def session_of(settings: Settings, loaded: Loaded, codec: Codec, source: Source)
         source,
         text,
         digests={"backbone_sha256": loaded.digest, "data_fingerprint": source.fingerprint},
-        facts={"backbone": loaded.origin},
+        facts={"backbone": loaded.origin, "assumed": list(loaded.assumed)},
         profile=partial(error_profile, Patched(loaded, codec=codec, text=text), source, settings.run.seed),
     )
 

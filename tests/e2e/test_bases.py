@@ -7,8 +7,10 @@ import tarfile
 import pytest
 import torch
 
+from dmpctl.backbones import dit_weights, told
 from dmpctl.backbones.dit import DiT
-from dmpctl.backbones.dit_weights import HEADS, digest_of
+from dmpctl.backbones.dit_weights import digest_of
+from dmpctl.backbones.told import HEADS
 from dmpctl.errors import MissingError
 from dmpctl.models import backbone
 from dmpctl.models.backbone import load_backbone
@@ -47,7 +49,8 @@ def server(weights, monkeypatch, tmp_path):
 def small_shape(monkeypatch):
     """DiT-S/2 is as small as the bundled backbone."""
     real = backbone.shape_config
-    monkeypatch.setattr(backbone, "shape_config", lambda name: BUNDLED if name == "DiT-S/2" else real(name))
+    for module in (backbone, dit_weights, told):
+        monkeypatch.setattr(module, "shape_config", lambda name: BUNDLED if name == "DiT-S/2" else real(name))
 
 
 DIGEST = digest_of(load_backbone(Base()).model.state_dict())

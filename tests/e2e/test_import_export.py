@@ -85,7 +85,7 @@ def test_merged_lora_is_a_backbone_like_any_other(tmp_path, cli):
 def test_golden_weights_through_the_command(tmp_path, cli):
     """A published checkpoint becomes a run: gates, a patch of one's own on its backbone, images."""
     state = load_file(GOLDEN / "class-topk.weights.safetensors")
-    config = Namespace(num_heads=4, topk=0.5, vp_type="add", schedule_name="linear")
+    config = Namespace(num_heads=4, num_classes=10, topk=0.5, vp_type="add", schedule_name="linear")
     torch.save({"model": state, "ema": state, "opt": {"state": {}}, "config": config}, tmp_path / "0000010.pt")
     data = ran(cli("import", tmp_path / "0000010.pt", "--run", tmp_path / "run", "--json"))
     assert (data["method"]["topk"], data["config"]["num_classes"], data["assumed"]) == (8, 10, [])

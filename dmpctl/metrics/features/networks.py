@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dmpctl.errors import IntegrityError, UsageError
 from dmpctl.files import read_tensors
+from dmpctl.foreign.tensors import refuse_unsound, unpickled
 from dmpctl.types import Outputs
 
 
@@ -71,12 +72,10 @@ def read_state_dict(path: Path, hint: str) -> dict[str, Tensor]:
     """
     if path.suffix == ".safetensors":
         return read_tensors(path)[0]
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken or hostile pickle can raise anything
-        raise IntegrityError(f"{path} is not a readable weights file ({one_line(error)})", hint) from None
+    state = unpickled(path, "weights file", hint)
     if not isinstance(state, Mapping) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise IntegrityError(f"{path} does not hold a state dict of tensors", hint)
+    refuse_unsound(state, path, floats=False)
     return dict(state)
 
 

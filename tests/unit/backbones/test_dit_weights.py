@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from dmpctl.backbones.dit import DiT, DiTConfig, shape_config
-from dmpctl.backbones.dit_weights import Weights, digest_of, dit_from, dit_metadata, infer_config, read_weights
+from dmpctl.backbones.dit_weights import Weights, digest_of, dit_from, dit_metadata, read_weights
+from dmpctl.backbones.told import infer_config
 from dmpctl.errors import IntegrityError, UsageError
 from dmpctl.store.shapes import PATCH_SIZES, SHAPES
 from dmpctl.types import ScheduleSpec

@@ -30,7 +30,7 @@ def published(about: Mapping[str, Any]) -> dict[str, Any]:
     patch = {"num_tokens": about["num_prompts"], "topk": about["topk"], "type": "add", "pt_depth": about["prompt_depth"]}
     return {
         "general": {"schedule_name": "cosine", "image_size": 64, "topk": 0.25, "lr": 1e-4, "wrong": None},
-        "models": {"name": "DiT-B/2", "param": {"num_classes": "${data.num_classes}", "num_heads": 4}, "vp": patch},
+        "models": {"name": "DiT-B/2", "param": {"num_classes": about["num_classes"], "num_heads": 4}, "vp": patch},
     }
 
 

@@ -14,6 +14,10 @@ from dmpctl.store.locate import HubRows, lasting_data, locate, locate_data
     ("word", "kind", "sentence", "hint"),
     [
         ("dit-xl2-25", "backbone", "--base dit-xl2-25 is no known backbone", "did you mean dit-xl2-256?"),
+        ("facebook/DiT-XL-2-256", "backbone", "name of a model on the Hub", "dit-xl2-256 or hf://facebook/DiT-XL-2-256"),
+        ("own/er", "weights", "name of a model on the Hub", "hf://own/er"),
+        ("stabilityai/sd-vae-ft-ema", "codec", "name of a model on the Hub", "write vae-ema"),
+        ("openai/clip-vit-large-patch14", "text", "name of a model on the Hub", "write clip-l"),
         ("vae-ema", "backbone", "--base vae-ema is no backbone but SD VAE", "name one, such as dit-xl2-256"),
         ("hf://datasets/a/b", "backbone", "--base hf://datasets/a/b is no model of the Hub", "hf://OWNER/NAME"),
         ("hf://a/b", "run", "hf://a/b is not in the cache", "run dmpctl download hf://a/b"),

@@ -13,7 +13,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from dmpctl.cli.app import main
-from dmpctl.measuring import paired_loss
+from dmpctl.comparing import paired_loss
 from tests.helpers import Done, made_once, patch_run, pretrain_run
 from tests.random_inception import write_random_inception
 

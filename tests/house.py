@@ -25,6 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("models",),
     ("sampling",),
     ("measuring",),
+    ("comparing",),
     ("gates", "training"),
     ("studies", "exchange", "reports"),
     ("api",),

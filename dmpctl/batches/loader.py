@@ -15,6 +15,7 @@ from dmpctl.errors import DmpError, UsageError
 from dmpctl.rng import seed_of
 from dmpctl.types import Ordered, Source
 
+MOST_HELD_OUT = 2_000  # images: as many as the paired loss is measured on
 Batch = tuple[Tensor, Tensor]  # images, or moments; labels, or numbers of captions
 Place = tuple[int, int]  # (epoch, index): which image, in which pass over the data
 
@@ -45,9 +46,23 @@ def coins(n: int, generator: torch.Generator) -> Tensor:
     return torch.rand(n, generator=generator) < 0.5
 
 
-def order_of(source: Source) -> Draw:
-    """How the order of an epoch is drawn: the source's own way, else a permutation."""
-    return (lambda n, generator: source.order(generator)) if isinstance(source, Ordered) else permutation
+def held_out(count: int, share: float) -> list[int]:
+    """Which of so many images are kept from training to be measured on: an even share, as images may be sorted by class."""
+    held = min(round(share * count), MOST_HELD_OUT)
+    return [i * count // held for i in range(held)]
+
+
+def order_of(source: Source, held: Sequence[int] = ()) -> Draw:
+    """How the order of an epoch is drawn: the source's own way, else a permutation; without the images that are `held` out."""
+    own = (lambda n, generator: source.order(generator)) if isinstance(source, Ordered) else permutation
+    if not held:
+        return own
+
+    def order(n: int, generator: torch.Generator) -> Tensor:
+        found = own(n + len(held), generator)
+        return found[~torch.isin(found, torch.tensor(held))]
+
+    return order
 
 
 class EachEpoch:

@@ -8,6 +8,7 @@ from dmpctl.errors import MissingError, UsageError
 from dmpctl.files import read_json, tensors_to_bytes
 from dmpctl.measuring.record import SCHEMA_VERSION as RECORDS
 from dmpctl.measuring.record import sampling_words
+from dmpctl.measuring.verdict import distance_words
 from dmpctl.models.backbone import metadata_of
 from dmpctl.models.patch_files import load_patch, read_patch_record
 from dmpctl.models.patched import Patched
@@ -136,10 +137,10 @@ def _numbers(path: Path) -> list[str]:
                 found.append(f"- Against its backbone on the same seeds, {record['metric']}: {record['verdict']}.")
             found.append(f"- Denoising loss: {record['paired_loss_verdict']}.")
         elif "reference" in record and "value" in record:
-            error = "" if record.get("standard_error") is None else f" ± {record['standard_error']:.4g}"
             protocol = ", ".join(filter(None, (record["protocol"]["name"], sampling_words(record.get("sampling")))))
             against = f"{_public_name(str(record['reference']['name']))} (protocol {protocol})"
-            found.append(f"- {record['metric']}: {record['value']:.4f}{error} against {against}.")
+            value = distance_words(record["value"], record.get("debiased"), record.get("standard_error"))
+            found.append(f"- {record['metric']}: {value} against {against}.")
     return ["\n".join(found)] if found else ["Nothing was measured."]
 
 

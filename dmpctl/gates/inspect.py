@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dmpctl.comparing.paired_loss import clean_images
 from dmpctl.diffusion.schedule import schedule_of
 from dmpctl.errors import MissingError, UsageError
 from dmpctl.files import make_folder, write_atomic, write_json
 from dmpctl.gates.figures import GatesSeen, gates_seen, judge, sites_table, timestep_similarity, timesteps_seen
 from dmpctl.gates.plots import heat_map, similarity_map
-from dmpctl.measuring.paired_loss import clean_images
 from dmpctl.models.patch_files import load_result, outputs_of
 from dmpctl.models.patched import Patched, conditioning_of
 from dmpctl.models.sources import open_data
@@ -167,7 +167,8 @@ def edit_sizes(model: Patched, settings: Settings, progress: Progress) -> EditSi
     spec = model.backbone.spec
     source = open_data(model.data or Data(), spec, model.codec, None, settings)
     count = min(IMAGES, len(source))
-    x0, told, numbers = clean_images(model, source, count, torch.device("cpu"), progress)
+    chosen = [i * len(source) // count for i in range(count)]
+    x0, told, numbers = clean_images(model, source, chosen, torch.device("cpu"), progress)
     cond = None if told is None else told.of(numbers)
     schedule, steps = schedule_of(spec.schedule), timesteps_seen(model, 2 * LEVELS + 1)[1::2]
     ratios: dict[int, list[float]] = {}

@@ -12,6 +12,7 @@ from dmpctl.measuring.features import FeatureStore, Kept, build_extractor, featu
 from dmpctl.measuring.image_sets import ImageSet, open_images_of, run_images
 from dmpctl.measuring.reference import cached_features, find_reference, needs_features
 from dmpctl.metrics.features.protocols import MetricProtocol
+from dmpctl.metrics.frechet import refuse_few
 from dmpctl.models.patch_files import outputs_of
 from dmpctl.processes.command import Command
 from dmpctl.settings.measuring import Fid
@@ -100,12 +101,8 @@ def _versus(images: ImageSet, path: Path, command: Command) -> ImageSet | None:
 
 def _refuse_unfit(images: ImageSet, extractor: Extractor, options: Fid) -> None:
     """UsageError where images are too few for the extractor, or metrics are not theirs."""
-    width = extractor.width
-    if images.count <= width and not options.allow_small:
-        raise UsageError(
-            f"{images.count} images are too few for {width} features: the distance would be mostly bias",
-            f"compare more than {width} images, or add --allow-small",
-        )
+    if not options.allow_small:
+        refuse_few(images.count, extractor.width, "or add --allow-small")
     if "clip-score" in options.wanted:
         if images.model is None or images.model.prompts is None:
             raise UsageError("clip-score is of a text-conditional run, whose captions are known", "leave it out of --metrics")

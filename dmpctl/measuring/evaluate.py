@@ -11,7 +11,7 @@ from dmpctl.measuring.reference import Reference, open_reference
 from dmpctl.measuring.scores import noise_floor_of, scores_of
 from dmpctl.measuring.statistics_files import statistics_report
 from dmpctl.measuring.verdict import distance_verdict, failures_of
-from dmpctl.metrics.frechet import GROUPS, FidEstimate, PairedDifference, features_to_fid, paired_difference
+from dmpctl.metrics.frechet import FidEstimate, PairedDifference, features_to_fid, paired_difference
 from dmpctl.metrics.statistics import SUFFIXES, is_statistics
 from dmpctl.processes.command import Command
 from dmpctl.settings.model import Settings
@@ -41,8 +41,7 @@ def fid(settings: Settings, what: str, progress: Progress) -> Report:
         case = replace(case, command=command.by_itself())
     reference = open_reference(case.real, case.images.shape, case.extractor, case.protocol.name, case.command)
     features = case.features(case.images, case.options.wanted)
-    enough = features.count > max(case.extractor.width, 2 * GROUPS - 1)
-    estimate = features_to_fid(features.features, reference.features, debias=enough)
+    estimate = features_to_fid(features.features, reference.features, True, case.command.progress)
     scores = scores_of(case, estimate, features, reference)
     floor = noise_floor_of(reference, settings.sampling.sample_seed) if case.options.noise_floor else None
     gap = _difference(case, features, reference)
@@ -52,7 +51,7 @@ def fid(settings: Settings, what: str, progress: Progress) -> Report:
     rows, lines = [score.row for score in (*scores, *([floor] if floor else []))], [*warnings]
     if case.other is not None and gap is not None:
         rows.append(_gap_row(case.other.name, gap))
-        lines.append(f"{distance_verdict(gap.value, gap.standard_error)}: {case.images.name} against {case.other.name}")
+        lines.append(f"{distance_verdict(gap)}: {case.images.name} against {case.other.name}")
     if case.images.model is not None:
         lines.append(f"recorded in {found.write()}")
     else:
@@ -65,7 +64,7 @@ def _difference(case: Case, features: FeatureStore, reference: Reference) -> Pai
     if case.other is None:
         return None
     theirs = case.features(case.other)
-    found = paired_difference(features.features, theirs.features, reference.features)
+    found = paired_difference(features.features, theirs.features, reference.features, case.command.progress)
     if case.other.model is None:
         theirs.remove()
     return found
@@ -74,8 +73,8 @@ def _difference(case: Case, features: FeatureStore, reference: Reference) -> Pai
 def _gap_row(other: str, gap: PairedDifference) -> dict[str, str]:
     return {
         "metric": "difference (paired)",
-        "value": f"{gap.value:+.4f}{plus_minus(gap.standard_error)}",
-        "debiased": "" if gap.p_value is None else f"p = {gap.p_value:.2g}",
+        "value": f"{gap.a.value - gap.b.value:+.4f}",
+        "debiased": "" if gap.p_value is None else f"{gap.value:+.4f}{plus_minus(gap.standard_error)}, p = {gap.p_value:.2g}",
         "reference": f"from {other}",
     }
 

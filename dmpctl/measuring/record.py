@@ -14,14 +14,13 @@ from dmpctl.files import make_folder, read_json, sha256_of_json, write_json
 from dmpctl.measuring.case import Case
 from dmpctl.measuring.reference import Reference
 from dmpctl.measuring.scores import Score
-from dmpctl.measuring.verdict import distance_verdict
+from dmpctl.measuring.verdict import distance_verdict, distance_words
 from dmpctl.metrics.frechet import FidEstimate, PairedDifference
 from dmpctl.models.codec import codec_record
 from dmpctl.models.patch_files import outputs_of
 from dmpctl.runs.rundir import version_of
 from dmpctl.sampling.generate import prompts_record
 from dmpctl.types import Report
-from dmpctl.words import plus_minus
 
 SCHEMA_VERSION = 2
 PROTOCOL = ("protocol", "reference", "images", "sampling", "codec", "prompts")  # parts of a record that have to be alike
@@ -64,7 +63,7 @@ class Measurement:
                 "what": case.other.name,
                 "distance": asdict(gap.b),
                 **difference,
-                "verdict": distance_verdict(gap.value, gap.standard_error),
+                "verdict": distance_verdict(gap),
             }
         return {
             "metric": self.scores[0].name,
@@ -131,7 +130,7 @@ def _row(record: Mapping[str, Any]) -> dict[str, str]:
     sampling = record["sampling"] or {}
     return {
         "metric": record["metric"],
-        "value": f"{record['value']:.4f}{plus_minus(record['standard_error'])}",
+        "value": distance_words(record["value"], record.get("debiased"), record["standard_error"]),
         "step": str((record["patch"] or {}).get("step", "")),
         "sampler": f"{sampling.get('sampler', '')} {sampling.get('steps', '')}, cfg {sampling.get('cfg', '')}",
         "protocol": record["protocol"]["name"],

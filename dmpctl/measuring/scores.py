@@ -65,8 +65,8 @@ def _score(
         case "fid":
             count = "n unknown" if reference.count is None else reference.count
             return asdict(estimate), {
-                "value": f"{estimate.value:.4f}{plus_minus(estimate.standard_error)}",
-                "debiased": "" if estimate.debiased is None else f"{estimate.debiased:.4f}",
+                "value": f"{estimate.value:.4f}",
+                "debiased": "" if estimate.debiased is None else f"{estimate.debiased:.4f}{plus_minus(estimate.standard_error)}",
                 "images": str(estimate.n),
                 "reference": f"{reference.record.name} ({count})",
             }
@@ -86,9 +86,10 @@ def _score(
             return asdict(dc), {"value": f"density {dc.density:.4f}, coverage {dc.coverage:.4f} (k = {dc.neighbours})"}
         case "kid":
             kid = features_to_kid(features, reference.vectors(), seed=seed)
-            return asdict(kid), {"value": f"{kid.value:.6f} ± {kid.deviation:.2g} (sd over {kid.subsets} subsets)"}
+            spread = f"sd {kid.deviation:.2g} over {kid.subsets} subsets of {kid.subset_size}"
+            return asdict(kid), {"value": f"{kid.value:.6f}{plus_minus(kid.standard_error, '.2g')} ({spread})"}
         case "fid-infinity":
-            line = fid_infinity(features, reference.features, seed)
+            line = fid_infinity(features, reference.features, seed, progress=case.command.progress)
             return asdict(line), {"value": f"{line.value:.4f} ± {line.standard_error:.4g} (R² {line.r_squared:.3f})"}
         case "clip-score":
             clip = _clip_score(case)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from typing import Literal
@@ -15,10 +15,12 @@ from torch import Tensor
 from dmpctl.errors import NumericalError, UsageError
 from dmpctl.metrics.moments import BLOCK, FeatureMoments, features_to_moments, same_width
 from dmpctl.rng import seed_of
+from dmpctl.types import Progress, Silent
 
-Verdict = Literal["improved", "no significant change", "worse"]
+Verdict = Literal["improved", "no significant change", "worse", "too small a change to name"]
 CONFIDENCE = 0.95  # two-sided
 GROUPS = 10  # of the delete-group jackknife
+FOR_AN_INTERVAL = 2  # images per feature, above which the halves that the jackknife takes have a covariance
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,8 +81,8 @@ Gaussian = FeatureMoments | Factor
 class FidEstimate:
     """A distance and how certain it is.
 
-    `standard_error` covers the sampling of the `n` images only, not of the reference. `debiased` is the delete-group
-    jackknife's value, None where it was not asked for. Both are None where n <= width: neither law holds there.
+    `standard_error` covers the sampling of the `n` images only, not of the reference; `debiased` ± 1.96 of it is the interval.
+    `debiased` is the jackknife's value, None where it was not asked for. Both are None for too few images (`has_interval`).
     """
 
     value: float
@@ -92,9 +94,9 @@ class FidEstimate:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """FID of `a` minus FID of `b` on common seeds: negative means that `a` is closer to the reference.
+    """FID of `a` minus FID of `b` on common seeds, of the debiased ones: negative means that `a` is closer to the reference.
 
-    `standard_error`, `z` and the two-sided `p_value` are None where n <= width.
+    For too few images (`has_interval`) it is that of the plain ones: `standard_error`, `z`, the two-sided `p_value` are None.
     """
 
     value: float
@@ -117,41 +119,76 @@ def moments_to_fid(a: Gaussian, b: Gaussian) -> float:
     return _distance(a, b, torch.linalg.svdvals(a.root.T @ b.root))
 
 
-def features_to_fid(features: Tensor, reference: Gaussian, debias: bool = False) -> FidEstimate:
+def has_interval(count: int, width: int) -> bool:
+    """Whether so many images of so many features give a standard error and a debiased value: the one rule of all commands."""
+    return count > max(FOR_AN_INTERVAL * width, 2 * GROUPS)
+
+
+def refuse_few(count: int, width: int, hint: str) -> None:
+    """UsageError where images are no more than their features: the one rule of all commands that measure a distance."""
+    if count <= width:
+        raise UsageError(
+            f"{count} images are too few for {width} features: the distance would be mostly bias",
+            f"compare more than {width} images ({FOR_AN_INTERVAL * width + 1} have a standard error), {hint}",
+        )
+
+
+def features_to_fid(features: Tensor, reference: Gaussian, debias: bool = False, progress: Progress | None = None) -> FidEstimate:
     """FID of features [N, D] to a reference, with its standard error sd(g) / sqrt(N), g being its influence function.
 
-    `debias` adds the delete-group jackknife (ten more distances): it takes away the bias of order 1/N, but not the
-    reference's, and takes away too much where N is not well above D. Raises UsageError for fewer than two rows a group.
+    `debias` adds the jackknife (12 more distances): it takes away the bias of orders 1/N and 1/N^2, but not the reference's.
+    Raises UsageError for fewer than two rows.
     """
-    parts = _group_moments(features, GROUPS if debias else 1)
-    return _estimate(features, parts, Factor.of(reference))[0]
+    return _estimate(features, Factor.of(reference), debias, progress or Silent())[0]
 
 
-def paired_difference(features_a: Tensor, features_b: Tensor, reference: Gaussian) -> PairedDifference:
-    """FID(a) - FID(b) for features [N, D] whose rows k come from the same sampling seed.
+def paired_difference(
+    features_a: Tensor, features_b: Tensor, reference: Gaussian, progress: Progress | None = None
+) -> PairedDifference:
+    """FID(a) - FID(b), each freed of its bias, for features [N, D] whose rows k come from the same sampling seed.
 
-    The standard error is that of the mean of g_a(k) - g_b(k), the two influence functions image by image: what the two
-    sets have in common cancels. Raises UsageError if they do not pair up.
+    The bias is of each side's own covariance, so it does not cancel. The standard error is that of the mean of
+    g_a(k) - g_b(k), the two influence functions image by image: what the two sets have in common cancels. Raises UsageError
+    if they do not pair up.
     """
+    return paired_gains(features_a, features_b, reference, progress)[0]
+
+
+def paired_gains(
+    features_a: Tensor, features_b: Tensor, reference: Gaussian, progress: Progress | None = None
+) -> tuple[PairedDifference, Tensor | None]:
+    """The paired difference, and what each image adds to it [N] float64, with that mean; None for too few images."""
     if features_a.shape != features_b.shape:
         found = f"{list(features_a.shape)} and {list(features_b.shape)}"
         raise UsageError(f"features on common seeds should pair up row by row, found {found}", "sample both with the same seeds")
-    reference = Factor.of(reference)
-    a, influence_a = _estimate(features_a, _group_moments(features_a, 1), reference)
-    b, influence_b = _estimate(features_b, _group_moments(features_b, 1), reference)
-    value, error, z, p_value = a.value - b.value, None, None, None
-    if influence_a is not None and influence_b is not None:
-        error = _error_of_mean(influence_a - influence_b)
-        z = _z(value, error)
-        p_value = float(2 * ndtr(-abs(z)))
-    return PairedDifference(value, error, z, p_value, a.n, a.n_reference, a, b)
+    reference, progress = Factor.of(reference), progress or Silent()
+    a, influence_a = _estimate(features_a, reference, True, progress)
+    b, influence_b = _estimate(features_b, reference, True, progress)
+    if a.debiased is None or b.debiased is None or influence_a is None or influence_b is None:
+        return PairedDifference(a.value - b.value, None, None, None, a.n, a.n_reference, a, b), None
+    value, gains = a.debiased - b.debiased, influence_a - influence_b
+    error = _error_of_mean(gains)
+    z = _z(value, error)
+    p_value = float(2 * ndtr(-abs(z)))
+    return PairedDifference(value, error, z, p_value, a.n, a.n_reference, a, b), gains - gains.mean() + value
 
 
-def verdict(difference: float, standard_error: float, confidence: float = CONFIDENCE) -> Verdict:
-    """Whether a difference of two FIDs (new minus old) is significant at a two-sided `confidence`; negative is better."""
+def influence_of(features: Tensor, reference: Factor, moments: FeatureMoments | None = None) -> tuple[float, Tensor]:
+    """The distance of features [N, D] (`moments`: theirs, where they are at hand), and its influence function at each [N]."""
+    sample = Factor.of(moments or features_to_moments([features]))
+    same_width(sample.width, reference.width)
+    rotation, singular_values, _ = torch.linalg.svd(sample.root.T @ reference.root, full_matrices=False)
+    influence = torch.cat(list(_influence(features, sample, reference, rotation, singular_values)))
+    return _distance(sample, reference, singular_values), influence
+
+
+def verdict(difference: float, standard_error: float, least: float = 0.0, confidence: float = CONFIDENCE) -> Verdict:
+    """Whether a difference (new minus old) is significant at a two-sided `confidence` and `least` or more; negative is better."""
     z = _z(difference, standard_error)
     if abs(z) <= ndtri((1 + confidence) / 2):
         return "no significant change"
+    if abs(difference) < least:
+        return "too small a change to name"
     return "improved" if z < 0 else "worse"
 
 
@@ -171,18 +208,17 @@ def _distance(a: Factor, b: Factor, singular_values: Tensor) -> float:
     return max(0.0, distance)
 
 
-def _estimate(features: Tensor, parts: list[FeatureMoments], reference: Factor) -> tuple[FidEstimate, Tensor | None]:
-    """Estimate and influence of each image [N] (None where N <= D); more than one of `parts`: debiased too."""
-    whole = reduce(FeatureMoments.merge, parts)
-    sample = Factor.of(whole)
-    same_width(sample.width, reference.width)
-    if whole.count <= sample.width:
-        return FidEstimate(moments_to_fid(sample, reference), None, whole.count, reference.count), None
-    rotation, singular_values, _ = torch.linalg.svd(sample.root.T @ reference.root, full_matrices=False)
-    value = _distance(sample, reference, singular_values)
-    influence = torch.cat(list(_influence(features, sample, reference, rotation, singular_values)))
-    debiased = _debiased(parts, reference, value) if len(parts) > 1 else None
-    return FidEstimate(value, _error_of_mean(influence), whole.count, reference.count, debiased), influence
+def _estimate(features: Tensor, reference: Factor, debias: bool, progress: Progress) -> tuple[FidEstimate, Tensor | None]:
+    """Estimate and influence of each image [N] (None for too few images)."""
+    count, width = features.shape
+    if not has_interval(count, width):
+        value = moments_to_fid(features_to_moments([features]), reference)
+        return FidEstimate(value, None, count, reference.count), None
+    parts = _group_moments(features) if debias else []
+    whole = reduce(FeatureMoments.merge, parts) if parts else None
+    value, influence = influence_of(features, reference, whole)
+    debiased = _debiased(parts, reference, value, progress) if parts else None
+    return FidEstimate(value, _error_of_mean(influence), count, reference.count, debiased), influence
 
 
 def _influence(
@@ -213,18 +249,31 @@ def _z(difference: float, standard_error: float) -> float:
     return difference / standard_error
 
 
-def _group_moments(features: Tensor, groups: int) -> list[FeatureMoments]:
-    """Moments of `groups` groups of rows; group g holds rows g, g + groups, ..., so that sorted classes spread evenly."""
-    if groups > 1 and len(features) < 2 * groups:
-        raise UsageError(f"a jackknife of {groups} groups needs {2 * groups} feature vectors, found {len(features)}")
-    return [features_to_moments([features[group::groups]]) for group in range(groups)]
+def _group_moments(features: Tensor) -> list[FeatureMoments]:
+    """Moments of GROUPS random groups of rows: an order that has meaning, such as that of classes, must not make the groups."""
+    count = len(features)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed_of(count, "jackknife")))
+    rows = (group.sort().values for group in order.tensor_split(GROUPS))  # in order: a memory map is read once through
+    return [features_to_moments(features[part] for part in torch.split(group, BLOCK)) for group in rows]
 
 
-def _debiased(parts: list[FeatureMoments], reference: Factor, value: float) -> float:
-    """Delete-group jackknife: G FID - sum (1 - n_g / N) FID without g (Busing et al. 1999, for groups of any size)."""
-    total = sum(part.count for part in parts)
-    debiased = len(parts) * value
-    for index, part in enumerate(parts):
-        rest = reduce(FeatureMoments.merge, parts[:index] + parts[index + 1 :])
-        debiased -= (1 - part.count / total) * moments_to_fid(rest, reference)
-    return debiased
+def _debiased(parts: Sequence[FeatureMoments], reference: Factor, value: float, progress: Progress) -> float:
+    """The distance at 1/n = 0, by the parabola in 1/n through all images, all but each group in turn, and either half.
+
+    A jackknife of second order (Schucany, Gray and Owen 1971): in the mean over groups and over halves every image counts
+    alike, so all that is linear in the images stays as it was.
+    """
+    left_out = [[part for other, part in enumerate(parts) if other != group] for group in range(GROUPS)]
+    halves = [parts[::2], parts[1::2]]
+    with progress.track("jackknife of the distance", GROUPS + 2) as task:
+
+        def distance(some: Sequence[FeatureMoments]) -> tuple[float, float]:
+            merged = reduce(FeatureMoments.merge, some)
+            found = moments_to_fid(merged, reference)
+            task.advance()
+            return 1 / merged.count, found
+
+        pairs = [[distance(some) for some in sets] for sets in (left_out, halves)]
+    whole = (1 / sum(part.count for part in parts), value)
+    points = [whole, *((sum(x for x, _ in found) / len(found), sum(y for _, y in found) / len(found)) for found in pairs)]
+    return sum(y * math.prod(other / (other - x) for other, _ in points if other != x) for x, y in points)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from dmpctl.errors import UsageError
-from dmpctl.metrics.frechet import Factor, Gaussian, moments_to_fid
-from dmpctl.metrics.moments import features_to_moments
+from dmpctl.metrics.frechet import FOR_AN_INTERVAL, Factor, Gaussian, influence_of
 from dmpctl.rng import seed_of
+from dmpctl.types import Progress, Silent
 
 POINTS = 15
 
@@ -24,26 +24,34 @@ class FidInfinity:
     most: int
 
 
-def fid_infinity(features: Tensor, reference: Gaussian, seed: int = 0, points: int = POINTS) -> FidInfinity:
+def fid_infinity(
+    features: Tensor, reference: Gaussian, seed: int = 0, points: int = POINTS, progress: Progress | None = None
+) -> FidInfinity:
     """FID of features [N, D] extrapolated to N = infinity; the reference's own bias stays.
 
-    Subsets are drawn without replacement, `points` of them from the larger of N/10 and twice the width, up to N. Raises
-    UsageError where N leaves no room for them.
+    Subsets are drawn without replacement, `points` of them from the larger of N/10 and twice the width, up to N. The error
+    is the infinitesimal jackknife's: subsets share images, so that of the line's fit would be far too small. Raises UsageError
+    where N leaves no room for them.
     """
     count, width = features.shape
-    fewest = max(count // 10, 2 * width)
+    fewest = max(count // 10, FOR_AN_INTERVAL * width)
     if fewest >= count:
         raise UsageError(
-            f"FID-infinity of {width} features takes more than {2 * width} images, found {count}",
+            f"FID-infinity of {width} features takes more than {FOR_AN_INTERVAL * width} images, found {count}",
             "use more images, or leave fid-infinity out of --metrics",
         )
     reference, generator = Factor.of(reference), torch.Generator().manual_seed(seed_of(seed, "fid infinity"))
     counts = [round(float(n)) for n in torch.linspace(fewest, count, points)]
-    found = []
-    for n in counts:
-        rows = torch.randperm(count, generator=generator)[:n].sort().values  # in order: a memory map is read once through
-        found.append(moments_to_fid(features_to_moments(features[part] for part in torch.split(rows, 4096)), reference))
-    from scipy.stats import linregress  # it costs half a second
-
-    line = linregress([1 / n for n in counts], found)
-    return FidInfinity(float(line.intercept), float(line.intercept_stderr), float(line.rvalue**2), counts[0], counts[-1])
+    x = 1 / torch.tensor(counts, dtype=torch.float64)
+    weights = 1 / points - x.mean() * (x - x.mean()) / (x - x.mean()).square().sum()  # of the distances, in the line's value at 0
+    found, added = torch.zeros(points, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
+    with (progress or Silent()).track("FID-infinity", points) as task:
+        for point, n in enumerate(counts):
+            rows = torch.randperm(count, generator=generator)[:n].sort().values  # in order: a memory map is read once through
+            value, influence = influence_of(features[rows], reference)
+            found[point] = value
+            added[rows] += weights[point] * (influence - influence.mean()) / n  # what each image adds to that value
+            task.advance()
+    value = float(weights @ found)
+    r_squared = float(torch.corrcoef(torch.stack([x, found]))[0, 1] ** 2)
+    return FidInfinity(value, float(added.square().sum().sqrt()), r_squared, counts[0], counts[-1])

@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dmpctl.comparing.before_after import BeforeAfter
+from dmpctl.comparing.before_after import table as comparison_table
 from dmpctl.errors import DmpError
 from dmpctl.files import make_folder, read_json, write_atomic
 from dmpctl.gates.figures import gates_seen, judge, sites_table
 from dmpctl.gates.plots import heat_map
-from dmpctl.measuring.before_after import BeforeAfter
-from dmpctl.measuring.before_after import table as comparison_table
 from dmpctl.measuring.record import SCHEMA_VERSION as RECORDS
 from dmpctl.measuring.record import sampling_words
+from dmpctl.measuring.verdict import distance_words
 from dmpctl.models.patch_files import load_result
 from dmpctl.pages.page import drawing, render, to_svg
 from dmpctl.runs.records import PatchRecord, PretrainedRecord, read_record
@@ -173,6 +174,8 @@ def _value(value: Mapping[str, Any]) -> str:
     """The numbers of one metric: its value and standard error, or all of them by name."""
     if "value" not in value:
         return ", ".join(f"{key} {number:.4f}" for key, number in value.items() if isinstance(number, float))
+    if value.get("debiased") is not None:
+        return distance_words(value["value"], value["debiased"], value["standard_error"])
     return f"{value['value']:.4f}{plus_minus(value.get('standard_error', value.get('deviation')), '.2g')}"
 
 

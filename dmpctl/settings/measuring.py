@@ -1,7 +1,7 @@
 """How images are made and results looked at: sampling, the comparison that ends a training, distances, gates."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Self, cast, get_args
+from typing import Annotated, ClassVar, Literal, Self, cast, get_args
 
 from pydantic import Field, model_validator
 
@@ -13,9 +13,16 @@ _METRIC = "|".join(get_args(Metric))
 SMALL_SIDE = 32  # pixels: below it, Inception has nothing to say
 
 
-class Evaluate(Section, panel="Evaluation", science=False):
+class Evaluate(Section, panel="Evaluation"):
+    free: ClassVar[frozenset[str]] = frozenset({"evaluate", "eval_images"})
     evaluate: bool = Field(default=True, description="End with a comparison of backbone and patch.")
     eval_images: int = Field(default=5_000, ge=2, description="Images sampled for each side of the comparison.")
+    held_out: float | None = Field(
+        default=None,
+        ge=0,
+        lt=0.5,
+        description="Share of the images that is never trained on, for the paired loss; default: 0.05 from 2000 images on.",
+    )
 
 
 class Fid(Section, panel="Distance", science=False):
@@ -39,7 +46,9 @@ class Fid(Section, panel="Distance", science=False):
         description="Of fid, sfid, is, pr, dc, kid, fid-infinity, clip-score, joined by commas; fid is always there.",
     )
     clip: str = Field(default="clip-l", description="CLIP for clip-score: clip-l, or a folder.")
-    max_images: int = Field(default=50_000, ge=2, description="Images compared.")
+    max_images: int = Field(
+        default=50_000, ge=2, description="Images compared; of a run of dmpctl patch as many as its --eval-images, if not given."
+    )
     allow_small: bool = Field(default=False, description="Allow fewer images than features.")
     stream: bool = Field(default=False, description="Make a run's images for this alone, and write none.")
     save_stats: Path | None = Field(

@@ -32,6 +32,7 @@ DMP = Preset(
         "warmup": 0,
         "ema": 0.0,
         "hflip": True,
+        "held_out": 0.0,
     },
     {
         "dmp": {

@@ -12,11 +12,11 @@ from itertools import pairwise
 from pathlib import Path
 
 from dmpctl.backbones.dit_weights import digest_of
+from dmpctl.comparing.paired_loss import loss_difference
 from dmpctl.data.source import open_source
 from dmpctl.errors import InUse, NumericalError, UsageError
 from dmpctl.files import make_folder, read_tensors, sha256_of, sha256_of_json, write_json, writing
-from dmpctl.measuring.paired_loss import loss_difference
-from dmpctl.metrics.frechet import paired_difference
+from dmpctl.metrics.frechet import paired_gains
 from dmpctl.models.backbone import load_backbone
 from dmpctl.models.patch_files import load_patch
 from dmpctl.models.patched import Patched
@@ -229,12 +229,23 @@ def measured(model: Patched, stage: Stage, side: Side, tuning: bool) -> tuple[Lo
         span = {"from": round(start), "to": round(end) - 1}
         bands.append({**span, "difference": part.difference, "standard_error": part.standard_error})
     gap = LossGap(
-        backbone=loss.backbone, model=loss.patched, difference=loss.difference, standard_error=loss.standard_error, bands=bands
+        backbone=loss.backbone,
+        model=loss.patched,
+        difference=loss.difference,
+        standard_error=loss.standard_error,
+        gains=(errors - before).mean(0).tolist(),
+        bands=bands,
     )
     if tuning or stage.extractor is None or side.features is None or side.reference is None:
         return gap, None
-    found = paired_difference(stage.sampled_features(model, stage.extractor), side.features, side.reference)
-    return gap, Gap(backbone=found.b.value, model=found.a.value, difference=found.value, standard_error=found.standard_error)
+    found, gains = paired_gains(stage.sampled_features(model, stage.extractor), side.features, side.reference)
+    return gap, Gap(
+        backbone=found.b.value,
+        model=found.a.value,
+        difference=found.value,
+        standard_error=found.standard_error,
+        gains=None if gains is None else gains.tolist(),
+    )
 
 
 def seconds_of(lines: Sequence[Mapping[str, float]], first: int) -> float:

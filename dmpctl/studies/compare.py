@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dmpctl.errors import Damaged, NumericalError
 from dmpctl.files import json_to_bytes, make_folder, put_aside, sha256_of_json, write_atomic, write_json
+from dmpctl.metrics.crossed import FEWEST_SEEDS
 from dmpctl.models.build import build_patch
 from dmpctl.models.sources import open_data
 from dmpctl.processes.command import again_command
@@ -19,7 +20,7 @@ from dmpctl.studies.plot import plot
 from dmpctl.studies.results import CellRecord, Results
 from dmpctl.studies.stage import SCHEMA_VERSION, Side, Stage, open_stage, side_of
 from dmpctl.studies.study import Study, Variant, read_study, settings_of
-from dmpctl.studies.table import ALPHA, bands_of, console_rows, doubts, markdown, rows_of, sentences, tidy
+from dmpctl.studies.table import ALPHA, bands_of, console_rows, markdown, rows_of, sentences, tidy
 from dmpctl.types import Progress, Report, Source
 
 POLL = 1.0  # sec between two looks at cells that another process has
@@ -244,7 +245,7 @@ def _report(opened: OpenStudy, root: Path, records: Mapping[CellKey, CellRecord]
     sides = {name: opened.sides[name].record for name in study.stages if name in opened.sides}
     results = Results(sides, cells, study.compare.against)
     rows = rows_of(results)
-    notes = [*_notes(opened, records), *doubts(rows)]
+    notes = _notes(opened, records)
     data = {
         "schema_version": SCHEMA_VERSION,
         "run": str(root),
@@ -256,10 +257,10 @@ def _report(opened: OpenStudy, root: Path, records: Mapping[CellKey, CellRecord]
             "variants": {name: variant.model_dump(mode="json", by_alias=True) for name, variant in study.variants.items()},
         },
         "stages": {name: {**record.figures(), **opened.stages[name].protocol()} for name, record in sides.items()},
-        "cells": [{"stage": s, "variant": v, **cell.to_json()} for (s, v, _), cell in cells.items()],
+        "cells": [{"stage": s, "variant": v, **cell.figures()} for (s, v, _), cell in cells.items()],
         "rows": [asdict(row) for row in rows],
         "bands": [
-            {"stage": s, "variant": v, "from": a, "to": b, "mean": t.mean, "sd": t.sd, "standard_error": t.standard_error}
+            {"stage": s, "variant": v, "from": a, "to": b, "mean": t.mean, "sd": t.sd}
             for (s, v, a, b), t in bands_of(results).items()
         ],
         "notes": notes,
@@ -276,11 +277,14 @@ def _notes(opened: OpenStudy, records: Mapping[CellKey, CellRecord]) -> list[str
     """All that one has to know to read the numbers."""
     count = len(opened.study.compare.seeds)
     notes = ["a negative difference is an improvement; ± is the standard deviation over training seeds"]
-    if count > 1:
-        tested = f"t test over {count} training seeds, Holm-corrected over the variants of a stage"
-        notes.append(f"verdicts: {tested}, p < {ALPHA:g}; for these images and this backbone")
+    if count >= FEWEST_SEEDS:
+        tested = f"t test over {count} training seeds and the images with their noise, both as samples"
+        notes.append(f"verdicts: {tested}, Holm-corrected over the variants of a stage, p < {ALPHA:g}; for this backbone")
     else:
-        notes.append("one training seed: nothing is tested, and another seed may say otherwise")
+        notes.append(f"under {FEWEST_SEEDS} training seeds: nothing is tested, and another seed may say otherwise")
+    gaps = [gap for record in records.values() for gap in (record.paired_loss, record.frechet) if gap is not None]
+    if any(gap.gains is None and gap.standard_error is not None for gap in gaps):
+        notes.append("some records have no gains of single images: their errors over images are the most that they can be")
     trained_on = {record.shaped_by["data_fingerprint"] for record in records.values()}
     if trained_on & {stage.source.fingerprint for stage in opened.stages.values()}:
         notes.append("measured on images that were trained on (eval_data names others)")

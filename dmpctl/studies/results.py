@@ -15,12 +15,17 @@ TRAINING = ("patch", "pretrain")  # commands whose settings shape a cell
 
 
 class Gap(Record):
-    """A model beside the backbone. `difference` is model minus backbone, negative is better; its error is over images."""
+    """A model beside the backbone. `difference` is model minus backbone, negative is better; its error is over images.
+
+    A Fréchet distance's is of the debiased ones. `gains`: what each image adds to it, with that mean; None in older records,
+    and where there are too few images.
+    """
 
     backbone: float
     model: float
     difference: float
     standard_error: float | None
+    gains: list[float] | None = None
 
 
 class LossGap(Gap):
@@ -54,6 +59,12 @@ class CellRecord(Shaped):
     def gap(self, measure: str) -> Gap | None:
         """The difference in a measure, None where there is no such number."""
         return self.frechet if measure == "frechet" else self.paired_loss
+
+    def figures(self) -> dict[str, object]:
+        """Returns the record without the gains of single images, JSON-able."""
+        gains = {"gains"}
+        written = self.model_dump(mode="json", exclude_unset=True, exclude={"paired_loss": gains, "frechet": gains})
+        return {key: value for key, value in written.items() if value is not None or key not in self.left_out}
 
 
 @dataclass(frozen=True, kw_only=True)

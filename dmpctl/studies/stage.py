@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from dmpctl.codecs.text import TextEncoder
+from dmpctl.comparing import paired_loss
+from dmpctl.comparing.paired_loss import epsilon_errors
 from dmpctl.errors import Damaged, UsageError
 from dmpctl.files import locked, make_folder, put_aside, read_tensors, sha256_of, sha256_of_json, write_json, write_tensors
-from dmpctl.measuring import paired_loss
 from dmpctl.measuring.features import build_extractor, extract
 from dmpctl.measuring.image_sets import images_of
-from dmpctl.measuring.paired_loss import epsilon_errors
-from dmpctl.metrics.frechet import Factor, features_to_fid, noise_floor
+from dmpctl.metrics.frechet import Factor, features_to_fid, noise_floor, refuse_few
 from dmpctl.metrics.moments import FeatureMoments, features_to_moments
 from dmpctl.models.backbone import Loaded, load_backbone
 from dmpctl.models.build import build_codec
@@ -120,6 +120,7 @@ def open_stage(study: Study, name: str, settings: Settings, device: torch.device
         refuse_sampling(plain, loaded, source)
         options = Fid(extractor=compare.extractor, extractor_weights=compare.extractor_weights)
         extractor = build_extractor(options, codec.image_shape(spec.latent_shape), device)
+        refuse_few(compare.eval_images, extractor.width, "or set eval_images to 0")
     folder = compare.run.expanduser().absolute() / name
     text = open_encoder(plain, spec, loaded.text)
     return Stage(name, folder, plain, loaded, codec, source, compare.eval_images, device, extractor, text)
@@ -166,7 +167,7 @@ def _measure(stage: Stage, path: Path) -> None:
         moments = features_to_moments([real])
         reference = Factor.of(moments)
         features, *others = (stage.sampled_features(alone, stage.extractor, later) for later in range(1 + OTHER_SEEDS))
-        own, moved = features_to_fid(features, reference), [features_to_fid(one, reference).value for one in others]
+        own, moved = features_to_fid(features, reference, debias=True), [features_to_fid(one, reference).value for one in others]
         floor = noise_floor(real, stage.images, stage.sampling.sample_seed)
         distance = SampledDistance(**asdict(own), other_seeds=moved, seed_sd=stdev([own.value, *moved]), noise_floor=floor)
         tensors |= {"features": features, "mean": moments.mean, "scatter": moments.scatter, "count": torch.tensor(moments.count)}

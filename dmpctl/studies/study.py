@@ -26,7 +26,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+-]*")  # of a stage or a variant: the
 
 # Options of `patch` that the file may not set, and why.
 OURS = {
-    **dict.fromkeys(("run", "seed", "evaluate", "keep_last"), "is set by compare itself"),
+    **dict.fromkeys(("run", "seed", "evaluate", "held_out", "keep_last"), "is set by compare itself"),
     **dict.fromkeys(("base", "weights"), "is what [stages] is for"),
     "eval_images": "belongs into [compare]",
     "backbone_dtype": "would change the backbone that all variants share",
@@ -199,7 +199,8 @@ def settings_of(
         found |= _options(study.variants[variant].options, where) | _options(choice or {}, f"{where} tune")
     found["base"] = Found(study.stages[stage], f"{study.path} [stages]: {stage}")
     found["seed"] = Found(study.compare.seeds[0] if seed is None else seed, f"{study.path} [compare]: seeds")
-    found |= {name: Found(value, "compare") for name, value in (("evaluate", False), ("keep_last", 1), ("quiet", True))}
+    ours = {"evaluate": False, "held_out": None, "keep_last": 1, "quiet": True}
+    found |= {name: Found(value, "compare") for name, value in ours.items()}
     try:
         return validated(from_preset(found, options) | found, options)
     except UsageError as error:

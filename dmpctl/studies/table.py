@@ -1,6 +1,6 @@
 """Verdicts of a study: per stage, variant and measure the mean over training seeds, a paired test, and a word.
 
-Tests are t tests of differences paired by training seed, corrected over the variants of a stage (Holm 1979).
+Tests are of differences paired by training seed and by image (`crossed.py`), corrected over the variants of a stage (Holm 1979).
 """
 
 import csv
@@ -8,37 +8,27 @@ import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import mean, stdev
+from statistics import mean
 
-from scipy import stats
-
-from dmpctl.studies.results import CellRecord, Results, StageRecord
+from dmpctl.measuring.verdict import percent
+from dmpctl.metrics.crossed import FEWEST_SEEDS, CrossedTest, crossed_test
+from dmpctl.studies.results import CellRecord, Gap, Results, StageRecord
+from dmpctl.words import plus_minus
 
 ALPHA = 0.01  # of the corrected p value, two-sided
 BACKBONE = "backbone"
 LOSS_UNIT = 1e-5
 MEASURES = {"paired_loss": "paired loss (1e-5)", "frechet": "Fréchet distance"}  # name -> what people see
 SHORT = {name: words.split(" (")[0] for name, words in MEASURES.items()}
-ONE_SEED = "one seed: no test"
-
-
-@dataclass(frozen=True)
-class TTest:
-    """Mean, sd and standard error of numbers, and the two-sided t test of a mean of 0; None: there is no such number."""
-
-    mean: float | None = None
-    sd: float | None = None
-    standard_error: float | None = None
-    t: float | None = None
-    p: float | None = None
+FEW_SEEDS, FEW_IMAGES = f"under {FEWEST_SEEDS} seeds: no test", "too few images: no test"
 
 
 @dataclass(frozen=True)
 class StudyRow:
     """A variant tested against one opponent, by `differences` (seed -> number); a row of table.json.
 
-    `image_error`: standard error over images. `family`: the number of tests that `p_corrected` is corrected for. None: there
-    is no such number.
+    The figures are `CrossedTest`'s; `percent`: the mean in percent of what the backbone has; `family`: the number of tests that
+    `p_corrected` is corrected for. None: there is no such number.
     """
 
     stage: str
@@ -49,27 +39,14 @@ class StudyRow:
     mean: float | None
     sd: float | None
     standard_error: float | None
+    image_error: float | None
+    df: float | None
     t: float | None
     p: float | None
-    image_error: float | None
+    percent: float | None
     p_corrected: float | None
     family: int | None
     verdict: str
-
-
-def t_test(values: Sequence[float]) -> TTest:
-    """Returns the t test of values (Student 1908): of one none, of values that are all alike p is 1 if they are 0, else 0."""
-    if not values:
-        return TTest()
-    average = mean(values)
-    if len(values) < 2:
-        return TTest(average)
-    sd = stdev(values)
-    error = sd / math.sqrt(len(values))
-    if error == 0:
-        return TTest(average, 0.0, 0.0, None, 0.0 if average else 1.0)
-    t = average / error
-    return TTest(average, sd, error, t, float(2 * stats.t.sf(abs(t), len(values) - 1)))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -110,25 +87,39 @@ def _judged(row: StudyRow, p: float, family: int) -> StudyRow:
 def _row(results: Results, stage: str, measure: str, against: str, variant: str) -> StudyRow:
     """A row before the correction; its verdict is empty if it is tested."""
     count, gaps = len(results.cells(stage, variant)), results.gaps(stage, variant, measure)
-    values, errors = {seed: gap.difference for seed, gap in gaps.items()}, [gap.standard_error for gap in gaps.values()]
+    backbones = [gap.backbone for gap in gaps.values()]
     if against != BACKBONE:
         other = results.gaps(stage, against, measure)
-        values, errors = {seed: value - other[seed].difference for seed, value in values.items() if seed in other}, []
-    known, failed, test = [error for error in errors if error is not None], count - len(values), t_test(list(values.values()))
+        gaps = {seed: _between(gap, other[seed]) for seed, gap in gaps.items() if seed in other}
+    values, failed = [gap.difference for gap in gaps.values()], count - len(gaps)
+    gains = [gap.gains for gap in gaps.values() if gap.gains is not None]
+    test = crossed_test(values, gains if len(gains) == len(gaps) else None, [gap.standard_error for gap in gaps.values()])
     if failed:
-        test = replace(test, t=None, p=None)
+        test = replace(test, df=None, t=None, p=None)
+    few = FEW_SEEDS if len(values) < FEWEST_SEEDS else FEW_IMAGES if test.p is None else ""
     return StudyRow(
         stage,
         measure,
         against,
         variant,
-        {str(seed): value for seed, value in values.items()},
+        {str(seed): gap.difference for seed, gap in gaps.items()},
         **vars(test),
-        image_error=math.sqrt(mean(e**2 for e in known)) if known and len(known) == len(errors) else None,
+        percent=100 * test.mean / mean(backbones) if test.mean is not None and all(backbones) else None,
         p_corrected=None,
         family=None,
-        verdict=f"failed on {failed} of {count} seeds" if failed else ONE_SEED if test.p is None else "",
+        verdict=f"failed on {failed} of {count} seeds" if failed else few,
     )
+
+
+def _between(one: Gap, other: Gap) -> Gap:
+    """One model beside another on the same seed, image by image. Without gains, their errors are added as if independent."""
+    error, gains = None, None
+    if one.standard_error is not None and other.standard_error is not None:
+        error = math.hypot(one.standard_error, other.standard_error)
+    if one.gains is not None and other.gains is not None:
+        gains = [a - b for a, b in zip(one.gains, other.gains, strict=True)]
+    difference = one.difference - other.difference
+    return Gap(backbone=other.model, model=one.model, difference=difference, standard_error=error, gains=gains)
 
 
 def word(average: float, p_corrected: float) -> str:
@@ -138,15 +129,15 @@ def word(average: float, p_corrected: float) -> str:
     return "improved" if average < 0 else "worse"
 
 
-def bands_of(results: Results) -> dict[tuple[str, str, int, int], TTest]:
-    """(stage, variant, first and last timestep of a band) -> differences of the paired loss from the backbone over seeds."""
+def bands_of(results: Results) -> dict[tuple[str, str, int, int], CrossedTest]:
+    """(stage, variant, first and last timestep of a band) -> mean and sd over seeds of the paired loss's difference."""
     found = {}
     for stage in results.stages:
         for variant in results.variants_at(stage):
             cells = [cell.paired_loss.bands for cell in results.cells(stage, variant).values() if cell.paired_loss is not None]
             for bands in zip(*cells, strict=True):
                 span = int(bands[0]["from"]), int(bands[0]["to"])
-                found[stage, variant, *span] = t_test([band["difference"] for band in bands])
+                found[stage, variant, *span] = crossed_test([band["difference"] for band in bands], None, [None] * len(bands))
     return found
 
 
@@ -181,9 +172,14 @@ def p_shown(p: float | None) -> str:
     return "-" if p is None else "< 1e-4" if p < 1e-4 else f"{p:.4f}"
 
 
-def spread(of: TTest | StudyRow, measure: str) -> str:
+def spread(of: CrossedTest | StudyRow, measure: str) -> str:
     """Returns mean ± sd in the unit of the measure."""
     return shown(of.mean, measure) + ("" if of.sd is None else f" ± {shown(of.sd, measure, '')}")
+
+
+def share(row: StudyRow) -> str:
+    """Returns ` (-0.31 %)`: how much that is of what the backbone has; empty where that is not known."""
+    return "" if row.percent is None else f" ({percent(row.percent / 100)})"
 
 
 def facts(cells: Mapping[int, CellRecord]) -> dict[str, str]:
@@ -207,7 +203,7 @@ def console_rows(results: Results, rows: Sequence[StudyRow]) -> tuple[dict[str, 
             line = {"stage": stage, "variant": variant, **facts(results.cells(stage, variant))}
             for row in select(rows, stage=stage, variant=variant, against=BACKBONE):
                 verdict = row.verdict if row.p_corrected is None else f"{row.verdict} (p {p_shown(row.p_corrected)})"
-                line |= {MEASURES[row.measure]: spread(row, row.measure), f"{SHORT[row.measure]} is": verdict}
+                line |= {MEASURES[row.measure]: spread(row, row.measure) + share(row), f"{SHORT[row.measure]} is": verdict}
             table.append(line)
     return tuple(table)
 
@@ -221,16 +217,6 @@ def sentences(rows: Iterable[StudyRow]) -> list[str]:
     return [
         f"{key}: " + "; ".join(f"{verdict}: {', '.join(variants)}" for verdict, variants in verdicts.items())
         for key, verdicts in groups.items()
-    ]
-
-
-def doubts(rows: Iterable[StudyRow]) -> list[str]:
-    """Returns verdicts that the training seeds agree on, but that other images might not bear out (under 2 standard errors)."""
-    return [
-        f"{row.stage}, {SHORT[row.measure]}: {row.variant} is {row.verdict} on these images, "
-        "yet within two standard errors over images"
-        for row in rows
-        if row.verdict in ("improved", "worse") and row.image_error is not None and abs(row.mean or 0.0) < 2 * row.image_error
     ]
 
 
@@ -258,7 +244,7 @@ def _backbone_line(backbone: StageRecord) -> str:
     text, gap = f"Backbone: {backbone.parameters:,} parameters, paired loss {backbone.paired_loss:.6f}", backbone.frechet
     if gap is None:
         return text + "."
-    error = "" if gap.standard_error is None else f" ± {gap.standard_error:.4f} over images"
+    error = "" if gap.debiased is None else f" (debiased {gap.debiased:.4f}{plus_minus(gap.standard_error, '.4f')} over images)"
     seeds = f"sd {gap.seed_sd:.4f} over {1 + len(gap.other_seeds)} sampling seeds"
     return f"{text}; Fréchet distance {gap.value:.4f}{error}, {seeds}; noise floor (real images) {gap.noise_floor:.4f}."
 
@@ -268,9 +254,9 @@ def _line(results: Results, rows: Sequence[StudyRow], row: StudyRow) -> dict[str
     line = {
         "variant": row.variant,
         **facts(results.cells(row.stage, row.variant)),
-        "mean ± sd": spread(row, row.measure),
+        "mean ± sd over seeds": spread(row, row.measure) + share(row),
     }
-    errors = {"standard error": row.standard_error, "over images": row.image_error}
+    errors = {"standard error": row.standard_error, "of it over images": row.image_error}
     line |= {name: shown(error, row.measure, "") for name, error in errors.items()}
     line |= {"p (Holm)": p_shown(row.p_corrected), "verdict": row.verdict}
     for other in select(rows, stage=row.stage, measure=row.measure, variant=row.variant):

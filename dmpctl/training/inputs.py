@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dmpctl.batches.caption_states import CaptionNumbers
-from dmpctl.batches.loader import StepBatches, batches, order_of
+from dmpctl.batches.loader import StepBatches, batches, held_out, order_of
 from dmpctl.codecs.identity import Identity
 from dmpctl.diffusion.timesteps import TimestepDensity
 from dmpctl.models.conditions import Conditions
@@ -71,7 +71,9 @@ class InputMaker:
     def order(self, start: int) -> StepBatches:
         """The order of this rank's images from step `start` on."""
         size, seed, ranks = self.settings.train.batch_size, self.settings.run.seed, self.ranks
-        return StepBatches(len(self.source), size, seed, start, ranks.rank, ranks.world, order_of(self.source))
+        held = held_out(len(self.source), self.settings.evaluate.held_out or 0.0)
+        count, draw = len(self.source) - len(held), order_of(self.source, held)
+        return StepBatches(count, size, seed, start, ranks.rank, ranks.world, draw)
 
     def from_step(self, start: int) -> Generator[Inputs, None, None]:
         """The inputs of step `start` and all later ones, without end."""

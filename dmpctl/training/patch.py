@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from dmpctl.backbones.dit_weights import digest_of
+from dmpctl.comparing import before_after
+from dmpctl.comparing.paired_loss import error_profile
 from dmpctl.diffusion.samplers import refuse_other_kind
 from dmpctl.errors import IntegrityError
-from dmpctl.measuring import before_after
-from dmpctl.measuring.paired_loss import error_profile
 from dmpctl.models.backbone import Loaded, is_planned, load_backbone, planned_model
 from dmpctl.models.build import build_codec, build_patch
 from dmpctl.models.codec import latent_record
@@ -32,6 +32,7 @@ from dmpctl.training.subject import Subject
 from dmpctl.types import Codec, Progress, Report, Source
 
 SCHEMA_VERSION = 1
+HELD_OUT, ENOUGH = 0.05, 2_000  # share of the images that is not trained on, from so many on: of fewer it is too few to tell
 
 
 def patch(settings: Settings, progress: Progress) -> Report:
@@ -47,6 +48,7 @@ def patch(settings: Settings, progress: Progress) -> Report:
     if settings.evaluate.evaluate:
         refuse_sampling(settings, loaded, source)
     path = (settings.run.run or Path("runs") / Path(str(session.subject.described.data.name)).name).expanduser().absolute()
+    settings = with_held_out(settings, RunDir(path, False), len(source))
     if settings.console.dry_run:
         return _planned(settings, path, session)
     accelerator = accelerator_for(settings)
@@ -59,6 +61,16 @@ def patch(settings: Settings, progress: Progress) -> Report:
         if not accelerator.is_main_process:  # what is left is rank 0's, and no collective
             return Report({})
         return _report(settings, run, session, trained, progress)
+
+
+def with_held_out(settings: Settings, run: RunDir, count: int) -> Settings:
+    """Settings whose --held-out is a number; None, which holds nothing out, for a run that was begun before there was one."""
+    share = settings.evaluate.held_out
+    if (run.path / "config.json").is_file() and "held_out" not in run.config().science:
+        share = share or None
+    elif share is None:
+        share = HELD_OUT if count >= ENOUGH else 0.0
+    return settings.model_copy(update={"evaluate": settings.evaluate.model_copy(update={"held_out": share})})
 
 
 def with_weights_here(settings: Settings, progress: Progress) -> Settings:
@@ -165,7 +177,7 @@ def _report(settings: Settings, run: RunDir, session: Session[PatchDescription],
     data |= found.model_dump(mode="json")
     lines = (
         first,
-        *([f"Fréchet distance: {found.verdict}"] if found.difference else [before_after.NO_DISTANCE]),
+        *([f"Fréchet distance: {found.verdict}"] if found.difference else [f"Fréchet distance: {found.no_distance}"]),
         f"denoising loss: {found.paired_loss_verdict}",
         where,
         f"look at: {run.path / 'before-after.png'}",

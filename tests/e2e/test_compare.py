@@ -159,7 +159,7 @@ def test_the_paired_loss_alone_on_held_out_images(place, tmp_path, monkeypatch, 
     assert done.code == 0, done.err
     found = json.loads(done.out)
     assert {row["measure"] for row in found["rows"]} == {"paired_loss"}
-    assert {row["verdict"] for row in found["rows"]} == {"one seed: no test"}
+    assert {row["verdict"] for row in found["rows"]} == {"under 3 seeds: no test"}
     assert not any("trained on" in note for note in found["notes"])
     assert found["stages"]["flat"]["loss_images"] == 20
     assert found["cells"][0].get("frechet") is None

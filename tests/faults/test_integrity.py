@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+from dmpctl.comparing import paired_loss
 from dmpctl.data.bundled import Digits
 from dmpctl.errors import IntegrityError
 from dmpctl.files import read_json, read_tensors, write_json, write_tensors
-from dmpctl.measuring import paired_loss
 from dmpctl.sampling.pictures import write_npz
 from tests.helpers import copied, flip, patch_run, write_by_hand
 

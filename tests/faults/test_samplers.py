@@ -96,8 +96,8 @@ def test_readme_help_and_settings_agree_on_whose_recipe_a_preset_is() -> None:
 
 def test_a_model_that_was_moved_while_it_measured_is_trained_later() -> None:
     """`.to("cpu:0")` copies every tensor, as to a GPU: what it makes has to be trained through."""
+    from dmpctl.comparing.paired_loss import error_profile
     from dmpctl.data.bundled import Digits
-    from dmpctl.measuring.paired_loss import error_profile
     from dmpctl.models.backbone import load_backbone
     from dmpctl.models.patched import Patched
     from dmpctl.sampling.generate import generate

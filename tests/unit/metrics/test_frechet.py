@@ -18,12 +18,15 @@ from dmpctl.metrics.features.pixels import Pixels
 from dmpctl.metrics.frechet import (
     Factor,
     features_to_fid,
+    has_interval,
     moments_to_fid,
     noise_floor,
     paired_difference,
+    paired_gains,
     verdict,
 )
 from dmpctl.metrics.moments import FeatureMoments, features_to_moments
+from dmpctl.types import Silent
 
 
 def gaussian(mean: Tensor, covariance: Tensor, count: int = 1000) -> FeatureMoments:
@@ -246,9 +249,13 @@ def test_jackknife_takes_the_bias_away(repeated):
 def test_paired_difference_reports_both_sides():
     a, b, reference = cloud(200, 6, 1), cloud(200, 6, 2), moments(cloud(300, 6, 3))
     paired = paired_difference(a, b, reference)
-    assert paired.a == features_to_fid(a, reference)
-    assert paired.b == features_to_fid(b, reference)
-    assert paired.value == paired.a.value - paired.b.value
+    assert paired.a == features_to_fid(a, reference, debias=True)
+    assert paired.b == features_to_fid(b, reference, debias=True)
+    assert paired.value == paired.a.debiased - paired.b.debiased
+    found, gains = paired_gains(a, b, reference)
+    assert found == paired
+    assert float(gains.mean()) == pytest.approx(paired.value)
+    assert float(gains.std()) / 200**0.5 == pytest.approx(paired.standard_error)
     assert paired.z == paired.value / paired.standard_error
     assert paired.p_value == pytest.approx(2 * (1 - norm.cdf(abs(paired.z))), rel=1e-9)
     assert (paired.n, paired.n_reference) == (200, 300)
@@ -262,9 +269,10 @@ def test_a_set_does_not_differ_from_itself():
     assert (paired.value, paired.standard_error, paired.z, paired.p_value) == (0, 0, 0, 1)
 
 
-def test_no_certainty_is_claimed_for_fewer_images_than_features():
+def test_no_certainty_is_claimed_for_too_few_images():
     reference = moments(cloud(300, 32, 3))
-    for count, known in ((32, False), (33, True)):
+    for count, known in ((64, False), (65, True)):
+        assert has_interval(count, 32) is known
         x, y = cloud(count, 32, 1), cloud(count, 32, 2)
         estimate, paired = features_to_fid(x, reference, debias=True), paired_difference(x, y, reference)
         found = (features_to_fid(x, reference).standard_error, estimate.debiased, paired.standard_error, paired.z, paired.p_value)
@@ -282,14 +290,22 @@ def test_neither_dtype_nor_blocks_matter(monkeypatch):
     assert blocks.value == pytest.approx(moments_to_fid(moments(x), reference), rel=1e-12)
 
 
-def test_jackknife_with_groups_of_unequal_size():
-    """Against the definition, written out (Busing et al. 1999)."""
-    x, reference = cloud(43, 3, 1), moments(cloud(300, 3, 3))
-    whole, expected = moments_to_fid(moments(x), reference), 0.0
-    for group in range(10):
-        rest = torch.tensor([k for k in range(43) if k % 10 != group])
-        expected += whole - len(rest) / 43 * moments_to_fid(moments(x[rest]), reference)
-    assert features_to_fid(x, reference, debias=True).debiased == pytest.approx(expected, rel=1e-9)
+def test_the_jackknife_takes_away_what_falls_as_a_parabola_in_one_over_n(monkeypatch):
+    """Of a made-up distance 3 + 40 / n + 500 / n^2, 3 is left; groups differ by one image in size."""
+    parts = frechet._group_moments(cloud(4003, 3, 1))
+    assert sorted(part.count for part in parts) == [400] * 7 + [401] * 3
+    monkeypatch.setattr(frechet, "moments_to_fid", lambda sample, _: 3 + 40 / sample.count + 500 / sample.count**2)
+    found = frechet._debiased(parts, None, 3 + 40 / 4003 + 500 / 4003**2, Silent())
+    assert found == pytest.approx(3, abs=1e-6)
+
+
+def test_the_order_of_images_does_not_make_the_groups():
+    """Sorted by class, or with the class changing with every image: groups are drawn."""
+    reference = moments(cloud(300, 3, 3))
+    x = cloud(2000, 3, 1)
+    x[::2] += 4  # a stride of ten would give groups of one class each
+    found, shuffled = (features_to_fid(each, reference, debias=True) for each in (x, x[torch.randperm(2000)]))
+    assert abs(found.debiased - shuffled.debiased) < found.standard_error
 
 
 def test_noise_floor_is_that_of_as_many_real_images():
@@ -322,6 +338,12 @@ def test_verdict(difference, error, said):
     assert verdict(difference, error) == said
 
 
+def test_a_verdict_names_no_change_below_the_least():
+    assert verdict(-0.2, 0.01, least=0.3) == "too small a change to name"
+    assert verdict(-0.2, 0.01, least=0.2) == "improved"
+    assert verdict(0.001, 0.01, least=0.2) == "no significant change"
+
+
 def test_verdict_at_another_confidence():
     assert verdict(-0.2, 0.1, confidence=0.99) == "no significant change"
     assert verdict(-0.26, 0.1, confidence=0.99) == "improved"
@@ -346,8 +368,7 @@ def test_refusals():
         features_to_fid(x[:1], reference)
     with pytest.raises(UsageError, match="row by row"):
         paired_difference(x, x[:49], reference)
-    with pytest.raises(UsageError, match="needs 20"):
-        features_to_fid(x[:19], reference, debias=True)
+    assert features_to_fid(x[:20], reference, debias=True).debiased is None
     with pytest.raises(UsageError, match="at least 2"):
         noise_floor(x, 1, seed=0)
     x[7, 2] = float("nan")

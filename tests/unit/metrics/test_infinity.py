@@ -38,6 +38,14 @@ def test_it_says_how_well_a_line_fits_and_is_fixed_by_its_seed():
     assert found != fid_infinity(x, reference, seed=6)
 
 
+def test_its_error_is_the_spread_of_repeated_experiments():
+    """Subsets of one sample share images: the error of the line's fit is a fraction of this."""
+    reference = features_to_moments([drawn(200_000, 0.0, 0)])
+    found = [fid_infinity(drawn(400, 0.3, seed), reference, seed=seed) for seed in range(40)]
+    spread = torch.tensor([each.value for each in found]).std()
+    assert sum(each.standard_error for each in found) / 40 == pytest.approx(float(spread), rel=0.3)
+
+
 def test_too_few_images_are_refused():
     reference = features_to_moments([drawn(100, 0.0, 0)])
     with pytest.raises(UsageError, match="more than 48 images"):

@@ -6,7 +6,7 @@ from torch import Tensor
 from torchmetrics.image.kid import poly_mmd
 
 from dmpctl.errors import UsageError
-from dmpctl.metrics.kid import features_to_kid
+from dmpctl.metrics.kid import _affinity, features_to_kid
 
 
 def features(count: int, shift: float = 0.0, seed: int = 0) -> Tensor:
@@ -50,3 +50,19 @@ def test_subsets_follow_the_smaller_side():
         features_to_kid(features(40), features(60), subset_size=50)
     with pytest.raises(UsageError, match="width"):
         features_to_kid(features(40), features(40)[:, :3])
+
+
+def test_the_standard_error_is_the_spread_of_repeated_experiments():
+    """With fewer images than a subset, whose "sd over subsets" then holds no variation of either side."""
+    found = [features_to_kid(features(200, 0.2, 2 * k), features(150, 0.0, 2 * k + 1), subsets=5) for k in range(60)]
+    spread = torch.tensor([each.value for each in found]).std()
+    assert sum(each.standard_error for each in found) / 60 == pytest.approx(float(spread), rel=0.25)
+    assert sum(each.deviation for each in found) / 60 < 0.7 * spread
+
+
+def test_the_standard_error_leaves_each_image_out_of_its_own_partners():
+    x, y = features(30), features(30, shift=0.4, seed=1)
+    own = torch.tensor([[0.0 if i == j else float((x[i] @ x[j] / 16 + 1) ** 3) for j in range(30)] for i in range(30)])
+    assert _affinity(x, x, 0)[0].tolist() == pytest.approx((own.sum(1) / 29).tolist(), rel=1e-5)
+    across = torch.tensor([[float((x[i] @ y[j] / 16 + 1) ** 3) for j in range(30)] for i in range(30)])
+    assert _affinity(x, y, 0)[0].tolist() == pytest.approx(across.mean(1).tolist(), rel=1e-5)

@@ -12,13 +12,14 @@ from scipy import stats
 
 from dmpctl.errors import NumericalError, UsageError
 from dmpctl.files import locked, read_json
+from dmpctl.metrics.crossed import CrossedTest, crossed_test
 from dmpctl.studies import cell as study_cell
 from dmpctl.studies import compare as engine
 from dmpctl.studies.cell import seconds_of
 from dmpctl.studies.compare import Candidate, best, compare
 from dmpctl.studies.plot import plot
 from dmpctl.studies.results import CellRecord, Results, StageRecord, refuse_other
-from dmpctl.studies.table import TTest, bands_of, holm, markdown, rows_of, sentences, t_test, tidy, word
+from dmpctl.studies.table import bands_of, holm, markdown, rows_of, sentences, tidy, word
 from dmpctl.types import Silent
 from tests.helpers import pretrain_run, settings_for, tensors_of
 
@@ -26,13 +27,13 @@ GAINS = {"a": (-3.1, -2.9, -3.3, -3.0, -2.7), "b": (0.5, -0.4, 0.1, 0.2, -0.3), 
 
 
 def cell(loss: float | None, distance: float | None = None) -> CellRecord:
-    """A finished cell with these differences; a loss of None: it failed."""
+    """A finished cell with these differences, the same for every image; a loss of None: it failed."""
     found = {"schema_version": 1, "identity": "", "shaped_by": {}, "seed": 1, "choice": {}, "iterations": 4, "train_seconds": 2.0}
     found |= {"added_parameters": 10, "added_percent": 1.5, "failed": "not finite" if loss is None else None}
     if loss is not None:
         bands = [{"from": 200 * k, "to": 200 * k + 199, "difference": loss * k, "standard_error": 0.1} for k in range(5)]
         figures = {"backbone": 1.0, "model": 1.0 + loss, "difference": loss, "standard_error": 0.3}
-        found["paired_loss"] = {**figures, "bands": bands}
+        found["paired_loss"] = {**figures, "gains": [loss] * 3, "bands": bands}
         if distance is not None:
             found["frechet"] = {**figures, "difference": distance, "standard_error": None}
     return CellRecord.model_validate(found)
@@ -57,20 +58,53 @@ def row(rows, variant, against="backbone"):
     return next(r for r in rows if (r.variant, r.against) == (variant, against))
 
 
-def test_t_test_is_scipys():
+IMAGES = 40
+
+
+def each_image(gain: float, seed: int, noise: float = 0.2) -> list[float]:
+    """Gains of single images with this mean, which seeds have next to nothing of in common."""
+    drawn = torch.randn(IMAGES, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * noise
+    return (gain + drawn - drawn.mean()).tolist()
+
+
+def alone(values):
+    """The same test, where images differ by nothing: over seeds alone."""
+    return crossed_test(values, [[value] * IMAGES for value in values], [0.0] * len(values))
+
+
+def test_where_images_do_not_differ_the_test_is_scipys():
     for values in GAINS.values():
-        found, expected = t_test(values), stats.ttest_1samp(values, 0)
+        found, expected = alone(values), stats.ttest_1samp(values, 0)
         assert found.t == pytest.approx(expected.statistic)
         assert found.p == pytest.approx(expected.pvalue)
         assert found.standard_error == pytest.approx(stats.sem(values))
 
 
+def test_where_seeds_do_not_differ_the_test_is_that_over_images():
+    gains = each_image(0.1, 1, 1.0)
+    found, expected = crossed_test([0.1] * 4, [gains] * 4, [None] * 3 + [0.1]), stats.ttest_1samp(gains, 0)
+    assert found.p is None  # an error is not known
+    found = crossed_test([0.1] * 4, [gains] * 4, [0.1] * 4)
+    assert (found.standard_error, found.df) == (pytest.approx(stats.sem(gains)), pytest.approx(IMAGES - 1))
+    assert found.p == pytest.approx(expected.pvalue)
+
+
+def test_without_gains_the_errors_over_images_are_added_whole():
+    values, errors = GAINS["a"], [0.3, 0.4, 0.3, 0.2, 0.3]
+    found, image = crossed_test(values, None, errors), sum(e**2 for e in errors) / 5
+    assert found.standard_error == pytest.approx(math.sqrt(stats.sem(values) ** 2 + image))
+    assert found.image_error == pytest.approx(math.sqrt(image))
+    assert found.df == pytest.approx((stats.sem(values) ** 2 + image) ** 2 / (stats.sem(values) ** 4 / 4), rel=1e-3)
+
+
 def test_no_spread_and_one_value_warn_of_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert t_test([0.0, 0.0, 0.0]) == TTest(0.0, 0.0, 0.0, None, 1.0)
-        assert t_test([-0.5, -0.5]).p == 0.0
-        assert t_test([0.25]) == TTest(0.25)
+        assert alone([0.0, 0.0, 0.0]) == CrossedTest(0.0, 0.0, 0.0, 0.0, None, None, 1.0)
+        assert alone([-0.5, -0.5, -0.5]).p == 0.0
+        assert alone([0.25]) == CrossedTest(0.25, image_error=0.0)
+        assert alone([0.25, 0.5]).p is None
+        assert crossed_test([], [], []) == CrossedTest()
 
 
 def test_holm_is_the_textbook_example():
@@ -91,7 +125,7 @@ def test_rows_test_each_variant_and_correct_over_all():
     assert p["a"] < p["c"] < p["b"]
     assert [r.verdict for r in rows] == ["improved", "no significant change", "worse"]
     assert {r.family for r in rows} == {3}
-    assert row(rows, "a").image_error == pytest.approx(0.3)
+    assert row(rows, "a").percent == pytest.approx(100 * sum(GAINS["a"]) / 5)
 
 
 def test_against_another_variant_is_paired_by_seed():
@@ -104,10 +138,13 @@ def test_against_another_variant_is_paired_by_seed():
     assert rows_of(results(["elsewhere"])) == rows_of(results())  # a variant that this stage does not have
 
 
-def test_one_seed_is_not_tested():
+def test_too_few_seeds_or_images_are_not_tested():
     only = Results({"flat": BACKBONE}, {("flat", "a", 1): cell(-5.0)})
     found = row(rows_of(only), "a")
-    assert (found.mean, found.p, found.p_corrected, found.verdict) == (-5.0, None, None, "one seed: no test")
+    assert (found.mean, found.p, found.p_corrected, found.verdict) == (-5.0, None, None, "under 3 seeds: no test")
+
+    few = Results({"flat": backbone_of(SAMPLED)}, {("flat", "a", k): cell(-5.0, -1.0) for k in (1, 2, 3)})
+    assert [r.verdict for r in rows_of(few)] == ["improved", "too few images: no test"]
 
 
 def test_a_failed_training_is_said_and_not_tested():
@@ -336,9 +373,9 @@ def test_the_loss_is_that_of_patch(study, tmp_path):
     """A cell is what `dmpctl patch` with the same settings makes, and it is measured as that command measures."""
     from dmpctl.training.patch import patch
 
-    root = study('[variants.d]\nmethod = "dmp"\nprompt_lr = 0.1\n', 'flat = "digits"', "seeds = [3]\neval_images = 80")
+    root = study('[variants.d]\nmethod = "dmp"\nprompt_lr = 0.1\n', 'flat = "digits"', "seeds = [3]\neval_images = 130")
     given = {"run": tmp_path / "alone", "seed": 3, "iters": 2, "batch_size": 8, "log_every": 1, "prompt_lr": 0.1, "cpu": True}
-    alone = patch(settings_for("patch", **given, eval_images=80), Silent()).data
+    alone = patch(settings_for("patch", **given, eval_images=130), Silent()).data
     found = read_json(root / "flat" / "d" / "seed-3" / "cell.json")
     ours, theirs = (tensors_of(run / "patch.safetensors") for run in (root / "flat" / "d" / "seed-3", tmp_path / "alone"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

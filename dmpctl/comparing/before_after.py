@@ -9,14 +9,15 @@ from PIL import Image, ImageDraw
 from pydantic import BaseModel, JsonValue
 from torch import Tensor
 
-from dmpctl.errors import Damaged
+from dmpctl.batches.loader import held_out
+from dmpctl.comparing.paired_loss import LossDifference, epsilon_errors, loss_difference, loss_verdict
+from dmpctl.errors import Damaged, UsageError
 from dmpctl.files import make_folder, put_aside, read_json, write_json
 from dmpctl.measuring.features import build_extractor, extract
 from dmpctl.measuring.image_sets import images_of
-from dmpctl.measuring.paired_loss import LossDifference, epsilon_errors, loss_difference
-from dmpctl.measuring.verdict import distance_verdict, loss_verdict
+from dmpctl.measuring.verdict import distance_verdict, distance_words
 from dmpctl.metrics.features.pixels import Pixels
-from dmpctl.metrics.frechet import FidEstimate, noise_floor, paired_difference
+from dmpctl.metrics.frechet import FidEstimate, noise_floor, paired_difference, refuse_few
 from dmpctl.metrics.moments import features_to_moments
 from dmpctl.models.patched import Patched
 from dmpctl.processes.command import Command
@@ -33,15 +34,19 @@ CAUTION = "; another training seed may differ"
 PART = 512  # images in one pass of the extractor
 SHOWN = 32  # images of each side on the before/after sheet
 MOST_PIXELS = 4096  # numbers of an image, up to which pixels are its features
-NO_DISTANCE = "Fréchet distance: not measured, Inception's weights are not in the cache; fetch them: dmpctl download inception"
+NO_INCEPTION = "Inception's weights are not in the cache; fetch them: dmpctl download inception"
 
 
 class ComparisonProtocol(BaseModel, frozen=True):
-    """All that fixes the numbers of a comparison, beside the two models; `reference`: fingerprint of the real images."""
+    """All that fixes the numbers of a comparison, beside the two models; `reference`: fingerprint of the real images.
+
+    `held_out`: images that the patch was not trained on, and that the paired loss is of; 0: it is of training images.
+    """
 
     sampling: dict[str, JsonValue]
     images: int
     reference: str
+    held_out: int = 0
 
 
 class DistanceGap(BaseModel, frozen=True):
@@ -53,7 +58,7 @@ class DistanceGap(BaseModel, frozen=True):
 
 
 class BeforeAfter(BaseModel, frozen=True):
-    """metrics/comparison-<step>.json. `metric` to `verdict` are None where no extractor was at hand."""
+    """metrics/comparison-<step>.json. `metric` to `verdict` are None without a distance; `no_distance` then says why."""
 
     schema_version: int = SCHEMA_VERSION
     patch_sha256: str | None = None
@@ -64,6 +69,7 @@ class BeforeAfter(BaseModel, frozen=True):
     difference: DistanceGap | None = None
     noise_floor: float | None = None
     verdict: str | None = None
+    no_distance: str = f"not measured, {NO_INCEPTION}"
     paired_loss: LossDifference
     paired_loss_verdict: str
     eval_seconds: float = 0.0
@@ -72,7 +78,9 @@ class BeforeAfter(BaseModel, frozen=True):
 def protocol(settings: Settings, source: Source) -> ComparisonProtocol:
     """The protocol of a comparison under these settings."""
     sampling = settings.sampling.model_dump(mode="json", exclude={"sample_batch"})
-    return ComparisonProtocol(sampling=sampling, images=settings.evaluate.eval_images, reference=source.fingerprint)
+    held = len(held_out(len(source), settings.evaluate.held_out or 0.0))
+    images, reference = settings.evaluate.eval_images, source.fingerprint
+    return ComparisonProtocol(sampling=sampling, images=images, reference=reference, held_out=held)
 
 
 def recorded(patched: Patched, source: Source, run: Path, command: Command) -> BeforeAfter:
@@ -82,7 +90,8 @@ def recorded(patched: Patched, source: Source, run: Path, command: Command) -> B
         wanted = {"patch_sha256": patched.patch_sha256, "protocol": protocol(command.settings, source).model_dump()}
         try:
             before = read_json(path, SCHEMA_VERSION)
-            if all(before.get(key) == value for key, value in wanted.items()):
+            there = {**before, "protocol": {"held_out": 0, **before.get("protocol", {})}}  # older records have no such key
+            if all(there.get(key) == value for key, value in wanted.items()):
                 return BeforeAfter.model_validate(before)
         except Damaged as error:
             command.progress.say(f"warning: {error.message}; put aside as {put_aside(path).name}, and measured again")
@@ -98,7 +107,8 @@ def recorded(patched: Patched, source: Source, run: Path, command: Command) -> B
 def measure(patched: Patched, source: Source, command: Command) -> tuple[BeforeAfter, Image.Image]:
     """Measures backbone and patch against the training images, and on their paired loss; returns the record and the sheet.
 
-    Small images are compared by their pixels, others by Inception; without its weights there is no distance.
+    Small images are compared by their pixels, others by Inception; without its weights, or with no more images than features,
+    there is no distance.
     """
     settings, device, progress = command.settings, command.device, command.progress
     shape, sampling = patched.image_shape, settings.sampling
@@ -107,31 +117,39 @@ def measure(patched: Patched, source: Source, command: Command) -> tuple[BeforeA
         extractor = Pixels(*shape[:2])
     elif cached("inception") is not None:
         extractor = build_extractor(Fid(extractor="inception"), shape, device)
-    count = SHOWN if extractor is None else settings.evaluate.eval_images
+    count, why = settings.evaluate.eval_images, NO_INCEPTION
+    if extractor is not None:
+        try:
+            refuse_few(count, extractor.width, "--eval-images")
+        except UsageError as error:
+            extractor, why = None, f"{error.message}; {error.hint}"
+    count = SHOWN if extractor is None else count
     patched = patched.with_prompts(settings, count, progress, source).in_precision(sampling.sample_precision)
     models = (patched.unpatched(), patched)
+    held = held_out(len(source), settings.evaluate.held_out or 0.0)
     (old_errors, steps), (new_errors, _) = (
-        epsilon_errors(model, source, device, sampling.sample_seed, progress) for model in models
+        epsilon_errors(model, source, device, sampling.sample_seed, progress, among=held or None) for model in models
     )
-    loss = loss_difference(old_errors, new_errors, steps)
+    loss = loss_difference(old_errors, new_errors, steps, bool(held))
     images = [torch.cat([part for _, part in in_batches(model, range(count), sampling, device, progress)]) for model in models]
     record = BeforeAfter(
         patch_sha256=patched.patch_sha256,
         protocol=protocol(settings, source),
+        no_distance=f"not measured, {why}",
         paired_loss=loss,
-        paired_loss_verdict=loss_verdict(loss.difference, loss.standard_error, loss.images),
+        paired_loss_verdict=loss_verdict(loss),
     )
     if extractor is not None:
         old, new = (extract(extractor, torch.split(each, PART)) for each in images)
         real = extract(extractor, images_of(source))
-        gap = paired_difference(new, old, features_to_moments([real]))
+        gap = paired_difference(new, old, features_to_moments([real]), progress)
         distances = {
             "metric": f"Fréchet distance in {extractor.name}",
             "backbone": gap.b,
             "patched": gap.a,
             "difference": DistanceGap(value=gap.value, standard_error=gap.standard_error, p_value=gap.p_value),
             "noise_floor": noise_floor(real, count, sampling.sample_seed),
-            "verdict": distance_verdict(gap.value, gap.standard_error, CAUTION),
+            "verdict": distance_verdict(gap, CAUTION),
         }
         record = record.model_copy(update=distances)
     return record, sheet(*(each[:SHOWN] for each in images))
@@ -143,15 +161,15 @@ def table(figures: BeforeAfter) -> tuple[dict[str, str], ...]:
     losses = (
         ("backbone", f"{loss.backbone:.6f}"),
         ("patched", f"{loss.patched:.6f}"),
-        ("difference (paired)", f"{loss.difference:+.6f}{plus_minus(loss.standard_error, '.6f')}"),
+        ("difference (paired)", f"{loss.difference:+.3g}{plus_minus(loss.standard_error, '.2g')}"),
     )
     if figures.metric is None or gap is None:
         return tuple({"": name, "paired loss": value} for name, value in losses)
     distances = [
-        "" if each is None else f"{each.value:.4f}{plus_minus(each.standard_error, '.4f')}"
+        "" if each is None else distance_words(each.value, each.debiased, each.standard_error)
         for each in (figures.backbone, figures.patched)
     ]
-    distances.append(f"{gap.value:+.4f}{plus_minus(gap.standard_error, '.4f')}")
+    distances.append(f"{gap.value:+.4f}{plus_minus(gap.standard_error, '.2g')}{' debiased' if gap.standard_error else ''}")
     column = f"{figures.metric.replace(' in ', ' (')}, {figures.protocol.images} images)"
     rows = [{"": name, column: distance, "paired loss": value} for (name, value), distance in zip(losses, distances, strict=True)]
     return (*rows, {"": "noise floor (as many real images)", column: f"{figures.noise_floor:.4f}", "paired loss": ""})

@@ -3,9 +3,9 @@ import torch
 from scipy import stats
 
 from dmpctl.codecs.identity import Identity
+from dmpctl.comparing.paired_loss import epsilon_errors, loss_difference
 from dmpctl.data.bundled import Digits
 from dmpctl.diffusion.schedule import NoiseSchedule
-from dmpctl.measuring.paired_loss import epsilon_errors, loss_difference
 from dmpctl.models.patch_files import load_patch, load_result
 from dmpctl.models.patched import Patched
 from dmpctl.rng import seed_of

@@ -45,7 +45,7 @@ SHAPE = {"hidden_size": 16, "depth": 2, "num_heads": 2}
 BUNDLED = load_backbone(Base()).model.config  # whatever shape it has: no test knows its numbers
 BUNDLED_SPEC = DiT(BUNDLED).spec
 BUNDLED_PATCH = build_patch(DiT(BUNDLED), Dmp()).added
-TIMING = ("steps_per_sec", "images_per_sec", "data_wait", "peak_memory_mib")
+TIMING = ("steps_per_sec", "images_per_sec", "data_wait", "peak_memory_mib", "crc")
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,9 @@ Each function below fills one section of pages/report.html.j2.
 """
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ CURVES = {  # of metrics.jsonl: what it is called on the page, and whether it is
     "grad_norm": ("norm of the gradient", True),
     "images_per_sec": ("images per second", False),
 }
+MOST_POINTS, GROUP = 2000, 16  # of a curve with many times as many, the lowest and highest of a group stand for it
 SHEETS = 3  # contact sheets shown, the newest
 SMALL = 600  # pixels: a picture narrower than this is enlarged without blur
 
@@ -97,18 +99,21 @@ class RunPage:
 def report(settings: Settings, path: Path, progress: Progress) -> Report:
     """Write report.html into the run, or where --out says; what a run does not have is left out."""
     run = RunDir(path.expanduser())
-    content = render("report", page_of(run, settings, progress))
+    damaged = list[int]()
+    content = render("report", page_of(run, settings, progress, damaged.append))
+    which = ", ".join(map(str, damaged[:3])) + (", ..." if len(damaged) > 3 else "")
+    left_out = (f"warning: lines {which} of {run.path / 'metrics.jsonl'} are damaged, and left out",) if damaged else ()
     out = (settings.images.out or run.path / "report.html").expanduser().absolute()
     data = {"run": str(run.path), "out": str(out), "bytes": len(content)}
     if settings.console.dry_run:
         return Report({"dry_run": True, **data}, (), ("dry run: nothing was written",))
     make_folder(out.parent)
     write_atomic(out, content)
-    return Report(data, (), (f"report: {out}",))
+    return Report(data, (), (*left_out, f"report: {out}"))
 
 
-def page_of(run: RunDir, settings: Settings, progress: Progress) -> RunPage:
-    """Returns the page of a run. MissingError if it is none."""
+def page_of(run: RunDir, settings: Settings, progress: Progress, damaged: Callable[[int], None]) -> RunPage:
+    """Returns the page of a run. `damaged` is told which lines of its log are left out. MissingError if it is none."""
     config = run.config()
     comparisons = sorted(run.path.glob("metrics/comparison-*.json"))
     sessions = _json(run.path / "provenance.json").get("sessions", [])
@@ -119,7 +124,7 @@ def page_of(run: RunDir, settings: Settings, progress: Progress) -> RunPage:
         comparison=BeforeAfter.model_validate(_json(comparisons[-1])) if comparisons else None,
         sheets=contact_sheets(run.path),
         measurements=measurements(run.path),
-        curves=curves(run.metrics.lines()),
+        curves=curves(run.metrics.read(damaged)),
         gates=gates(run, settings, progress),
         again=shlex.join([Path(sessions[0]["argv"][0]).name, *sessions[0]["argv"][1:]]) if sessions else "",
         sessions=sessions,
@@ -179,17 +184,30 @@ def _value(value: Mapping[str, Any]) -> str:
     return f"{value['value']:.4f}{plus_minus(value.get('standard_error', value.get('deviation')), '.2g')}"
 
 
-def curves(lines: Sequence[Mapping[str, float]]) -> list[Picture]:
-    """Returns a curve over the steps for each of CURVES that the lines of metrics.jsonl have."""
-    found = []
-    for key, (name, log) in CURVES.items():
-        points = [(line["step"], line[key]) for line in lines if key in line and not (log and line[key] <= 0)]
-        if points:
-            x, y = zip(*points, strict=True)
+def curves(lines: Iterable[Mapping[str, float]]) -> list[Picture]:
+    """Returns a curve over the steps for each of CURVES that the lines of metrics.jsonl have, which are read once."""
+    found, points = [], {key: list[tuple[float, float]]() for key in CURVES}
+    for line in lines:
+        for key, (_, log) in CURVES.items():
+            if key in line and not (log and line[key] <= 0):
+                points[key].append((line[key], line["step"]))
+                if len(points[key]) > GROUP * MOST_POINTS:
+                    points[key] = thinned(points[key])
+    for key, (name, _) in CURVES.items():
+        if points[key]:
+            y, x = zip(*points[key], strict=True)
             ends = f"{y[0]:.4g} at first, {y[-1]:.4g} at last, between {min(y):.4g} and {max(y):.4g}"
             alt = f"{name} from step {x[0]} to {x[-1]}: {ends}"
-            found.append(Picture(curve(x, y, name, log), alt, f"{name}: {y[-1]:.4g} at step {x[-1]}"))
+            found.append(Picture(curve(x, y, name, CURVES[key][1]), alt, f"{name}: {y[-1]:.4g} at step {x[-1]}"))
     return found
+
+
+def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Returns, of each GROUP of (value, step) in a row, the lowest and the highest; the first and the last one stay."""
+    inner = points[1:-1]
+    groups = (inner[start : start + GROUP] for start in range(0, len(inner), GROUP))
+    kept = [point for group in groups for point in sorted({min(group), max(group)}, key=itemgetter(1))]
+    return [points[0], *kept, points[-1]]
 
 
 def curve(x: Sequence[float], y: Sequence[float], name: str, log: bool = False) -> bytes:

@@ -1,22 +1,23 @@
 """The run directory: who owns it, what it was asked to do, and what it has measured."""
 
 import json
-import math
+import mmap
 import os
 import socket
 import sys
-from collections.abc import Collection, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from contextlib import ExitStack, closing
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from zlib import crc32
 
 from pydantic import JsonValue
 
-from dmpctl.errors import IntegrityError, InUse, MissingError, UsageError
-from dmpctl.files import locked, plain_json, write_atomic, write_json, writing
+from dmpctl.errors import Damaged, InUse, MissingError, UsageError
+from dmpctl.files import locked, plain_json, put_aside, write_atomic, write_json, writing
 from dmpctl.runs.records import Record, read_record
 from dmpctl.settings.options import defaults_of
 from dmpctl.texts import refuse_other_encoding
@@ -43,43 +44,87 @@ class Provenance(Record):
 
 
 class MetricsLog:
-    """metrics.jsonl: a line for every --log-every steps, an object with its `step`. The last may be torn, by a kill."""
+    """metrics.jsonl: a line for every --log-every steps, an object with its `step` and a checksum of the rest of the line.
+
+    The last line may be torn, by a kill: it counts for nothing. A resume reads from the end.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def append(self, line: Mapping[str, object]) -> None:
         """Write one line at the end."""
+        body = json.dumps(line)[:-1]
         with writing(self._path), self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(f'{body}, "crc": "{crc32(body.encode()):08x}"}}\n')
 
-    def cut_back(self, step: int) -> None:
-        """Drop the lines after `step`: training goes on from there and will write them again."""
+    def cut_back(self, step: int) -> list[str]:
+        """Drop the lines after `step`, which will be written again. Returns a sentence where damaged ones are among them: the
+        file as it was is then kept beside it."""
+        keep, damaged = 0, 0
+        with closing(self._backwards()) as lines:
+            for start, line in lines:
+                found = _line_in(line)
+                if found is not None and found["step"] <= step:
+                    keep = start + len(line)
+                    break
+                damaged += found is None and line.endswith(b"\n")
+        if damaged:
+            aside = put_aside(self._path)
+            write_atomic(self._path, aside.read_bytes()[:keep])
+            return [f"{self._path} has {damaged} damaged lines at its end, which are kept in {aside.name}"]
         if self._path.is_file():
-            kept = [line for line in self._raw() if _step_of(line) <= step]
-            write_atomic(self._path, "".join(line + "\n" for line in kept).encode())
+            with writing(self._path):
+                os.truncate(self._path, keep)
+        return []
 
     def last_step(self) -> int:
-        """Returns the last step that has a line, 0 if none has; a torn line counts for nothing."""
-        return int(max((step for step in map(_step_of, self._raw()) if step < math.inf), default=0))
+        """Returns the last step that has a line, 0 if none has."""
+        with closing(self._backwards()) as lines:
+            return int(next((found["step"] for _, line in lines if (found := _line_in(line)) is not None), 0))
+
+    def read(self, damaged: Callable[[int], None]) -> Iterator[dict[str, Any]]:
+        """Yields the lines, one by one; calls `damaged` with the number of each that is not what was written."""
+        if self._path.is_file():
+            with self._path.open("rb") as file:
+                for number, line in enumerate(file, 1):
+                    if (found := _line_in(line)) is not None:
+                        yield found
+                    elif line.endswith(b"\n"):
+                        damaged(number)
 
     def lines(self) -> list[dict[str, Any]]:
-        """Returns all lines; IntegrityError at a line that is not JSON."""
-        try:
-            return [json.loads(line) for line in self._raw()]
-        except json.JSONDecodeError as error:
-            raise IntegrityError(f"{self._path} is not valid JSON lines ({error})") from None
+        """Returns all lines; Damaged at one that is not what was written."""
 
-    def _raw(self) -> list[str]:
-        return self._path.read_text("utf-8").splitlines() if self._path.is_file() else []
+        def refuse(number: int) -> None:
+            raise Damaged(f"{self._path} is damaged at line {number}", "move it away to go on without it")
+
+        return list(self.read(refuse))
+
+    def _backwards(self) -> Generator[tuple[int, bytes], None, None]:
+        """Yields each line with where it begins in the file, the last one first."""
+        if self._path.is_file() and self._path.stat().st_size:
+            with self._path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                end = len(data)
+                while end > 0:
+                    start = data.rfind(b"\n", 0, end - 1) + 1
+                    yield start, data[start:end]
+                    end = start
 
 
-def _step_of(line: str) -> float:
-    """The step of a line; infinity for a torn one, so that it lies beyond every step."""
+def _line_in(line: bytes) -> dict[str, Any] | None:
+    """What was logged in a line, without its checksum, which older ones lack; None if it is damaged, or torn."""
+    body, mark, end = line.rpartition(b', "crc": "')
+    if mark and end != b'%08x"}\n' % crc32(body):
+        return None
     try:
-        return float(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError):
-        return math.inf
+        found = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict) or not isinstance(found.get("step"), int | float):
+        return None
+    found.pop("crc", None)
+    return found
 
 
 class RunDir:

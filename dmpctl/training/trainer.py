@@ -100,7 +100,7 @@ class Trainer:
             checkpoint.put_aside(self.run.checkpoints, self.step)
             if self.settings.save.track is not None:
                 remember(self.run)
-            self.run.metrics.cut_back(self.step)
+            wrong += self.run.metrics.cut_back(self.step)
         return self.step, wrong
 
     def train(self) -> None:

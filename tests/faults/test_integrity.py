@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,10 @@ from PIL import Image
 
 from dmpctl.comparing import paired_loss
 from dmpctl.data.bundled import Digits
-from dmpctl.errors import IntegrityError
+from dmpctl.errors import Damaged, IntegrityError
 from dmpctl.files import read_json, read_tensors, write_json, write_tensors
+from dmpctl.reports.report import curves
+from dmpctl.runs.rundir import MetricsLog
 from dmpctl.sampling.pictures import write_npz
 from tests.helpers import copied, flip, patch_run, write_by_hand
 
@@ -254,3 +257,69 @@ def test_json_that_nothing_here_can_hold_is_refused(cli, finished, tmp_path, tex
     (run / name).write_text(text)
     done = cli("sample", run, "--dry-run")
     assert (done.code, "is not valid JSON" in done.err) == (4, True), done.err
+
+
+def logged(run: Path, steps: int) -> MetricsLog:
+    log = MetricsLog(run / "metrics.jsonl")
+    log._path.unlink(missing_ok=True)
+    for step in range(1, steps + 1):
+        log.append({"step": step, "loss": step / 8, "lr": [1e-3]})
+    return log
+
+
+def test_damaged_lines_of_a_log_are_named_and_left_out(cli, finished, tmp_path):
+    run = copied(finished, tmp_path / "run")
+    log = logged(run, 40)
+    lines = log._path.read_bytes().splitlines(keepends=True)
+    lines[6] = lines[6].replace(b"0.875", b"9.875")  # still JSON
+    lines[20] = lines[20][:10] + bytes(8) + lines[20][18:]
+    log._path.write_bytes(b"".join(lines))
+    done = cli("report", run)
+    assert done.code == 0, done.err
+    assert f"lines 7, 21 of {log._path} are damaged, and left out" in done.out
+    assert "9.875" not in (run / "report.html").read_text()
+    with pytest.raises(Damaged, match="at line 7"):
+        log.lines()
+
+
+def test_a_resume_keeps_what_it_cuts_if_it_is_damaged(finished, tmp_path):
+    run = copied(finished, tmp_path / "run")
+    log = logged(run, 9)
+    whole = log._path.read_bytes()
+    assert log.cut_back(9) == []
+    assert log._path.read_bytes() == whole
+    flip(log._path, len(whole) - 40)
+    (line,) = log.cut_back(6)
+    assert "1 damaged lines at its end, which are kept in metrics.jsonl.damaged" in line
+    assert [found["step"] for found in log.lines()] == [1, 2, 3, 4, 5, 6]
+    assert len((run / "metrics.jsonl.damaged").read_bytes()) == len(whole)
+    assert log.last_step() == 6
+
+
+@pytest.mark.parametrize("old", [b'{"step": 1, "loss": 0.5}\n', b""])
+def test_logs_of_an_older_dmpctl_are_read_and_gone_on_with(tmp_path, old):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log._path.write_bytes(old + b'{"step": 2, "loss": 0.25}\n')
+    log.append({"step": 3, "loss": 0.125})
+    assert [line["loss"] for line in log.lines()][-2:] == [0.25, 0.125]
+    assert log.cut_back(2) == []
+    assert log.last_step() == 2
+
+
+def test_a_long_log_is_read_from_its_end_and_drawn_from_few_points(tmp_path):
+    """The envelope stays: the first, the last, the lowest and the highest of all points are among those that are drawn."""
+    path = tmp_path / "metrics.jsonl"
+    with path.open("w") as file:
+        for step in range(1, 40_001):
+            file.write(f'{{"step": {step}, "loss": {abs(step - 23_456) / 1000}}}\n')
+    log = MetricsLog(path)
+    tracemalloc.start()
+    assert log.last_step() == 40_000
+    assert log.cut_back(39_990) == []
+    assert log.last_step() == 39_990
+    (picture,) = curves(log.read(pytest.fail))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "from step 1 to 39990: 23.45 at first, 16.53 at last, between 0 and 23.45" in picture.alt
+    assert len(picture.data) < 1_000_000
+    assert peak < 40 * 2**20

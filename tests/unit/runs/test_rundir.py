@@ -162,10 +162,10 @@ def test_a_torn_line_goes(tmp_path):
         run.metrics.append({"step": 1})
         with (tmp_path / "metrics.jsonl").open("a") as file:
             file.write('{"step": 2, "lo')
-        with pytest.raises(IntegrityError, match="not valid JSON lines"):
-            run.metrics.lines()
-        run.metrics.cut_back(5)
         assert run.metrics.lines() == [{"step": 1}]
+        assert run.metrics.cut_back(5) == []
+        run.metrics.append({"step": 2})
+        assert run.metrics.lines() == [{"step": 1}, {"step": 2}]
 
 
 def test_provenance_has_one_entry_per_session(tmp_path, typed):

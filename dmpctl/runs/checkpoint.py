@@ -21,7 +21,6 @@ from dmpctl.files import (
     read_tensors,
     sha256_of,
     sha256_of_bytes,
-    sha256_of_json,
     tensors_to_bytes,
     write_atomic,
     write_json,
@@ -115,7 +114,7 @@ def save(
         tensors |= {f"optimizer.{k}.{n}": v for n, moments in state.optimizer.items() for k, v in moments.items()}
         hashes["trainer.safetensors"] = write_tensors(temporary / "trainer.safetensors", tensors)
         manifest = {"schema_version": SCHEMA_VERSION, "step": state.step, "scaler": state.scaler, "sha256": hashes}
-        write_json(temporary / "trainer.json", {**manifest, "own_sha256": sha256_of_json(manifest)})
+        write_json(temporary / "trainer.json", manifest)
         with writing(final):
             fsync(temporary)
             shutil.rmtree(final, ignore_errors=True)
@@ -172,10 +171,7 @@ def complete(folder: Path) -> list[Path]:
 
 def load(path: Path) -> TrainerState:
     """Read and verify one checkpoint; IntegrityError naming the file whose bytes are not those that were written."""
-    manifest = read_json(path / "trainer.json", SCHEMA_VERSION)
-    own, hint = manifest.pop("own_sha256", None), f"delete {path} to go on from the one before"
-    if own != sha256_of_json(manifest):
-        raise IntegrityError(f"{path / 'trainer.json'} is damaged", hint)
+    manifest, hint = read_json(path / "trainer.json", SCHEMA_VERSION), f"delete {path} to go on from the one before"
     for name, expected in manifest["sha256"].items():
         actual = sha256_of(path / name) if (path / name).is_file() else "no file"
         if actual != expected:

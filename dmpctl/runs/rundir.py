@@ -95,11 +95,11 @@ class MetricsLog:
 
     def lines(self) -> list[dict[str, Any]]:
         """Returns all lines; Damaged at one that is not what was written."""
-
-        def refuse(number: int) -> None:
-            raise Damaged(f"{self._path} is damaged at line {number}", "move it away to go on without it")
-
-        return list(self.read(refuse))
+        damaged = list[int]()
+        found = list(self.read(damaged.append))
+        if damaged:
+            raise Damaged(f"{self._path} is damaged at line {damaged[0]}", "move it away to go on without it")
+        return found
 
     def _backwards(self) -> Generator[tuple[int, bytes], None, None]:
         """Yields each line with where it begins in the file, the last one first."""

@@ -302,6 +302,12 @@ def tensor_names(path: Path) -> set[str]:
         return set(file.keys())
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """Returns the metadata of a safetensors file; no tensor is read. IntegrityError for what is none."""
+    with _safetensors(path) as file:
+        return file.metadata() or {}
+
+
 def read_tensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, str]]:
     """Returns tensors (on the CPU) and metadata of a safetensors file, without its seal.
 

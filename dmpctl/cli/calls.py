@@ -1,6 +1,7 @@
 """One use of a command, from what was typed to its exit code: the settings, then the work, here or in several processes."""
 
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from typing import Any
 
 from dmpctl.cli.commands import Row
 from dmpctl.cli.console import config_report, progress_for, show
-from dmpctl.errors import Interrupted, UsageError
+from dmpctl.errors import DmpError, Interrupted, UsageError
 from dmpctl.files import run_of
 from dmpctl.settings.layers import resolve
 from dmpctl.settings.model import Settings
@@ -81,9 +82,23 @@ def perform(command: Row, settings: Settings, argument: Any) -> int:
     from dmpctl.processes.stop import ending_by_signals
 
     with requeueing(settings), ending_by_signals():
-        report = command.run(settings, argument, progress_for(settings.console))
+        try:
+            report = command.run(settings, argument, progress_for(settings.console))
+        except DmpError as error:
+            error.hint = own_hint(error.hint, command.name)
+            raise
     show(report, settings.console.json_output)
     return report.exit_code
+
+
+def own_hint(hint: str | None, name: str) -> str | None:
+    """Returns a hint without the ways out that name an option of other commands alone: what reads files is shared by many."""
+    known = {flag for option in options_of(name).values() for flag in (option.flag, option.off)} | {"--config", "--help"}
+    foreign = [flag for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", hint or "") if flag not in known]
+    if hint is None or not foreign or "dmpctl " in hint:
+        return hint
+    ways = [way for way in re.split(r",? or |; |, ", hint) if not any(flag in way for flag in foreign)]
+    return ", or ".join(ways) or f"change the files themselves: dmpctl {name} has no {foreign[0]}"
 
 
 @contextmanager

@@ -115,8 +115,8 @@ def measure(patched: Patched, source: Source, command: Command) -> tuple[BeforeA
     extractor: Extractor | None = None
     if math.prod(shape) <= MOST_PIXELS:
         extractor = Pixels(*shape[:2])
-    elif cached("inception") is not None:
-        extractor = build_extractor(Fid(extractor="inception"), shape, device)
+    elif cached("inception", settings) is not None:
+        extractor = build_extractor(Fid(extractor="inception"), shape, device, settings)
     count, why = settings.evaluate.eval_images, NO_INCEPTION
     if extractor is not None:
         try:

@@ -16,7 +16,7 @@ from dmpctl.errors import UsageError
 from dmpctl.files import make_folder, sha256_of_bytes, tensors_to_bytes, write_atomic
 from dmpctl.models.backbone import Loaded, metadata_of
 from dmpctl.models.build import PatchModule
-from dmpctl.models.patch_files import PATCH_PREFIX, load_result, outputs_of
+from dmpctl.models.patch_files import FOLDED, PATCH_PREFIX, load_result, outputs_of
 from dmpctl.runs.records import PatchRecord
 from dmpctl.settings.methods import Dmp, Full, Lora, Method, PromptTuning
 from dmpctl.settings.model import Settings
@@ -30,7 +30,6 @@ def export(settings: Settings, run: Path, progress: Progress) -> Report:
 
     UsageError where the target holds something else, or the form cannot hold this patch.
     """
-    run = run.expanduser().absolute()
     model = load_result(run, settings.result.result_weights)
     if model.patch is None or model.record is None:
         raise UsageError(f"{run} holds a backbone without a patch, which needs no export", "name a run of dmpctl patch")
@@ -86,7 +85,7 @@ def _merged(backbone: Loaded, patch: PatchModule, record: PatchRecord) -> bytes:
     metadata = metadata_of(backbone, record.codec, record.text)
     folded = patch.merged()
     if folded is not None:
-        return tensors_to_bytes(folded, metadata)
+        return tensors_to_bytes(folded, metadata | {FOLDED: record.method.method})
     beside = {PATCH_PREFIX + name: value for name, value in patch.state_dict().items()}
     described = {**record.to_json(), "sha256": sha256_of_bytes(tensors_to_bytes(patch.state_dict()))}
     metadata |= {PATCH: json.dumps(described, sort_keys=True)}

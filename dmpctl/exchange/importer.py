@@ -89,7 +89,8 @@ def opened(path: Path, options: Importing, data: str | None) -> TakenApart:
     if is_patched(path):
         model = load_merged(path, options.import_weights)
         record = model.record
-        assert record is not None  # a file with a patch describes it
+        if record is None:
+            raise IntegrityError(f"{path} does not describe its patch", "export it again: dmpctl export RUN --to merged")
         parts = (model.patch, record.method, record.data, record.codec)
         return TakenApart(model.backbone, "the file", (), record.step, record.weights or "raw", *parts)
     weights = read_weights(path, options.import_weights)

@@ -78,7 +78,7 @@ def open_case(what: str, command: Command) -> Case:
     if name is None:
         raise UsageError(f"nothing says what to compare {what} with", "add --reference digits or --reference DIR")
     real = find_reference(name, images.shape, command)
-    protocol, extractor = protocol_for(options, images.shape), build_extractor(options, images.shape, command.device)
+    protocol, extractor = protocol_for(options, images.shape), build_extractor(options, images.shape, command.device, settings)
     _refuse_unfit(images, extractor, options)
     clip = locate(options.clip, "clip", settings) if "clip-score" in options.wanted else None
     other = _versus(images, path, command)

@@ -30,6 +30,7 @@ from dmpctl.metrics.features.timm import DINOV2, TimmFeatures
 from dmpctl.processes.command import Command
 from dmpctl.processes.stop import Stop
 from dmpctl.settings.measuring import SMALL_SIDE, Fid
+from dmpctl.settings.model import Settings
 from dmpctl.store.fetch import cached, require
 from dmpctl.types import Extractor, Outputs
 
@@ -213,22 +214,28 @@ def protocol_for(options: Fid, shape: tuple[int, int, int]) -> MetricProtocol:
     return PROTOCOLS["pixels" if options.extractor is None and shape[1] < SMALL_SIDE else "adm"]
 
 
-def build_extractor(options: Fid, shape: tuple[int, int, int], device: torch.device) -> Extractor:
-    """The extractor of the protocol, or the one that --extractor names; MissingError where its weights are not there."""
+def build_extractor(
+    options: Fid, shape: tuple[int, int, int], device: torch.device, settings: Settings | None = None
+) -> Extractor:
+    """The extractor of the protocol, or the one that --extractor names; MissingError where its weights are not there.
+
+    `settings`: with the user's own rows of the registry, None: the shipped ones.
+    """
     protocol, weights = protocol_for(options, shape), options.extractor_weights
     match options.extractor or protocol.extractor:
         case "pixels":
             return Pixels(shape[0], shape[1])
         case "inception":
-            path = weights or cached("inception")  # its hash is checked where it is read
+            own = settings is not None and any(row.name == "inception" for row in settings.assets.rows)
+            path = weights or (require("inception", settings) if own else cached("inception"))  # checked where it is read
             if path is None:
                 raise MissingError(
                     "the Inception extractor needs its weights, weights-inception-2015-12-05-6726825d.pth",
                     "fetch them with dmpctl download inception, add --extractor-weights FILE, or measure with --extractor pixels",
                 )
-            return Inception(path, weights is None, device, protocol.preprocessing or "adm")
+            return Inception(path, weights is None and not own, device, protocol.preprocessing or "adm")
         case "dinov2":
-            return TimmFeatures(DINOV2, weights or require("dinov2"), device)
+            return TimmFeatures(DINOV2, weights or require("dinov2", settings), device)
         case name if weights is None:
             raise MissingError(f"{name} needs its weights", "add --extractor-weights FILE, in timm's layout")
         case name:

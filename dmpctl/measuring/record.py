@@ -117,13 +117,31 @@ def history(run: Path) -> Report:
     folder = outputs_of(run) / "metrics"
     found = [(path, read_json(path, SCHEMA_VERSION)) for path in sorted(folder.glob("*.json"))] if folder.is_dir() else []
     records = [{**record, "file": path.name} for path, record in found if "metrics" in record and "protocol" in record]
-    if not records:
+    compared = [(path, record) for path, record in found if path.name.startswith("comparison-") and record.get("patched")]
+    if not records and not compared:
         raise MissingError(f"nothing was measured of {run}", f"measure it: dmpctl fid {run}")
     records.sort(key=lambda record: str(record.get("measured")))
     rows = tuple(_row(record) for record in records)
     kinds = {json.dumps({key: record.get(key) for key in PROTOCOL}, sort_keys=True) for record in records}
     mixed = () if len(kinds) < 2 else (f"these are {len(kinds)} different protocols: compare numbers of one only",)
-    return Report({"run": str(run), "measurements": records}, rows, mixed)
+    ended = tuple(_compared_row(path, record, side) for path, record in compared for side in ("backbone", "patched"))
+    return Report(
+        {"run": str(run), "measurements": records, "comparisons": [each for _, each in compared]}, (*ended, *rows), mixed
+    )
+
+
+def _compared_row(path: Path, record: Mapping[str, Any], side: str) -> dict[str, str]:
+    """One side of the comparison that ended `dmpctl patch`."""
+    estimate, sampling = record[side], record["protocol"]["sampling"]
+    return {
+        "metric": f"{record['metric']} ({side})",
+        "value": distance_words(estimate["value"], estimate.get("debiased"), estimate["standard_error"]),
+        "step": path.stem.rpartition("-")[2].lstrip("0"),
+        "sampler": f"{sampling['sampler']} {sampling['steps']}, cfg {sampling['cfg']}",
+        "protocol": f"of dmpctl patch, {record['protocol']['images']} images",
+        "reference": "training images",
+        "measured": "",
+    }
 
 
 def _row(record: Mapping[str, Any]) -> dict[str, str]:

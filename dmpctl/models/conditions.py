@@ -25,7 +25,7 @@ from dmpctl.runs.records import EncoderRecord
 from dmpctl.settings.model import Settings
 from dmpctl.settings.sections import Data
 from dmpctl.store.cache import cache_dir
-from dmpctl.store.locate import locate
+from dmpctl.store.locate import locate, named
 from dmpctl.texts import lines_of, read_user_text
 from dmpctl.types import BackboneSpec, Progress, Source
 
@@ -93,7 +93,9 @@ def open_encoder(settings: Settings, spec: BackboneSpec | None, recorded: Encode
     if name is None:
         raise UsageError("nothing says which encoder reads its captions", "add --text-encoder clip-l, pixart-t5 or a folder")
     tokens = settings.text.text_tokens or (recorded.tokens if recorded else None)
-    encoder = TextEncoder(locate(name, "text", settings).absolute(), name, tokens, resolve_device(settings.launch))
+    folder = locate(name, "text", settings).absolute()
+    lasting = name if name in named("text") else str(folder)  # a user's own row means nothing without its file
+    encoder = TextEncoder(folder, lasting, tokens, resolve_device(settings.launch))
     if spec is not None and spec.text is not None and encoder.width != spec.text.width:
         raise UsageError(
             f"the text encoder {name} gives states of width {encoder.width}, the backbone takes {spec.text.width}",

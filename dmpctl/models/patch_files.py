@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dmpctl.backbones.dit import shape_config
 from dmpctl.backbones.dit_weights import PATCH, described_weights, digest_of, is_patched
 from dmpctl.errors import IntegrityError, MissingError, UsageError
-from dmpctl.files import json_object, read_tensors, run_of, sha256_of, sha256_of_bytes, tensors_to_bytes
+from dmpctl.files import json_object, read_metadata, read_tensors, run_of, sha256_of, sha256_of_bytes, tensors_to_bytes
 from dmpctl.foreign.tensors import refuse_unsound
 from dmpctl.models.backbone import BackboneModule, Loaded, freeze, load_backbone, model_from
 from dmpctl.models.build import PatchModule, build_patch
@@ -37,6 +37,7 @@ from dmpctl.store.addresses import address_in
 from dmpctl.store.locate import BUNDLED, BUNDLED_DATA, locate
 
 SCHEMA_VERSION = 1
+FOLDED = "folded"  # metadata: the method whose change `dmpctl export --to merged` has added to a backbone's weights
 PATCH_PREFIX = "patch."  # of a patch's tensors in one file with its backbone
 
 
@@ -210,7 +211,17 @@ def outputs_of(run: Path) -> Path:
     if address is not None:
         return Path("runs").absolute() / address.rsplit("/", 1)[-1].partition("@")[0]
     run = run_of(run.expanduser().absolute())
-    return run.with_suffix("") if run.is_file() else run
+    if not run.is_file():
+        return run
+    beside = run.with_suffix("")
+    taken = any((beside / name).is_file() for name in ("config.json", "patch.json"))  # by a run, whose images are others
+    return run.with_name(f"{beside.name}-merged") if taken else beside
+
+
+def folded_into(run: Path) -> str | None:
+    """Returns the method whose change is part of the weights in a merged file; None for a run and any other file."""
+    path = run.expanduser()
+    return read_metadata(path).get(FOLDED) if path.suffix == ".safetensors" and path.is_file() else None
 
 
 def backbone_digest(loaded: Loaded) -> str:

@@ -15,7 +15,7 @@ from dmpctl.types import Progress, Report
 PACKAGES = (
     *("dmpctl", "torch", "torchvision", "accelerate", "diffusers", "timm", "datasets", "huggingface-hub", "safetensors"),
     *("transformers", "torchmetrics", "torch-fidelity", "numpy", "scipy", "scikit-learn", "pillow", "matplotlib"),
-    *("pydantic", "typer", "rich", "jinja2", "filelock"),
+    *("peft", "sentencepiece", "pydantic", "typer", "rich", "jinja2", "filelock"),
 )
 GIB = 1024**3
 

@@ -19,9 +19,10 @@ from pydantic import JsonValue
 from dmpctl.errors import Damaged, InUse, MissingError, UsageError
 from dmpctl.files import locked, plain_json, put_aside, write_atomic, write_json, writing
 from dmpctl.runs.records import Record, read_record
+from dmpctl.settings.methods import METHODS
 from dmpctl.settings.options import defaults_of
 from dmpctl.texts import refuse_other_encoding
-from dmpctl.words import differences
+from dmpctl.words import differences, nearest_or
 
 SCHEMA_VERSION = 1
 
@@ -175,10 +176,9 @@ class RunDir:
 
         `allowed`: names that may change; UsageError for one that does not exist.
         """
-        if unknown := sorted(set(allowed) - set(science)):
-            raise UsageError(
-                f"--allow-change {unknown[0]}: there is no such setting of an experiment", "see science in config.json"
-            )
+        if unknown := sorted(set(allowed) - set(science) - {"iters"}):
+            hint = nearest_or(unknown[0], science, "see science in config.json")
+            raise UsageError(f"--allow-change {unknown[0]}: there is no such setting of an experiment", hint)
         if (self.path / "config.json").is_file():
             before = self.config()
             if before.command != command:
@@ -186,11 +186,15 @@ class RunDir:
             old = before.science
             newer = {key: value for key, value in defaults_of(command).items() if key in science and key not in old}
             now = plain_json(science)
-            kept = {key: now[key] for key in allowed}
-            if changed := differences(old | newer | kept, now):
+            kept = {key: now[key] for key in allowed if key in now}
+            changed = differences(old | newer | kept, now)
+            if method := [each for each in changed if each[0] == "method"]:  # whose options differ because it does
+                shared = {name for kind in METHODS.values() for name in kind.model_fields}
+                changed = method + [each for each in changed if each[0] not in shared]
+            if changed:
                 shown = "; ".join(f"{key}: {there} there, {asked} now" for key, there, asked in changed[:4])
                 raise UsageError(
-                    f"{self.path} holds another experiment ({shown})",
+                    f"{self.path} already uses different settings ({shown})",
                     "name another --run, give the settings of that run, or --allow-change what is named here",
                 )
 

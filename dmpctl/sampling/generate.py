@@ -18,7 +18,7 @@ from dmpctl.errors import UsageError
 from dmpctl.files import make_folder, plain_json, read_json, sha256_of_json, write_json, writing
 from dmpctl.models.codec import latent_record
 from dmpctl.models.conditions import Conditions, Labels, encoder_record
-from dmpctl.models.patch_files import load_result, outputs_of
+from dmpctl.models.patch_files import folded_into, load_result, outputs_of
 from dmpctl.models.patched import Patched
 from dmpctl.models.speed import compile_blocks
 from dmpctl.processes.command import Command
@@ -203,7 +203,8 @@ def images_of_all(
 def samples_folder(run: Path, model: Patched, sampling: Sampling) -> Path:
     """Where images of a run lie unless --out says otherwise: samples/<step>-<sampler>-<steps>-cfg<g>..."""
     name = f"{model.step:07d}-{sampling.sampler}-{sampling.steps}-cfg{sampling.cfg:g}"
-    name += "-backbone" if model.patch is None else ""
+    if model.patch is None:
+        name += f"-merged-{method}" if (method := folded_into(run)) else "-backbone"
     if model.prompts is not None:
         name += f"-{sha256_of_json(dict(model.prompts.about))[:8]}"
     return outputs_of(run) / "samples" / name

@@ -13,6 +13,10 @@ from dmpctl.settings.measuring import Evaluate, Fid, Gates, Images, Prompting, R
 from dmpctl.settings.methods import Dmp, Method
 from dmpctl.settings.sections import Base, CodecSection, Console, Data, Launch, Run, Section, Shape, Text
 from dmpctl.settings.training import Objective, Pretrain, Save, Train
+from dmpctl.words import nearest
+
+# What the settings name, as runs record it beside them.
+IDENTITIES = ("backbone_sha256", "data_fingerprint", "codec_fingerprint", "text_fingerprint")
 
 
 class Settings(BaseModel):
@@ -57,6 +61,14 @@ class Settings(BaseModel):
             fits = max(patch_size, size - size % patch_size)
             hint = f"say {{size:{fits}}}, or another patch size"
             raise Clash({"size": size, "patch_size": patch_size}, "{size} is not a multiple of {patch_size}", hint)
+        return self
+
+    @model_validator(mode="after")
+    def _changes_exist(self) -> Self:
+        known = {*self.science(), *IDENTITIES} if self.run.allowed else set()
+        for name in (name for name in self.run.allowed if name not in known):
+            near = nearest(name, known) or "ema"
+            raise Clash({"allow_change": name}, "{allow_change} is no setting of an experiment", f"say {{allow_change:{near}}}")
         return self
 
     @classmethod

@@ -58,7 +58,7 @@ class Run(Section, panel="Run"):
     free: ClassVar[frozenset[str]] = frozenset({"run", "allow_change"})
     run: Path | None = Field(default=None, description="Run directory; default: runs/<data>.")
     seed: int = Field(default=0, ge=0, description="Seed of training: order, timesteps, noise.")
-    allow_change: Annotated[str | None, Takes("names of settings, joined by commas", "prompt_lr")] = Field(
+    allow_change: Annotated[str | None, Takes("names of settings, joined by commas", "ema")] = Field(
         default=None,
         pattern=r"^[a-z0-9_-]+(,[a-z0-9_-]+)*$",
         description="What an unfinished run may go on with otherwise, such as prompt_lr,ema; default: nothing.",

@@ -52,6 +52,8 @@ def locate(word: str | Path, kind: Kind, settings: Settings | None = None) -> Pa
         return Path(str(resources.files("dmpctl") / "assets" / BUNDLED[name]))
     if kind == "run" or (kind != "weights" and path.is_dir()) or (kind in ("backbone", "weights") and path.is_file()):
         return path
+    if kind in ("codec", "text") and (other := registry_of(settings).get(name)) is not None:
+        raise UsageError(f"{name} is a row of kind {other.kind}, no {kind}", f'give that row kind = "{kind}"')
     raise _nothing(name, path, kind)
 
 
@@ -61,9 +63,9 @@ def named(kind: Kind, settings: Settings | None = None) -> Registry:
         case "backbone" | "weights":
             return registry_of(settings)
         case "codec" | "text":
-            return {name: row for name, row in shipped().items() if row.kind == kind}
+            return {name: row for name, row in registry_of(settings).items() if row.kind == kind}
         case "clip":
-            return {"clip-l": shipped()["clip-l"]}
+            return {"clip-l": registry_of(settings)["clip-l"]}
         case "run":
             return {}
         case _:
@@ -182,7 +184,9 @@ def locate_data(
     if (how := published().get(word)) is not None:
         if how.row is not None and how.captions is not None and how.split is not None:
             return CocoFiles(require(how.row, settings), require(how.captions, settings), how.split)
-        at = replace(address_of(shipped()[word]), split=how.split)
+        if (row := registry_of(settings)[word]).repo is None and streaming:
+            raise UsageError(f"{word} comes from {row.source}, and only sets of the Hub are streamed", "leave --streaming out")
+        at = replace(address_of(row), split=how.split)
         return HubRows(word, at, how, None if streaming else require(word, settings))
     if word.startswith(HUB):
         return HubRows(word, of_rows(word), Published())

@@ -119,7 +119,7 @@ def open_stage(study: Study, name: str, settings: Settings, device: torch.device
     if compare.eval_images:
         refuse_sampling(plain, loaded, source)
         options = Fid(extractor=compare.extractor, extractor_weights=compare.extractor_weights)
-        extractor = build_extractor(options, codec.image_shape(spec.latent_shape), device)
+        extractor = build_extractor(options, codec.image_shape(spec.latent_shape), device, settings)
         refuse_few(compare.eval_images, extractor.width, "or set eval_images to 0")
     folder = compare.run.expanduser().absolute() / name
     text = open_encoder(plain, spec, loaded.text)

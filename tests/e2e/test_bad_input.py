@@ -82,12 +82,12 @@ def test_a_run_that_has_not_ended(run, cli):
 
 
 def test_a_value_out_of_range(tmp_path, cli):
-    failed(cli("patch", "--iters", 0, "--run", tmp_path / "run"), 2, "--iters", "greater than or equal to 1", "0", hint=None)
+    failed(cli("patch", "--iters", 0, "--run", tmp_path / "run"), 2, "--iters", "1 or more", "0", hint="--iters 1")
     assert not (tmp_path / "run").exists()
 
 
 def test_an_option_that_is_none(cli):
-    failed(cli("patch", "--itres", 5), 2, "--itres", "--iters")
+    failed(cli("patch", "--itres", 5), 2, "--itres", hint="--iters")
 
 
 # What is read
@@ -212,7 +212,7 @@ def test_one_of_several_processes_of_a_command_for_one(cli, monkeypatch):
 def test_a_run_of_another_experiment(run, cli):
     before = tree(run)
     other = cli("patch", "--run", run, *FEW, "--prompt-lr", 0.5)
-    failed(other, 2, "holds another experiment", "prompt_lr: 0.05 there, 0.5 now", hint="--run")
+    failed(other, 2, "already uses different settings", "prompt_lr: 0.05 there, 0.5 now", hint="--run")
     failed(cli("pretrain", "--data", "digits", "--run", run), 2, "was made by dmpctl patch, not pretrain", hint="--run")
     assert {name: digest for name, digest in tree(run).items() if name != ".lock"} == {
         n: d for n, d in before.items() if n != ".lock"

@@ -79,7 +79,7 @@ def test_merged_lora_is_a_backbone_like_any_other(tmp_path, cli):
     data = ran(cli("patch", "--base", path, "--run", tmp_path / "on-top", "--iters", 1, "--no-evaluate", "--cpu", "--json"))
     assert data["step"] == 1
     ran(cli("sample", path, *IMAGES, "--json"))
-    assert len(list((tmp_path / "merged" / "samples").glob("*-backbone/0*.png"))) == 3
+    assert len(list((tmp_path / "merged" / "samples").glob("*-merged-lora/0*.png"))) == 3
 
 
 def test_golden_weights_through_the_command(tmp_path, cli):

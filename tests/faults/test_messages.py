@@ -4,9 +4,11 @@ The options, their types and bounds are read from the settings, so that a new op
 """
 
 import ast
+import hashlib
 import json
 import re
 import shlex
+import tomllib
 import traceback
 from pathlib import Path
 from types import NoneType, SimpleNamespace
@@ -15,16 +17,24 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import dmpctl
+from dmpctl.cli.calls import own_hint
 from dmpctl.cli.commands import COMMANDS
-from dmpctl.errors import DmpError, UsageError
+from dmpctl.errors import DmpError, MissingError, UsageError
+from dmpctl.measuring import features
+from dmpctl.models import codec
+from dmpctl.models.codec import open_codec
 from dmpctl.refusals import Among, Clash, Takes, synonyms
 from dmpctl.settings.layers import resolve
+from dmpctl.settings.measuring import Fid
 from dmpctl.settings.methods import METHODS
 from dmpctl.settings.options import Option, every_option, options_of
-from tests.helpers import copied, files
+from dmpctl.store.locate import locate, locate_data, named
+from tests.helpers import copied, files, patch_run
 from tests.house import modules
+from tests.latent_helpers import tiny_vae
 
 JARGON = re.compile(
     r"Input should|[Vv]alue error|value_error|pydantic|typer|click|unable to|valid (integer|number|string|boolean|path|list)"
@@ -262,6 +272,7 @@ CLASHES = [
     ("sample", {"prompt": "a", "prompts_from": "b"}),
     ("download", {"list_assets": True, "verify": True}),
     ("download", {"encode_with": "true"}),
+    ("patch", {"allow_change": "promt_lr"}),
 ]
 
 
@@ -430,3 +441,130 @@ def test_a_run_may_be_named_by_a_file_in_it(line, name, finished, tmp_path, cli,
     assert by_file.err.replace(str(run), str(other)) == by_name.err
     assert by_file.code == 0 or "checkpoints" in name
     assert files(run) == files(other)
+
+
+# What goes together across commands
+
+
+def test_names_of_settings_that_may_change_are_names_of_settings(spoken, tmp_path):
+    for command in ("patch", "pretrain"):
+        sentence, hint = spoken(command, "--allow-change", "promt_lr" if command == "patch" else "batch-sise", "--dry-run")
+        assert sentence.startswith("--allow-change ")
+        assert hint == f"say --allow-change {'prompt_lr' if command == 'patch' else 'batch_size'}"
+    assert "foo" in spoken("patch", "--allow-change", "foo")[0]
+    assert resolve("patch", {"allow_change": "prompt-lr,data_fingerprint,iters"}).settings.run.allowed[0] == "prompt_lr"
+
+
+def test_another_method_in_a_run_is_named_first_and_alone(finished, tmp_path, spoken):
+    run = copied(finished, tmp_path / "run")
+    few = ("--iters", 6, "--batch-size", 8, "--cpu", "--no-evaluate", "--ema", 0)
+    sentence, _ = spoken("patch", "--method", "lora", "--run", run, *few)
+    assert f"{run} already uses different settings (method: dmp there, lora now)" == sentence
+
+
+def test_merged_weights_are_sampled_beside_the_run_and_under_their_own_name(tmp_path, cli):
+    patch_run(tmp_path / "lora", method="lora", iters=3)
+    before = files(tmp_path / "lora")
+    merged = tmp_path / "lora.safetensors"
+    assert cli("export", tmp_path / "lora", "--out", merged).code == 0
+    line = ("--num-images", 2, "--steps", 2, "--sampler", "ddim", "--cpu")
+    assert cli("sample", merged, *line).code == 0
+    assert files(tmp_path / "lora") == before
+    (made,) = (tmp_path / "lora-merged" / "samples").iterdir()
+    assert made.name.endswith("-merged-lora")
+    assert cli("sample", tmp_path / "lora", *line, "--unpatched").code == 0
+    assert next((tmp_path / "lora" / "samples").iterdir()).name.endswith("-backbone")
+
+
+def test_what_patch_measured_is_shown(tmp_path, cli):
+    small = ("--iters", 2, "--batch-size", 8, "--cpu", "--eval-images", 80, "--steps", 2, "--sampler", "ddim")
+    assert cli("patch", "--run", tmp_path / "run", *small).code == 0
+    (path,) = (tmp_path / "run" / "metrics").glob("comparison-*.json")
+    found = json.loads(path.read_text("utf-8"))
+    shown = cli("fid", tmp_path / "run", "--show", "--json")
+    assert shown.code == 0, shown.err
+    compared = json.loads(shown.out)["comparisons"][0]
+    assert compared["patched"]["value"] == found["patched"]["value"]
+    table = cli("fid", tmp_path / "run", "--show").out
+    assert f"{found['patched']['value']:.4f}" in table
+    assert f"{found['backbone']['value']:.4f}" in table
+
+
+@pytest.mark.parametrize("command", ["export", "inspect-gates", "sample"])
+def test_a_patch_on_the_hub_that_was_not_fetched_is_called_by_its_address(command, spoken, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    sentence, hint = spoken(command, "hf://a/b", code=3)
+    assert "hf://a/b" in sentence
+    assert "there is no run" not in sentence
+    assert "dmpctl download" in hint
+
+
+def test_a_hint_names_no_option_that_the_command_lacks(spoken, tmp_path):
+    for number, size in enumerate((32, 48, 48)):
+        Image.new("RGB", (size, size)).save(tmp_path / f"{number}.png")
+    sentence, hint = spoken("fid", tmp_path, "--reference", "digits", "--extractor", "pixels")
+    assert "squares of one size" in sentence
+    assert "--size" not in hint or "dmpctl fid has no --size" in hint
+
+
+def test_a_hint_keeps_the_ways_out_that_there_are():
+    assert own_hint("repair it, take it away, or go on without it: --on-bad skip", "fid") == "repair it, or take it away"
+    assert own_hint("say --size N to crop and resize them", "fid") == "change the files themselves: dmpctl fid has no --size"
+    assert own_hint("say --size N to crop and resize them", "pretrain") == "say --size N to crop and resize them"
+    assert own_hint("dmpctl download ffhq --latents vae-ema", "patch") == "dmpctl download ffhq --latents vae-ema"
+    assert own_hint(None, "fid") is None
+
+
+def test_doctor_lists_every_package_that_is_needed(cli):
+    project = tomllib.loads((Path(dmpctl.__file__).parents[1] / "pyproject.toml").read_text("utf-8"))["project"]
+    names = {re.split(r"[^A-Za-z0-9_.-]", need)[0] for need in project["dependencies"]}
+    assert names <= set(json.loads(cli("doctor", "--json").out)["versions"])
+
+
+# Rows of the user's own
+
+
+def test_a_row_of_the_users_own_may_be_named_as_codec_and_as_text_encoder(tmp_path, monkeypatch):
+    folder = tmp_path / "mine"
+    tiny_vae(folder)
+    rows = "".join(
+        f'[assets.{name}]\nrepo = "me/{name}"\nfile = "config.json"\nkind = "{kind}"\n'
+        for name, kind in (("my-vae", "codec"), ("my-text", "text"), ("my-net", "backbone"))
+    )
+    (tmp_path / "x.toml").write_text(rows)
+    settings = resolve("patch", {"codec": "my-vae"}, tmp_path / "x.toml").settings
+    assert {"my-vae"} <= set(named("codec", settings)) - set(named("codec"))
+    assert {"my-text"} <= set(named("text", settings)) - set(named("text"))
+    for kind, name in (("codec", "my-vae"), ("text", "my-text")):
+        with pytest.raises(MissingError, match=f"{name}.* is not in the cache"):
+            locate(name, kind, settings)
+    with pytest.raises(UsageError, match="my-net is a row of kind backbone, no codec"):
+        locate("my-net", "codec", settings)
+    monkeypatch.setattr(codec, "locate", lambda *_: folder)
+    assert open_codec(settings, 4).name == str(folder)  # its name means nothing to who has not this file
+
+
+def test_a_row_of_the_users_own_is_the_inception_that_measures(tmp_path, monkeypatch, random_inception):
+    weights = tmp_path / "own.pth"
+    weights.write_bytes(random_inception.read_bytes())
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    (tmp_path / "x.toml").write_text(
+        f'[assets.inception]\nurl = "https://host.example/own.pth"\nkind = "extractor"\nsha256 = "{digest}"\n'
+    )
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    settings = resolve("fid", {}, tmp_path / "x.toml").settings
+    asked = []
+    monkeypatch.setattr(features, "require", lambda name, given: asked.append((name, given)) or weights)
+    found = features.build_extractor(Fid(extractor="inception"), (3, 64, 64), torch.device("cpu"), settings)
+    assert asked == [("inception", settings)]
+    assert not found.known
+
+
+def test_a_row_of_the_users_own_is_what_is_streamed(tmp_path):
+    (tmp_path / "x.toml").write_text(
+        '[assets.ffhq]\nrepo = "me/ffhq"\nallow = ["*"]\ndataset = true\nkind = "data"\nrevision = "v2"\n'
+    )
+    settings = resolve("patch", {"data": "ffhq"}, tmp_path / "x.toml").settings
+    found = locate_data("ffhq", settings, streaming=True)
+    assert (found.at.repo, found.at.revision) == ("me/ffhq", "v2")
+    assert locate_data("ffhq", streaming=True).at.repo != "me/ffhq"

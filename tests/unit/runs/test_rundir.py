@@ -103,7 +103,7 @@ def test_another_experiment_is_refused_by_key_old_and_new(tmp_path, change, sent
     before = (tmp_path / "run" / "config.json").read_bytes()
     with pytest.raises(UsageError, match=sentence) as failure:
         begun(tmp_path / "run", SCIENCE | change)
-    assert "holds another experiment" in failure.value.message
+    assert "already uses different settings" in failure.value.message
     assert "--run" in failure.value.hint
     assert (tmp_path / "run" / "config.json").read_bytes() == before
 
@@ -194,7 +194,7 @@ def test_a_change_that_is_allowed_by_name_is_taken_and_recorded(tmp_path: Path) 
     assert "--allow-change" in failure.value.hint
     with pytest.raises(UsageError, match="prompt_lr"):
         patch_run(tmp_path / "run", prompt_lr=0.5, allow_change="gate_lr")
-    with pytest.raises(UsageError, match="--allow-change nonsense: there is no such setting"):
+    with pytest.raises(UsageError, match="--allow-change nonsense is no setting of an experiment"):
         patch_run(tmp_path / "run", prompt_lr=0.5, allow_change="prompt-lr,nonsense")
     patch_run(tmp_path / "run", prompt_lr=0.5, allow_change="prompt-lr")
     assert RunDir(tmp_path / "run").metrics.lines()[-1]["lr"][0] == 0.5

@@ -37,6 +37,22 @@ class ScheduleSpec:
 
 
 @dataclass(frozen=True)
+class Inference:
+    """How a scheduler file of diffusers picks timesteps and steps along them: its keys, which mean what they mean there.
+
+    None: the file does not say, and each sampler does what diffusers' own does.
+    """
+
+    timestep_spacing: Literal["leading", "linspace", "trailing"] | None = None
+    steps_offset: int = 0
+    set_alpha_to_one: bool | None = None
+    clip_sample: bool = False
+    clip_sample_range: float = 1.0
+    skip_prk_steps: bool = True
+    variance_type: str | None = None
+
+
+@dataclass(frozen=True)
 class TextSpec:
     """Sizes of the text states that a backbone attends to: `tokens` of them, each of `width` numbers."""
 
@@ -50,7 +66,7 @@ class BackboneSpec:
 
     `latent_shape` is (C, H, W) of the noised latents. `num_classes` 0 means no labels; `text` None means no captions.
     `null_class` is the label that means "no class", for guidance; None where there is none. `cond_width` is the width D of
-    the vectors that `embed` returns; None: the width of the sites.
+    the vectors that `embed` returns; None: the width of the sites. `inference`: of its scheduler file, None: as ADM and DiT.
     """
 
     latent_shape: tuple[int, int, int]
@@ -63,6 +79,7 @@ class BackboneSpec:
     null_class: int | None = None
     text: TextSpec | None = None
     cond_width: int | None = None
+    inference: Inference | None = None
 
 
 def text_parts(cond: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,13 @@
 """A backbone from a folder in the layout of diffusers: a pipeline (model_index.json) or one model (config.json)."""
 
+import re
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import JsonValue
+from pydantic import JsonValue, TypeAdapter, ValidationError
 from torch import nn
 
 from dmpctl.backbones.diffusers_dit import DiffusersDiT
@@ -13,7 +15,8 @@ from dmpctl.backbones.pixart import PixArt
 from dmpctl.backbones.sd_unet import SdUnet
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.files import read_json
-from dmpctl.types import ScheduleKind, ScheduleSpec
+from dmpctl.foreign.folders import refuse_unsound_files, variant_of
+from dmpctl.types import Inference, ScheduleKind, ScheduleSpec
 
 KINDS: dict[str, type[DiffusersDiT] | type[PixArt] | type[SdUnet]] = {
     "DiTTransformer2DModel": DiffusersDiT,
@@ -27,6 +30,18 @@ BETAS: dict[tuple[object, object, object], ScheduleKind] = {  # beta_schedule, b
     ("squaredcos_cap_v2", None, None): "cosine",
 }
 Foreign = DiffusersDiT | PixArt | SdUnet
+INFERENCE = tuple(field.name for field in fields(Inference))  # keys of a scheduler file that are used in sampling
+TRAINED = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")  # and of the training
+ONLY: dict[str, tuple[object, ...]] = {  # keys that have to have this value
+    "prediction_type": ("epsilon",),
+    "trained_betas": (None, []),
+    **dict.fromkeys(("rescale_betas_zero_snr", "thresholding", "use_flow_sigmas", "use_dynamic_shifting"), (False, None)),
+}
+OF_ITS_SAMPLER = re.compile(  # keys of one sampler of diffusers, which --sampler chooses here; and of what is switched off
+    r"solver_.*|algorithm_type|lower_order_final|euler_at_final|final_sigmas_type|use_(karras|exponential|beta)_sigmas|use_lu_lambdas"
+    r"|lambda_min_clipped|interpolation_type|timestep_type|sigma_(min|max|data)|dynamic_thresholding_ratio|sample_max_value|flow_shift"
+    r"|predict_x0|disable_corrector|s_noise|original_inference_steps|timestep_scaling|time_shift_type|flow_.*|noise_sampler_seed"
+)
 
 
 def holds_diffusers(folder: Path) -> bool:
@@ -49,8 +64,10 @@ def open_folder(folder: Path) -> tuple[Foreign, Path | None]:
     name = str(read_json(inside / "config.json").get("_class_name"))
     if name not in KINDS:
         raise UsageError(f"{inside} holds a {name}, which cannot be patched", f"name one of {', '.join(KINDS)}")
-    schedule = schedule_in(inside.parent / "scheduler" / "scheduler_config.json")
-    return wrapped(loaded(inside, name), schedule), folder if part is not None else None
+    schedule, inference = schedule_in(inside.parent / "scheduler" / "scheduler_config.json")
+    made = wrapped(loaded(inside, name), schedule)
+    made.inference = inference
+    return made, folder if part is not None else None
 
 
 def wrapped(model: nn.Module, schedule: ScheduleSpec | None = None, text_tokens: int | None = None) -> Foreign:
@@ -81,11 +98,13 @@ def loaded(folder: Path, name: str) -> nn.Module:
     import diffusers
 
     load: Any = getattr(diffusers, name).from_pretrained
+    refuse_unsound_files(folder, ".bin")  # before anyone else opens a pickle
     try:
         with torch.inference_mode(False):  # or its tensors could not be trained through, nor moved
-            model, found = load(folder, local_files_only=True, output_loading_info=True)
+            model, found = load(folder, local_files_only=True, output_loading_info=True, variant=variant_of(folder))
         wrong = [f"{kind.removesuffix('_keys')} {key}" for kind, keys in found.items() for key in keys]
         if not wrong:
+            refuse_unsound_files(folder)
             whole: nn.Module = model.float()
             return whole
         why = f"{wrong[0]} ({len(wrong)} such keys)"
@@ -94,17 +113,30 @@ def loaded(folder: Path, name: str) -> nn.Module:
     raise IntegrityError(f"{folder} is no {name} that can be read: {why}", "fetch it again, or name another one")
 
 
-def schedule_in(path: Path) -> ScheduleSpec | None:
-    """Returns the schedule of a pipeline; None where it has none. UsageError for one that we do not have."""
+def schedule_in(path: Path) -> tuple[ScheduleSpec | None, Inference | None]:
+    """Returns the schedule of a pipeline and how it is sampled; None where it has none.
+
+    UsageError, with its name, for a key or a value that we do not have.
+    """
     if not path.is_file():
-        return None
+        return None, None
     config = read_json(path)
-    prediction = config.get("prediction_type", "epsilon")
-    if prediction != "epsilon":
-        hint = "name one that predicts epsilon"
-        raise UsageError(f"{path} says that the model predicts {prediction}, which is not supported", hint)
     kind, start, end = (config.get(key) for key in ("beta_schedule", "beta_start", "beta_end"))
     known = BETAS.get((kind, None, None) if kind == "squaredcos_cap_v2" else (kind, start, end))
     if known is None:
         raise UsageError(f"{path} has a noise schedule {kind} from {start} to {end}, which is not known", "name another model")
-    return ScheduleSpec(known, int(config.get("num_train_timesteps", 1000)))
+    name, own = str(config.get("_class_name")), {key: config[key] for key in INFERENCE if config.get(key) is not None}
+    for key, value in config.items():
+        if key in ONLY and value not in ONLY[key]:
+            said = "the model predicts" if key == "prediction_type" else f"{key} is"
+            hint = "name one that predicts epsilon" if key == "prediction_type" else "name another model"
+            raise UsageError(f"{path} says that {said} {str(value)[:40]}, which is not supported", hint)
+        if key not in (*ONLY, *INFERENCE, *TRAINED) and not key.startswith("_") and not OF_ITS_SAMPLER.fullmatch(key):
+            raise UsageError(f"{path} says {key} = {str(value)[:40]}, and it is not known what that means", "name another model")
+    of_class = {"clip_sample": name.startswith(("DDIM", "DDPM")), "skip_prk_steps": name != "PNDMScheduler"}
+    try:
+        inference = TypeAdapter(Inference).validate_python(of_class | own)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise UsageError(f"{path} says {wrong['loc'][0]} = {wrong['input']}, which is not known", "name another model") from None
+    return ScheduleSpec(known, int(config.get("num_train_timesteps", 1000))), inference

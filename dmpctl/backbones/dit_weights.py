@@ -20,7 +20,7 @@ from dmpctl.foreign.tensors import refuse_unsound, unpickled
 from dmpctl.foreign.unwrapped import unwrapped
 from dmpctl.runs.records import BackboneDescription, CodecRecord, EncoderRecord, as_record
 from dmpctl.store.shapes import SHAPES
-from dmpctl.types import ScheduleSpec
+from dmpctl.types import Inference, ScheduleSpec
 
 SELF = "dmpctl.dit"  # metadata of a DiT that describes itself
 MODEL = "dmpctl.model"  # metadata of a backbone that is a model of diffusers
@@ -50,6 +50,7 @@ class Weights:
     codec: CodecRecord | None = None
     text: EncoderRecord | None = None
     model: Mapping[str, JsonValue] | None = None
+    inference: Inference | None = None
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
@@ -75,10 +76,12 @@ def model_metadata(
     data: str | None,
     codec: CodecRecord | None,
     text: EncoderRecord | None,
+    inference: Inference | None = None,
 ) -> dict[str, str]:
     """safetensors metadata of a model of diffusers: as of a DiT, with its own config and the encoder of its captions."""
     value = {"schema_version": 1, "model": dict(config), "schedule": asdict(schedule), "data": data}
     value |= {"codec": codec and codec.to_json(), "text": text and text.to_json()}
+    value |= {} if inference is None else {"inference": asdict(inference)}
     return {MODEL: json.dumps(value, sort_keys=True)}
 
 
@@ -146,7 +149,7 @@ def described(weights: Weights, about: Mapping[str, Any], wrong: str) -> Weights
     except (TypeError, UsageError) as error:
         raise IntegrityError(f"{wrong} ({error})") from None
     weights = replace(weights, config=shape, model=found.model, schedule=schedule)
-    return replace(weights, data=found.data, codec=found.codec, text=found.text)
+    return replace(weights, data=found.data, codec=found.codec, text=found.text, inference=found.inference)
 
 
 def _refuse_more_than_there_is(tensors: Mapping[str, Tensor], about: Mapping[str, Any], wrong: str) -> None:

@@ -45,6 +45,7 @@ class SdUnet(Hooked):
             text=TextSpec(self.text_tokens or TOKENS, config.cross_attention_dim),
             cond_width=model.time_embedding.linear_2.out_features,
             parameters=numbers_in(model),
+            inference=self.inference,
         )
 
     def _embed(self, t: Tensor, cond: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmpctl.types import BackboneSpec, Edit, ScheduleSpec, Site, TextSpec
+from dmpctl.types import BackboneSpec, Edit, Inference, ScheduleSpec, Site, TextSpec
 
 Keywords = dict[str, object]  # of a call
 
@@ -57,6 +57,7 @@ class Hooked(nn.Module, ABC):
     ) -> None:
         super().__init__()
         self.text_tokens = text_tokens
+        self.inference: Inference | None = None
         self._model, self._names, self.schedule = (model,), tuple(block_names), schedule  # in a tuple it is no submodule
         self._parameters, self._buffers, self._modules = model._parameters, model._buffers, model._modules
         self._held, self._recompute = EditInForce(), False
@@ -183,6 +184,7 @@ class AlikeBlocks(Hooked):
             null_class=null_class,
             text=text,
             parameters=numbers_in(self.model),
+            inference=self.inference,
         )
 
     @property

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dmpctl.errors import DmpError, IntegrityError, MissingError, UsageError
 from dmpctl.files import read_json, sha256_of
+from dmpctl.foreign.folders import ENCODER, refuse_unsound_files, variant_of
 
 T5_TOKENS = 120  # PixArt-alpha's; a T5 takes any number
 KINDS = ("clip", "clip_text_model", "t5")
@@ -84,11 +85,11 @@ class TextEncoder:
         with torch.inference_mode(False):
             try:
                 tokenizer = words.from_pretrained(self._words, local_files_only=True)
-                model, found = kind.from_pretrained(
-                    self._folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-                )
+                options = {"dtype": torch.float32, "variant": variant_of(self._folder, ENCODER), "output_loading_info": True}
+                model, found = kind.from_pretrained(self._folder, local_files_only=True, use_safetensors=True, **options)
             except (OSError, ValueError, RuntimeError, TypeError, KeyError, ImportError, SafetensorError) as error:
                 raise self._refused(str(error).splitlines()[0]) from None
+            refuse_unsound_files(self._folder, stem=ENCODER, floats=False)
             if found["missing_keys"]:
                 raise self._refused(f"it lacks {sorted(found['missing_keys'])[0]}")
             return tokenizer, model.to(self._device).eval().requires_grad_(False)

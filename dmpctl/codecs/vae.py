@@ -17,9 +17,10 @@ from torch import Tensor
 from dmpctl.codecs.identity import Identity
 from dmpctl.errors import DmpError, IntegrityError, MissingError, UsageError
 from dmpctl.files import read_json, sha256_of
+from dmpctl.foreign.folders import MODEL, refuse_unsound_files, variant_of
 from dmpctl.types import Moments
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+WEIGHTS = f"{MODEL}.safetensors"
 DECIDING = (  # entries of the config that the weights do not tell
     "act_fn",
     "block_out_channels",
@@ -47,7 +48,9 @@ class Vae:
         inside = folder / "vae"
         self.name, self.batch = name, batch
         self._folder = inside if (inside / "config.json").is_file() else folder
-        if not (self._folder / WEIGHTS).is_file():
+        variant = variant_of(self._folder) if self._folder.is_dir() else None
+        self._variant, self._weights = variant, self._folder / (WEIGHTS if variant is None else f"{MODEL}.{variant}.safetensors")
+        if not self._weights.is_file():
             raise MissingError(f"{self._folder} holds no autoencoder ({WEIGHTS})", "name a folder as diffusers saves it")
         config = read_json(self._folder / "config.json")
         try:
@@ -63,7 +66,7 @@ class Vae:
     def fingerprint(self) -> str:
         """sha256 over the file of weights and the deciding entries of the config."""
         described = json.dumps(self._config, sort_keys=True)
-        return hashlib.sha256(f"{sha256_of(self._folder / WEIGHTS)} {described}".encode()).hexdigest()
+        return hashlib.sha256(f"{sha256_of(self._weights)} {described}".encode()).hexdigest()
 
     def latent_shape(self, channels: int, size: int) -> tuple[int, int, int]:
         """(C, H, W) of the latents of colour images with this side in pixels.
@@ -117,13 +120,13 @@ class Vae:
         from diffusers import AutoencoderKL
 
         load: Any = AutoencoderKL.from_pretrained
+        options = {"torch_dtype": torch.float32, "variant": self._variant, "local_files_only": True, "output_loading_info": True}
         with torch.inference_mode(False):
             try:
-                model, found = load(
-                    self._folder, use_safetensors=True, torch_dtype=torch.float32, local_files_only=True, output_loading_info=True
-                )
+                model, found = load(self._folder, use_safetensors=True, **options)
             except (OSError, ValueError, RuntimeError, TypeError) as error:
                 raise self._refused(str(error).splitlines()[0].split(". ")[0]) from None
+            refuse_unsound_files(self._folder)
             wrong = [f"{kind.removesuffix('_keys')} {key}" for kind, keys in found.items() for key in keys]
             if wrong:
                 raise self._refused(f"{wrong[0]} ({len(wrong)} such keys)")

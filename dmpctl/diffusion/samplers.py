@@ -1,4 +1,4 @@
-"""From noise to x0: DDPM, DDIM, DPM-Solver++ and UniPC over respaced timesteps; Euler, Heun and Euler-Maruyama along a flow.
+"""From noise to x0: DDPM, DDIM, PNDM, DPM-Solver++, UniPC over respaced timesteps; Euler, Heun, Euler-Maruyama along a flow.
 
 A sampler is a generator of the states after each of its steps, so that only the latest is kept.
 Shapes: B batch, C/H/W channels, height, width. States are float32 whatever the denoiser's dtype.
@@ -12,12 +12,12 @@ from typing import Any, Literal, assert_never, get_args
 import torch
 from torch import Tensor
 
-from dmpctl.diffusion.schedule import FlowSchedule, NoiseSchedule, Schedule, respaced_timesteps, split_prediction
+from dmpctl.diffusion.schedule import FlowSchedule, NoiseSchedule, Schedule, split_prediction
 from dmpctl.errors import NumericalError, UsageError
-from dmpctl.types import Denoiser, Draw
+from dmpctl.types import Denoiser, Draw, Inference
 
 FlowSampler = Literal["euler", "heun", "euler-maruyama"]
-Sampler = Literal["ddpm", "ddim", "dpm-solver++", "unipc"] | FlowSampler
+Sampler = Literal["ddpm", "ddim", "pndm", "dpm-solver++", "unipc"] | FlowSampler
 Predict = Callable[[Tensor, float], tuple[Tensor, Tensor | None]]  # x, original t -> epsilon or velocity, variance half or None
 FLOW_SAMPLERS = get_args(FlowSampler)
 LAST_STEP = 0.04  # of Euler-Maruyama's path, taken without noise (Ma et al. 2024, appendix)
@@ -54,7 +54,7 @@ def sample(
             states = _ddpm(predict, draw, x, schedule, steps)
         case NoiseSchedule(), "ddim":
             states = _ddim(predict, draw, x, schedule, steps, eta)
-        case NoiseSchedule(), "dpm-solver++" | "unipc":
+        case NoiseSchedule(), "pndm" | "dpm-solver++" | "unipc":
             states = _solved(predict, x, schedule, steps, sampler)
         case FlowSchedule(), "euler" | "heun" | "euler-maruyama":
             states = _along_flow(predict, draw, x, schedule, steps, sampler)
@@ -85,25 +85,34 @@ def refuse_other_kind(sampler: str, flow: bool) -> None:
         )
 
 
+def _clipped(x0: Tensor, how: Inference) -> Tensor:
+    """x0, within the range that a scheduler file clips it to."""
+    return x0.clamp(-how.clip_sample_range, how.clip_sample_range) if how.clip_sample else x0
+
+
 def _ddpm(predict: Predict, draw: Draw, x: Tensor, schedule: NoiseSchedule, steps: int) -> Iterator[Tensor]:
-    """Ancestral sampling (Ho et al. 2020, algorithm 2): learned variance, or beta where there is none; x0 not clipped."""
-    spaced = schedule.respace(respaced_timesteps(len(schedule), steps)).to(x.device)
+    """Ancestral sampling (Ho et al. 2020, algorithm 2): learned variance, else beta; x0 clipped if a scheduler file says so."""
+    how = schedule.inference or Inference()
+    spaced = schedule.respace(schedule.visited(steps)).to(x.device)
     for i in reversed(range(steps)):
         at = torch.tensor([i], device=x.device)
         eps, v = predict(x, int(spaced.timesteps[i]))
-        mean = spaced.posterior_mean(spaced.predict_x0(x, at, eps), x, at)
-        log_variance = spaced.log_beta(at) if v is None else spaced.learned_log_variance(v, at)
+        mean = spaced.posterior_mean(_clipped(spaced.predict_x0(x, at, eps), how), x, at)
+        fixed = spaced.posterior_log_variance if (how.variance_type or "").startswith("fixed_small") else spaced.log_beta
+        log_variance = fixed(at) if v is None else spaced.learned_log_variance(v, at)
         x = mean + (log_variance / 2).exp() * draw() if i else mean
         yield x
 
 
 def _ddim(predict: Predict, draw: Draw, x: Tensor, schedule: NoiseSchedule, steps: int, eta: float) -> Iterator[Tensor]:
     """Song et al. 2021 (arXiv 2010.02502), eq. 12 and 16; a learned variance is not used. `eta` 0 draws nothing."""
-    spaced = schedule.respace(respaced_timesteps(len(schedule), steps)).to(x.device)
+    how = schedule.inference or Inference()
+    last = 1.0 if how.set_alpha_to_one is not False else float(schedule.alphas_cumprod[0])
+    spaced = schedule.respace(schedule.visited(steps)).to(x.device)
     for i in reversed(range(steps)):
         eps, _ = predict(x, int(spaced.timesteps[i]))
-        x0 = spaced.predict_x0(x, torch.tensor([i], device=x.device), eps)
-        abar, prev = float(spaced.alphas_cumprod[i]), float(spaced.alphas_cumprod_prev[i])
+        x0 = _clipped(spaced.predict_x0(x, torch.tensor([i], device=x.device), eps), how)
+        abar, prev = float(spaced.alphas_cumprod[i]), float(spaced.alphas_cumprod_prev[i]) if i else last
         sigma = eta * math.sqrt((1 - prev) / (1 - abar) * (1 - abar / prev))  # 0 at the last step, where prev is 1
         x = math.sqrt(prev) * x0 + math.sqrt(max(1 - prev - sigma**2, 0)) * eps
         if sigma > 0:
@@ -112,26 +121,40 @@ def _ddim(predict: Predict, draw: Draw, x: Tensor, schedule: NoiseSchedule, step
 
 
 def _solved(
-    predict: Predict, x: Tensor, schedule: NoiseSchedule, steps: int, name: Literal["dpm-solver++", "unipc"]
+    predict: Predict, x: Tensor, schedule: NoiseSchedule, steps: int, name: Literal["pndm", "dpm-solver++", "unipc"]
 ) -> Iterator[Tensor]:
-    """DPM-Solver++ 2M (Lu et al. 2022, arXiv 2211.01095) or UniPC, bh2 of order 2 (Zhao et al. 2023, arXiv 2302.04867).
+    """DPM-Solver++ 2M (Lu et al. 2022, arXiv 2211.01095), UniPC, bh2 of order 2 (Zhao et al. 2023, arXiv 2302.04867), PNDM.
 
-    By diffusers; deterministic, so nothing is drawn. Its timesteps are diffusers' own ("linspace"): one more than asked for,
-    without 0, as the last step goes to no noise.
+    By diffusers, timesteps included; deterministic, so nothing is drawn. The first two visit "linspace" without 0, as the last
+    step goes to no noise, unless a scheduler file says otherwise; PNDM (Liu et al. 2022, arXiv 2202.09778) predicts more often
+    than it has steps.
     """
-    from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+    import diffusers
 
-    abar = schedule.alphas_cumprod
-    usable = int(((abar / (1 - abar)).log() / 2 >= LOWEST_LAMBDA).sum())
+    abar, how = schedule.alphas_cumprod, schedule.inference or Inference()
+    usable = int(((abar / (1 - abar)).log() / 2 >= LOWEST_LAMBDA).sum()) if name != "pndm" else len(abar) + 1
     if steps >= usable:
         raise UsageError(f"{name} takes at most {usable - 1} steps here, {steps} were asked for", "use --sampler ddim")
-    if name == "unipc":
-        scheduler: Any = UniPCMultistepScheduler  # untyped
-        solver = scheduler(num_train_timesteps=usable, trained_betas=schedule.betas[:usable].tolist(), solver_order=2)
-    else:
-        scheduler = DPMSolverMultistepScheduler
-        own = {"solver_order": 2, "algorithm_type": "dpmsolver++", "lambda_min_clipped": LOWEST_LAMBDA}
-        solver = scheduler(trained_betas=schedule.betas.tolist(), **own)
+    schedule.visited(steps)  # which refuses what goes beyond the schedule
+    spacing = how.timestep_spacing or ("leading" if name == "pndm" else "linspace")
+    own: dict[str, Any] = {
+        "trained_betas": schedule.betas.tolist(),
+        "timestep_spacing": spacing,
+        "steps_offset": how.steps_offset,
+    }
+    match name:
+        case "pndm":
+            kind: Any = diffusers.PNDMScheduler  # untyped
+            own |= {"skip_prk_steps": how.skip_prk_steps, "set_alpha_to_one": bool(how.set_alpha_to_one)}
+        case "unipc":
+            kind = diffusers.UniPCMultistepScheduler
+            own |= {"num_train_timesteps": usable, "trained_betas": schedule.betas[:usable].tolist(), "solver_order": 2}
+        case "dpm-solver++":
+            kind = diffusers.DPMSolverMultistepScheduler
+            own |= {"solver_order": 2, "algorithm_type": "dpmsolver++", "lambda_min_clipped": LOWEST_LAMBDA}
+        case _:
+            assert_never(name)
+    solver = kind(**own)
     solver.set_timesteps(steps)
     for timestep in solver.timesteps:
         eps, _ = predict(x, int(timestep))

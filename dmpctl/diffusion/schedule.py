@@ -7,13 +7,14 @@ Shapes: S timesteps of this schedule, B batch, C/H/W channels, height, width. t 
 import math
 from collections.abc import Sequence
 from copy import copy
-from typing import assert_never
+from typing import Any, assert_never
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dmpctl.errors import UsageError
-from dmpctl.types import ScheduleSpec
+from dmpctl.types import Inference, ScheduleSpec
 
 
 class NoiseSchedule:
@@ -22,6 +23,8 @@ class NoiseSchedule:
     Float64 tables [S], always on the CPU: `betas`, `alphas_cumprod` (abar), `alphas_cumprod_prev`, `posterior_variance`,
     `posterior_log_variance_clipped`. `timesteps` [S] int64 (CPU): a backbone's numbers of them; the identity unless respaced.
     """
+
+    inference: Inference | None = None  # of a scheduler file, None: ADM's
 
     def __init__(self, betas: Tensor, timesteps: Tensor | None = None) -> None:
         """`betas` [S] in (0, 1), else UsageError; `timesteps` None: 0..S-1."""
@@ -74,6 +77,26 @@ class NoiseSchedule:
         moved = copy(self)
         moved._tables = {name: table.to(device) for name, table in self._tables.items()}
         return moved
+
+    def visited(self, count: int) -> list[int]:
+        """`count` timesteps, ascending, as the scheduler file spaces them, else as ADM. UsageError where there are fewer."""
+        total, how = len(self), self.inference
+        even = respaced_timesteps(total, count)
+        if how is None:
+            return even
+        match how.timestep_spacing:
+            case "leading" | None:
+                found: Any = np.arange(count) * (total // count) + how.steps_offset
+            case "linspace":
+                found = np.linspace(0, total - 1, count).round()
+            case "trailing":
+                found = np.arange(total, 0, -total / count).round()[::-1] - 1
+            case _:
+                assert_never(how.timestep_spacing)
+        if found[-1] >= total:
+            most = (total - how.steps_offset - 1) // 2
+            raise UsageError(f"{count} steps from timestep {how.steps_offset} on go beyond {total}", f"ask for 1 to {most} steps")
+        return [int(t) for t in found]
 
     def respace(self, timesteps: Sequence[int]) -> "NoiseSchedule":
         """The schedule that visits only `timesteps` (ascending), with the same abar there (ADM's SpacedDiffusion)."""
@@ -156,9 +179,13 @@ class FlowSchedule:
 Schedule = NoiseSchedule | FlowSchedule
 
 
-def schedule_of(spec: ScheduleSpec) -> Schedule:
-    """The schedule a backbone was trained with; UsageError if it has too few steps."""
-    return FlowSchedule(spec.steps) if spec.kind == "flow" else NoiseSchedule.from_spec(spec)
+def schedule_of(spec: ScheduleSpec, inference: Inference | None = None) -> Schedule:
+    """The schedule a backbone was trained with, and is sampled by; UsageError if it has too few steps."""
+    if spec.kind == "flow":
+        return FlowSchedule(spec.steps)
+    made = NoiseSchedule.from_spec(spec)
+    made.inference = inference
+    return made
 
 
 def respaced_timesteps(steps: int, count: int) -> list[int]:

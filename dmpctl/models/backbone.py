@@ -72,7 +72,7 @@ def metadata_of(loaded: Loaded, codec: CodecRecord | None = None, text: EncoderR
     codec, text, model = codec or loaded.codec, text or loaded.text, loaded.model
     if isinstance(model, DiT):
         return dit_metadata(model.config, model.schedule, loaded.data, codec)
-    return model_metadata(plain_config(model.model), model.schedule, loaded.data, codec, text)
+    return model_metadata(plain_config(model.model), model.schedule, loaded.data, codec, text, model.inference)
 
 
 M = TypeVar("M", bound=nn.Module)
@@ -107,6 +107,7 @@ def model_from(weights: Weights) -> BackboneModule:
     if weights.model is None:
         return dit_from(weights)
     model = made(weights.model, weights.schedule, weights.text.tokens if weights.text else None)
+    model.inference = weights.inference
     fill(model, weights.tensors, f"the {weights.model.get('_class_name')}")
     return model
 

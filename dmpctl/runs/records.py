@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 from dmpctl.errors import IntegrityError
 from dmpctl.files import json_to_bytes, read_json
 from dmpctl.settings.methods import Method
-from dmpctl.types import BackboneSpec, ScheduleSpec
+from dmpctl.types import BackboneSpec, Inference, ScheduleSpec
 
 Which = Literal["ema", "raw"]  # of the trained weights: their average, or the last ones
 
@@ -153,11 +153,13 @@ class PatchRecord(PatchDescription):
 
 
 class BackboneDescription(Description):
-    """A backbone: `config` of a DiT, or `model`, diffusers' config of another network; `images`: how many it was trained on."""
+    """A backbone: `config` of a DiT, or `model`, diffusers' config of another network; `images`: how many it was trained on;
+    `inference`: of a scheduler file."""
 
     config: dict[str, JsonValue] | None = None
     model: dict[str, JsonValue] | None = None
     schedule: ScheduleSpec
+    inference: Inference | None = None
     data: str | None
     images: int | None = None
     codec: CodecRecord | None = None

@@ -93,7 +93,7 @@ def generate(
     spec = model.backbone.spec
     denoiser = denoiser_of(model, indices, settings, device, label)
     draw = ImageDraws(settings.sample_seed, indices, spec.latent_shape, device)
-    schedule = schedule_of(spec.schedule).to(device)
+    schedule = schedule_of(spec.schedule, spec.inference).to(device)
     latents = run_sampler(denoiser, draw, schedule, spec.learned_sigma, settings.sampler, settings.steps, settings.eta)
     return model.codec.decode(latents).cpu()
 

@@ -97,7 +97,7 @@ class Gates(Section, panel="Gates", science=False):
 
 
 class Sampling(Section, panel="Sampling", science=False):
-    sampler: Literal["ddpm", "ddim", "dpm-solver++", "unipc", "euler", "heun", "euler-maruyama"] = Field(
+    sampler: Literal["ddpm", "ddim", "pndm", "dpm-solver++", "unipc", "euler", "heun", "euler-maruyama"] = Field(
         default="ddpm", description="Sampler; the last three are for a flow (SiT)."
     )
     steps: int = Field(default=250, ge=1, le=1000, description="Denoising steps.")

@@ -4,7 +4,7 @@ Each function below fills one section of pages/report.html.j2.
 """
 
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 
 from dmpctl.comparing.before_after import BeforeAfter
 from dmpctl.comparing.before_after import table as comparison_table
-from dmpctl.errors import DmpError
+from dmpctl.errors import Damaged, DmpError
 from dmpctl.files import make_folder, read_json, write_atomic
 from dmpctl.gates.figures import gates_seen, judge, sites_table
 from dmpctl.gates.plots import heat_map
@@ -23,6 +23,7 @@ from dmpctl.models.patch_files import load_result
 from dmpctl.pages.page import drawing, render, to_svg
 from dmpctl.runs.records import PatchRecord, PretrainedRecord, read_record
 from dmpctl.runs.rundir import RunDir
+from dmpctl.sampling.pictures import read_sheet
 from dmpctl.settings.model import Settings
 from dmpctl.types import Progress, Report
 from dmpctl.words import plus_minus
@@ -99,10 +100,8 @@ class RunPage:
 def report(settings: Settings, path: Path, progress: Progress) -> Report:
     """Write report.html into the run, or where --out says; what a run does not have is left out."""
     run = RunDir(path.expanduser())
-    damaged = list[int]()
-    content = render("report", page_of(run, settings, progress, damaged.append))
-    which = ", ".join(map(str, damaged[:3])) + (", ..." if len(damaged) > 3 else "")
-    left_out = (f"warning: lines {which} of {run.path / 'metrics.jsonl'} are damaged, and left out",) if damaged else ()
+    left_out = list[str]()
+    content = render("report", page_of(run, settings, progress, left_out))
     out = (settings.images.out or run.path / "report.html").expanduser().absolute()
     data = {"run": str(run.path), "out": str(out), "bytes": len(content)}
     if settings.console.dry_run:
@@ -112,19 +111,19 @@ def report(settings: Settings, path: Path, progress: Progress) -> Report:
     return Report(data, (), (*left_out, f"report: {out}"))
 
 
-def page_of(run: RunDir, settings: Settings, progress: Progress, damaged: Callable[[int], None]) -> RunPage:
-    """Returns the page of a run. `damaged` is told which lines of its log are left out. MissingError if it is none."""
-    config = run.config()
+def page_of(run: RunDir, settings: Settings, progress: Progress, left_out: list[str]) -> RunPage:
+    """Returns the page of a run; what is damaged and can be done without goes to `left_out`. MissingError if it is none."""
+    config, record = run.config(), record_of(run.path)
     comparisons = sorted(run.path.glob("metrics/comparison-*.json"))
     sessions = _json(run.path / "provenance.json").get("sessions", [])
     return RunPage(
         name=run.path.name,
         command=config.command,
-        record=record_of(run.path),
+        record=record,
         comparison=BeforeAfter.model_validate(_json(comparisons[-1])) if comparisons else None,
-        sheets=contact_sheets(run.path),
+        sheets=contact_sheets(run.path, left_out),
         measurements=measurements(run.path),
-        curves=curves(run.metrics.read(damaged)),
+        curves=curves(_whole_lines(run, record, left_out)),
         gates=gates(run, settings, progress),
         again=shlex.join([Path(sessions[0]["argv"][0]).name, *sessions[0]["argv"][1:]]) if sessions else "",
         sessions=sessions,
@@ -139,22 +138,32 @@ def record_of(run: Path) -> PatchRecord | PretrainedRecord | None:
     return read_record(run / "backbone.json", PretrainedRecord) if (run / "backbone.json").is_file() else None
 
 
-def contact_sheets(run: Path) -> list[Picture]:
-    """Returns the sheet of before and after, and the newest sheets of samples."""
-    found = []
-    if (run / "before-after.png").is_file():
-        alt = "Contact sheet: images of the backbone on the left, of the patched backbone on the right, from the same seeds"
-        found.append(_png(run / "before-after.png", alt, "Backbone and patch, same seeds"))
+def _whole_lines(run: RunDir, record: PatchRecord | PretrainedRecord | None, left_out: list[str]) -> Iterator[dict[str, float]]:
+    """The lines of the log that are what was written; which are not, and whether its end is missing, goes to `left_out`."""
+    damaged, last, path = list[int](), 0.0, run.path / "metrics.jsonl"
+    for line in run.metrics.read(damaged.append):
+        last = line["step"]
+        yield line
+    if damaged:
+        which = ", ".join(map(str, damaged[:3])) + (", ..." if len(damaged) > 3 else "")
+        left_out.append(f"warning: lines {which} of {path} are damaged, and left out")
+    if record is not None and last < record.step and path.is_file():
+        left_out.append(f"warning: {path} is damaged: it ends at step {last:g} of {record.step}")
+
+
+def contact_sheets(run: Path, left_out: list[str]) -> list[Picture]:
+    """Returns the sheet of before and after, and the newest sheets of samples; damaged ones go to `left_out`."""
+    alt = "Contact sheet: images of the backbone on the left, of the patched backbone on the right, from the same seeds"
+    wanted = [(run / "before-after.png", alt, "Backbone and patch, same seeds")] if (run / "before-after.png").is_file() else []
     sheets = sorted(run.glob("samples/*/contact-sheet.png"), key=lambda sheet: sheet.stat().st_mtime_ns)[-SHEETS:]
-    names = [sheet.parent.name for sheet in sheets]
-    return found + [_png(s, f"Contact sheet of samples {n}", f"Samples {n}") for s, n in zip(sheets, names, strict=True)]
-
-
-def _png(path: Path, alt: str, caption: str) -> Picture:
-    from PIL import Image
-
-    with Image.open(path) as image:
-        return Picture(path.read_bytes(), alt, caption, pixels=image.width < SMALL)
+    wanted += [(sheet, f"Contact sheet of samples {sheet.parent.name}", f"Samples {sheet.parent.name}") for sheet in sheets]
+    found = []
+    for path, words, caption in wanted:
+        try:
+            found.append(Picture(path.read_bytes(), words, caption, pixels=read_sheet(path).shape[2] < SMALL))
+        except Damaged as error:
+            left_out.append(f"warning: {error.message}, and left out")
+    return found
 
 
 def measurements(run: Path) -> list[dict[str, str]]:

@@ -56,17 +56,28 @@ def sealed_png(folder: Path, index: int, key: str | None) -> Tensor | None:
     `key` None: the folder is older than seals.
     """
     path = png_of(folder, index)
-    try:
-        with Image.open(path, formats=("PNG",)) as picture:
-            image = _pixels(picture)
-            seal = picture.info.get(SEAL)
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except BROKEN as error:
-        raise Damaged(f"{path} cannot be read ({reason_of(error)})", AGAIN) from None
+    image, seal = _read(path)
     if key is not None and seal != _seal_of(image, index, key):
         raise Damaged(f"{path} is not the image that was made", AGAIN)
     return image
+
+
+def read_sheet(path: Path) -> Tensor:
+    """A contact sheet as uint8 [3, H, W]. Damaged where it is not what was written; older ones have no seal."""
+    image, seal = _read(path)
+    if seal not in (None, _seal_of(image, 0, "sheet")):
+        raise Damaged(f"{path} is not the picture that was made", AGAIN)
+    return image
+
+
+def _read(path: Path) -> tuple[Tensor, str | None]:
+    try:
+        with Image.open(path, formats=("PNG",)) as picture:
+            return _pixels(picture), picture.info.get(SEAL)
+    except BROKEN as error:
+        raise Damaged(f"{path} cannot be read ({reason_of(error)})", AGAIN) from None
 
 
 def sealed_pngs(folder: Path, indices: Sequence[int], key: str | None, progress: Progress) -> dict[int, Tensor]:
@@ -110,9 +121,10 @@ def contact_sheet(images: Sequence[Tensor], columns: int = 8, side: int = 96) ->
 
 
 def write_picture(path: Path, picture: Image.Image) -> None:
-    """Atomically write a PNG."""
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    """Atomically write a PNG in RGB, sealed."""
+    buffer, about = io.BytesIO(), PngInfo()
+    about.add_text(SEAL, _seal_of(_pixels(picture), 0, "sheet"))
+    picture.save(buffer, "PNG", pnginfo=about)
     write_atomic(path, buffer.getvalue())
 
 

@@ -18,6 +18,7 @@ from dmpctl.files import read_json, read_tensors, write_json, write_tensors
 from dmpctl.reports.report import curves
 from dmpctl.runs.rundir import MetricsLog
 from dmpctl.sampling.pictures import write_npz
+from tests.faults.fuzz import fuzz
 from tests.helpers import copied, flip, patch_run, write_by_hand
 
 FAST = ("--cpu", "--sampler", "ddim", "--steps", "2", "--sample-batch", "64")
@@ -323,3 +324,31 @@ def test_a_long_log_is_read_from_its_end_and_drawn_from_few_points(tmp_path):
     assert "from step 1 to 39990: 23.45 at first, 16.53 at last, between 0 and 23.45" in picture.alt
     assert len(picture.data) < 1_000_000
     assert peak < 40 * 2**20
+
+
+def test_a_report_leaves_out_what_is_damaged_and_says_so(cli, finished, tmp_path):
+    run = copied(finished, tmp_path / "run")
+    line = ("sample", run, *FAST, "--num-images", "3", "--json")
+    sheet = Path(json.loads(cli(*line).out)["out"]) / "contact-sheet.png"
+    assert "left out" not in cli("report", run).out
+    assert "Contact sheet of samples" in (run / "report.html").read_text()
+    for damage in (bit_of_a_pixel, cut):
+        damage(sheet)
+        done = cli("report", run)
+        assert (done.code, f"{sheet} " in done.out, "left out" in done.out) == (0, True, True)
+        assert "Contact sheet of samples" not in (run / "report.html").read_text()
+    path = run / "metrics.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:4]))
+    assert "it ends at step 4 of 6" in cli("report", run).out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_few_damaged_files_of_every_kind_give_no_other_number(tmp_path, monkeypatch):
+    """`python -m tests.faults.fuzz` in small, with another seed than the large one's."""
+    monkeypatch.setattr(paired_loss, "MOST_IMAGES", 20)
+    monkeypatch.setenv("DMPCTL_CACHE_DIR", "")  # so that it is taken back
+    counts, faults = fuzz(tries=40, seed=17, folder=tmp_path)
+    assert faults == []
+    assert sum(counts.values()) == 40
+    assert sum(number for (_, _, what), number in counts.items() if what == "equal") < 20  # else nothing was hit

@@ -71,8 +71,8 @@ ROWS = (
         "cli.commands:download",
         """Fetch assets into the cache, each checked against its sha256.
 
-        Without a name, lists what there is, what is in the cache already, and the licences. With --latents the images that
-        are named are encoded, too, as patch and pretrain would do at first.
+        Without a name, lists the assets, their licences, and which are in the cache. With --latents, also encodes the images
+        that you name, which patch and pretrain would otherwise do when they start.
 
         dmpctl download --list
         dmpctl download inception vae-ema
@@ -89,7 +89,7 @@ ROWS = (
         "training.pretrain:pretrain",
         """Train a backbone from scratch.
 
-        For data that has no public backbone. The same command goes on where an interrupted one stopped.
+        For data that has no public backbone. Give the same command again to resume an interrupted run.
 
         dmpctl pretrain --data digits --hidden-size 32 --depth 4 --num-heads 4
         dmpctl pretrain --data photos/ --size 64 --iters 100000 --ema 0.9999
@@ -100,8 +100,8 @@ ROWS = (
         "training.patch:patch",
         """Train a patch on a frozen backbone.
 
-        Without options: the bundled digits backbone, on a CPU, without a network. The same command goes on where an
-        interrupted one stopped.
+        Without options: the bundled digits backbone, on a CPU, without a network. Give the same command
+        again to resume an interrupted run.
 
         dmpctl patch
         dmpctl patch --iters 500 --run runs/first --json
@@ -114,7 +114,8 @@ ROWS = (
         "sampling.generate:sample",
         """Sample images with a patch, or with its backbone alone.
 
-        Image k depends on the seed and k only. Images that are there already are kept.
+        Image k depends on the seed and k only. Images that are there already are kept. --prompt and --prompts are captions; a
+        patch's own prompts are vectors.
 
         dmpctl sample runs/digits
         dmpctl sample runs/digits --unpatched --num-images 16
@@ -128,7 +129,7 @@ ROWS = (
         """Measure the Frechet distance to real images.
 
         WHAT is a run, whose patched images are then made, a folder of images, an npz in ADM's layout, or a file of statistics.
-        Every number comes with its protocol and how sure it is. What was stopped goes on when the same command is given again.
+        Every number comes with its protocol and how sure it is. An interrupted command continues when you give it again.
 
         dmpctl fid runs/digits --versus backbone
         dmpctl fid images/ --reference photos/ --metrics fid,pr,kid --noise-floor
@@ -145,7 +146,7 @@ ROWS = (
 
         FILE is TOML. [compare]: run, seeds, tuning_seeds, eval_data, eval_images, against. [stages]: NAME = what --base takes.
         [settings]: options of patch for all. [variants.NAME]: options of patch; tune.OPTION = [values to choose from on the
-        tuning seeds]; stages = [only these]; continue = true trains the backbone itself on. What is done is not done again,
+        tuning seeds]; stages = [only these]; continue = true trains the backbone itself on. Finished parts are not repeated,
         and the same command started twice shares the work.
 
         dmpctl compare examples/digits-table1.toml --dry-run
@@ -158,8 +159,8 @@ ROWS = (
         "gates.inspect:inspect",
         """Show how the gates mix the prompts, per block and timestep.
 
-        Needs no images: the gates see only the timestep, the label or caption, and the block index. --with-backbone runs the
-        backbone on some, for the size of the edit.
+        Needs no images: the gates see only the timestep, the label or caption, and the block index. The prompts shown are
+        trained vectors; --prompt and --prompts name captions, for text-conditional backbones.
 
         dmpctl inspect-gates runs/digits
         dmpctl inspect-gates runs/digits --timesteps 20 --no-plot --json
@@ -199,7 +200,7 @@ ROWS = (
     Row(
         "import",
         "exchange.importer:import_file",
-        """Take other people's checkpoints apart into a run.
+        """Import a published checkpoint as a run.
 
         FILE is a published DMP checkpoint (.pt), whose backbone and patch come apart; a DiT checkpoint (.pt), which becomes a
         backbone; a .safetensors file, such as export --to merged writes; or a folder with a DiT in diffusers' layout, which
@@ -214,7 +215,7 @@ ROWS = (
     Row(
         "export",
         "exchange.export:export",
-        """Write a run's result in a form for others.
+        """Export a patch or merged weights.
 
         patch: a folder with the patch alone. merged: one file with its backbone, which sample, fid and inspect-gates take as
         a run; lora and full are folded into the weights. dmp-pt: a checkpoint that the published DMP code reads.

@@ -13,13 +13,13 @@ class Importing(Section, panel="Import", science=False):
     """`dmpctl import`: what a file of other people does not say of itself."""
 
     import_run: Annotated[Path | None, Flag("run")] = Field(
-        default=None, description="Run directory that is made; default: runs/<name of the file>."
+        default=None, description="Run directory to make; default: runs/<name of the file>."
     )
     import_weights: Annotated[Literal["ema", "raw"] | None, Flag("weights")] = Field(
         default=None, description="Average of the weights, or the last ones; default: the average where the file has one."
     )
     shape: str | None = Field(
-        default=None, description="Published shape that it must be, such as DiT-B/2; default: whatever the tensors show."
+        default=None, description="Published shape that the file must have, such as DiT-B/2; default: read from the tensors."
     )
     import_heads: Annotated[int | None, Flag("num_heads")] = Field(
         default=None,
@@ -49,14 +49,14 @@ class Push(Section, panel="Push", science=False):
     """`dmpctl push`: what goes to the Hub."""
 
     push_backbone: Annotated[bool, Flag("with_backbone")] = Field(
-        default=False, description="Upload the backbone beside the patch: others have no other."
+        default=False, description="Also upload the backbone, where others cannot get it elsewhere."
     )
-    private: bool = Field(default=False, description="Make the repository private, if it is made.")
+    private: bool = Field(default=False, description="Make the repository private if it is new.")
 
 
 class Cache(Section, panel="Cache", science=False):
     cache_dir: Path | None = Field(
-        default=None, description="Where what was downloaded or computed once is kept; default: $XDG_CACHE_HOME/dmpctl."
+        default=None, description="Folder for downloads and cached results; default: $XDG_CACHE_HOME/dmpctl."
     )
 
 
@@ -74,8 +74,10 @@ class Download(Section, panel="Download", science=False):
         description="Encode the images that are named with this codec: vae-ema, vae-mse or a folder; default: fetch only.",
     )
     accept_license: bool = Field(default=False, description="Accept licences that forbid commercial use.")
-    verify: bool = Field(default=False, description="Hash again what is here, or the assets named.")
-    prune: bool = Field(default=False, description="Remove from the cache what no asset names, and what downloads left over.")
+    verify: bool = Field(default=False, description="Check the hashes of what is here, or of the assets named.")
+    prune: bool = Field(
+        default=False, description="Remove files that no asset names, and what downloads left over, from the cache."
+    )
 
     @field_validator("encode_with", mode="before")
     @classmethod

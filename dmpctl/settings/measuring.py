@@ -30,7 +30,8 @@ class Fid(Section, panel="Distance", science=False):
         default=None, description="Real images: a source, a folder, an npz, or a file of statistics; default: the run's own data."
     )
     protocol: Literal["adm", "pytorch-fid", "clean", "dinov2", "pixels"] | None = Field(
-        default=None, description="Whose numbers these shall be comparable with; default: adm, pixels for images under 32 pixels."
+        default=None,
+        description="Published protocol to follow, so that numbers compare; default: adm, or pixels for images under 32 pixels.",
     )
     extractor: Annotated[str | None, Takes("pixels, inception, dinov2 or timm:NAME", "inception")] = Field(
         default=None,
@@ -50,20 +51,21 @@ class Fid(Section, panel="Distance", science=False):
         default=50_000, ge=2, description="Images compared; of a run of dmpctl patch as many as its --eval-images, if not given."
     )
     allow_small: bool = Field(default=False, description="Allow fewer images than features.")
-    stream: bool = Field(default=False, description="Make a run's images for this alone, and write none.")
+    stream: bool = Field(default=False, description="Sample a run's images in memory, and write none of them.")
     save_stats: Path | None = Field(
         default=None, description="Write the reference's statistics to this .safetensors file; default: none."
     )
-    noise_floor: bool = Field(default=False, description="Measure one half of the real images against the other, too.")
+    noise_floor: bool = Field(default=False, description="Also measure one half of the real images against the other.")
     versus: str | None = Field(
-        default=None, description="A run or folder on the same seeds: the paired difference from it; default: none."
+        default=None,
+        description="Also measure the paired difference from this run or folder, sampled from the same seeds; default: none.",
     )
-    show: bool = Field(default=False, description="Show what was measured of the run before, and measure nothing.")
+    show: bool = Field(default=False, description="Show earlier measurements of the run, and measure nothing.")
     fail_above: float | None = Field(default=None, ge=0, description="Exit 6 where the distance is larger; default: none.")
     fail_unless_better_than: str | None = Field(
         default=None, description="Exit 6 where the distance is not smaller than that of this run or folder; default: none."
     )
-    strict: bool = Field(default=False, description="Exit 6 also where a threshold lies within 2 standard errors.")
+    strict: bool = Field(default=False, description="Also exit 6 where the distance is within 2 standard errors of a threshold.")
 
     @model_validator(mode="after")
     def _one_comparison(self) -> Self:
@@ -82,17 +84,18 @@ class Fid(Section, panel="Distance", science=False):
 
 
 class Gates(Section, panel="Gates", science=False):
-    timesteps: int = Field(default=50, ge=2, le=1000, description="Timesteps looked at, evenly spaced.")
+    timesteps: int = Field(default=50, ge=2, le=1000, description="How many timesteps to look at, evenly spaced.")
     plot: bool = Field(default=True, description="Write heat maps (PNG) and a page that stands alone (HTML).")
-    csv: bool = Field(default=False, description="Write every weight as a line of a CSV file, too.")
+    csv: bool = Field(default=False, description="Also write every weight as a line of a CSV file.")
     with_backbone: bool = Field(
-        default=False, description="Run the backbone on some images: the size of the edit beside the tokens."
+        default=False,
+        description="Also run the backbone on some images, to compare the size of the edit with that of the tokens.",
     )
     compare_with: Annotated[Path | None, Flag("compare")] = Field(
-        default=None, description="Another run on the same backbone, beside this one; default: none."
+        default=None, description="Another run on the same backbone, to show beside this one; default: none."
     )
     watch: float | None = Field(
-        default=None, ge=1, description="Look again every so many seconds at a run in progress; default: once."
+        default=None, ge=1, description="Repeat every so many seconds, for a run in progress; default: once."
     )
 
 
@@ -109,7 +112,7 @@ class Sampling(Section, panel="Sampling", science=False):
     sample_seed: int = Field(default=0, ge=0, description="Seed of images: image k depends on (seed, k) alone.")
     sample_batch: int = Field(default=256, ge=1, description="Images denoised at once.")
     sample_precision: Literal["no", "bf16"] = Field(
-        default="no", description="bf16: blocks under autocast, which other images come of; as the patch was trained."
+        default="no", description="bf16: autocast in the blocks. It changes the images; match the precision of training."
     )
 
 

@@ -47,18 +47,18 @@ class Dmp(PromptMethod):
     prompt_sets: int | None = Field(
         default=None,
         ge=2,
-        description="Mix this many whole sets of prompts per block, not single prompts (extension); default: none.",
+        description="Mix this many whole sets of prompts per block instead of single prompts (extension); default: none.",
     )
     prompt_rank: int | None = Field(default=None, ge=1, description="Rank of the prompts as a matrix (extension); default: full.")
     gate: Literal["soft", "topk", "hard", "uniform", "random"] = Field(
         default="soft",
-        description="Mix all prompts, the k best, the best alone, all alike, or by a random gate that is not trained.",
+        description="Prompts mixed: all (soft), the k best, the best (hard), all equally (uniform), or by an untrained gate.",
     )
     topk: int | None = Field(default=None, ge=1, description="Prompts that --gate topk keeps; default: none with --gate soft.")
     gate_input: Literal["t", "t+y"] | None = Field(
         default=None, description="What the gate sees; default: t+y with --position add, else t."
     )
-    gate_per_site: bool = Field(default=False, description="A gate of its own for every block (extension).")
+    gate_per_site: bool = Field(default=False, description="Train a separate gate for each block (extension).")
     gate_scale: float | None = Field(default=None, gt=0, description="Factor on the gate weights; default: 1 (published).")
     gate_noise: bool = Field(default=True, description="Learned gate noise in training (Shazeer et al. 2017).")
     balance: Literal["shazeer", "per-sample", "none"] = Field(

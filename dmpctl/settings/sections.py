@@ -61,7 +61,7 @@ class Run(Section, panel="Run"):
     allow_change: Annotated[str | None, Takes("names of settings, joined by commas", "ema")] = Field(
         default=None,
         pattern=r"^[a-z0-9_-]+(,[a-z0-9_-]+)*$",
-        description="What an unfinished run may go on with otherwise, such as prompt_lr,ema; default: nothing.",
+        description="Settings you may change when resuming, such as prompt_lr,ema; default: none.",
     )
 
     @property
@@ -77,12 +77,12 @@ class Base(Section, panel="Backbone"):
     weights: Path | None = Field(default=None, description="Weights of a shape: a .pt or .safetensors file; default: none.")
     backbone_dtype: Literal["float32", "bf16"] = Field(
         default="float32",
-        description="Linear layers of frozen blocks; bf16 halves their memory, needs --precision bf16 and changes no bit.",
+        description="Frozen linear layers. bf16 halves their memory and changes no bit; it needs --precision bf16.",
     )
     preset: Literal["auto", "dmp", "dmp-code", "dmp+", "digits"] = Field(
         default="auto",
         description=(
-            "Recipe for what is not given: dmp (the paper's text), dmp-code (its published code), "
+            "Defaults for options you do not set: dmp (the paper's text), dmp-code (its published code), "
             "dmp+ (prompts without a gate, the best under 4 %), digits; auto: digits for the bundled backbone."
         ),
     )
@@ -138,13 +138,13 @@ class Data(Section, panel="Data"):
         default=None, description="1 grey, 3 colour; default: the backbone's, or the data's own."
     )
     hflip: bool | None = Field(default=None, description="Mirror half of the images; default: what suits the data.")
-    on_bad: Literal["fail", "skip"] = Field(default="fail", description="What to do about unreadable images.")
+    on_bad: Literal["fail", "skip"] = Field(default="fail", description="What to do about images that cannot be read.")
     num_workers: int = Field(default=0, ge=0, description="Loader processes.")
     image_column: str | None = Field(default=None, description="Column of the images; default: the one that holds images.")
     label_column: str | None = Field(default=None, description="Column of the labels; default: the one of classes, or label.")
     caption_column: str | None = Field(default=None, description="Column of the captions; default: text or caption.")
     streaming: bool = Field(
-        default=False, description="Fetch parquet as it is used and keep none of it; shuffles within a window."
+        default=False, description="Fetch parquet while training and keep none of it. Images are shuffled within a window."
     )
 
 
@@ -168,7 +168,7 @@ class CodecSection(Section, panel="Codec", science=False):  # the codec's finger
         description="Pixels to latents: identity, vae-ema, vae-mse or a folder; auto: what the backbone was trained with.",
     )
     codec_batch: int = Field(default=32, ge=1, description="Images encoded or decoded at once.")
-    latents: bool = Field(default=True, description="Encode the images once, and keep their latents in the cache.")
+    latents: bool = Field(default=True, description="Encode each image once, and keep its latents in the cache.")
 
 
 class Launch(Section, panel="Launch", science=False):
@@ -177,17 +177,21 @@ class Launch(Section, panel="Launch", science=False):
     )
     cpu: bool = Field(default=False, description="Same as --device cpu.")
     deterministic: bool = Field(default=False, description="Deterministic kernels (slower on a GPU).")
-    compile: bool = Field(default=False, description="Compile the blocks with torch.compile; pays on a GPU.")
+    compile: bool = Field(default=False, description="Compile the blocks with torch.compile; faster on a GPU.")
     tf32: bool = Field(default=True, description="TF32 for float32 matrix products on a GPU, as published.")
     num_processes: int | None = Field(default=None, ge=1, description="Processes on this machine; default: one per GPU.")
     nnodes: Annotated[str, Takes("a number of machines, or at least:at most such as 2:4", "1")] = Field(
-        default="1", pattern=r"^[1-9]\d*(:[1-9]\d*)?$", description="Machines, or at least:at most; the same command on each."
+        default="1",
+        pattern=r"^[1-9]\d*(:[1-9]\d*)?$",
+        description="Number of machines, or at least:at most. Start the same command on each.",
     )
-    node_rank: int | None = Field(default=None, ge=0, description="This machine's number; default: found out.")
+    node_rank: int | None = Field(default=None, ge=0, description="This machine's number; default: detected.")
     rdzv_endpoint: str | None = Field(default=None, description="HOST:PORT where several machines meet; default: none.")
-    max_restarts: int = Field(default=0, ge=0, description="Times that processes which failed are started again.")
-    rank_timeout: int = Field(default=1800, ge=1, description="Seconds that processes wait for one that is silent.")
-    requeue: bool = Field(default=False, description="Exit 75 after SIGTERM or SIGUSR1: put this job into the queue again.")
+    max_restarts: int = Field(default=0, ge=0, description="How many times to restart processes that failed.")
+    rank_timeout: int = Field(default=1800, ge=1, description="Seconds to wait for a process that does not answer.")
+    requeue: bool = Field(
+        default=False, description="Exit 75 after SIGTERM or SIGUSR1, which asks a scheduler to queue the job again."
+    )
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:

@@ -9,7 +9,7 @@ from dmpctl.settings.sections import Section
 
 
 class Objective(Section, panel="Objective"):
-    loss_weight: Literal["constant", "min-snr", "p2"] = Field(default="constant", description="Timestep weights in the MSE.")
+    loss_weight: Literal["constant", "min-snr", "p2"] = Field(default="constant", description="How the MSE weighs the timesteps.")
     min_snr_gamma: float = Field(default=5.0, gt=0, description="Gamma of min-SNR.")
     p2_gamma: float = Field(default=1.0, ge=0, description="Gamma of P2.")
     class_dropout: float = Field(
@@ -34,10 +34,10 @@ class Train(Section, panel="Training"):
     ema: float = Field(default=0.0, ge=0, lt=1, description="Decay of the average of the trained weights; 0: off.")
     grad_clip: float | None = Field(default=None, gt=0, description="Largest gradient norm; default: no clipping.")
     precision: Literal["no", "bf16", "fp16"] = Field(default="no", description="Mixed precision of the backbone.")
-    grad_accum: int = Field(default=1, ge=1, description="Parts to take a batch in, for less memory.")
-    grad_checkpoint: bool = Field(default=False, description="Compute blocks twice, for less memory.")
-    fsdp: bool = Field(default=False, description="Share the weights of the backbone out over the processes (FSDP2).")
-    max_bad_steps: int = Field(default=10, ge=1, description="Steps in a row with a loss that is not finite before giving up.")
+    grad_accum: int = Field(default=1, ge=1, description="Split each batch into this many parts, to save memory.")
+    grad_checkpoint: bool = Field(default=False, description="Recompute activations in the backward pass, to save memory.")
+    fsdp: bool = Field(default=False, description="Shard the backbone's weights across processes (FSDP2).")
+    max_bad_steps: int = Field(default=10, ge=1, description="Consecutive steps with a non-finite loss before giving up.")
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> Self:
@@ -55,7 +55,9 @@ class Save(Section, panel="Run", science=False):
     save_every: int = Field(default=5_000, ge=1, description="Steps between checkpoints.")
     save_minutes: float = Field(default=10, gt=0, description="Minutes after which a checkpoint is due, too.")
     keep_last: int = Field(default=3, ge=1, description="Checkpoints kept.")
-    keep_every: int | None = Field(default=None, ge=1, description="Steps whose multiples are kept for good; default: none.")
+    keep_every: int | None = Field(
+        default=None, ge=1, description="Keep checkpoints at multiples of this many steps for good; default: none."
+    )
     track: Annotated[str | None, Among(("tensorboard", "wandb", "trackio"))] = Field(
         default=None,
         pattern=r"^(tensorboard|wandb|trackio)(,(tensorboard|wandb|trackio))*$",

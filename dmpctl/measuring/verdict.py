@@ -1,6 +1,6 @@
 """Verdicts in words: what a paired difference says, and which thresholds were not met."""
 
-from dmpctl.metrics.frechet import CONFIDENCE, FOR_AN_INTERVAL, FidEstimate, PairedDifference, verdict
+from dmpctl.metrics.frechet import CONFIDENCE, FOR_A_DIFFERENCE, FOR_AN_INTERVAL, FidEstimate, PairedDifference, verdict
 from dmpctl.settings.measuring import Fid
 from dmpctl.words import plus_minus
 
@@ -12,7 +12,7 @@ LEAST_DISTANCE = 0.013
 def distance_verdict(gap: PairedDifference, caution: str = "") -> str:
     """Verdict on a paired difference of distances, its size and confidence; `caution`: what else should be thought of."""
     if gap.standard_error is None:
-        return f"no verdict: an interval takes more than {FOR_AN_INTERVAL} images per feature"
+        return f"no verdict: a difference takes more than {FOR_A_DIFFERENCE} images per feature"
     certain = f"{100 * CONFIDENCE:.0f} % confidence over the sampling of images{caution}"
     return in_words(gap.value, gap.standard_error, gap.b.value, LEAST_DISTANCE, certain)
 

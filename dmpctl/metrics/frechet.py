@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from typing import Literal
 
@@ -20,7 +20,8 @@ from dmpctl.types import Progress, Silent
 Verdict = Literal["improved", "no significant change", "worse", "too small a change to name"]
 CONFIDENCE = 0.95  # two-sided
 GROUPS = 10  # of the delete-group jackknife
-FOR_AN_INTERVAL = 2  # images per feature, above which the halves that the jackknife takes have a covariance
+# Images per feature, above which intervals cover (docs/fid.md). Of a difference most of what the jackknife leaves cancels.
+FOR_A_DIFFERENCE, FOR_AN_INTERVAL = 2, 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,9 +120,12 @@ def moments_to_fid(a: Gaussian, b: Gaussian) -> float:
     return _distance(a, b, torch.linalg.svdvals(a.root.T @ b.root))
 
 
-def has_interval(count: int, width: int) -> bool:
-    """Whether so many images of so many features give a standard error and a debiased value: the one rule of all commands."""
-    return count > max(FOR_AN_INTERVAL * width, 2 * GROUPS)
+def has_interval(count: int, width: int, times: int = FOR_AN_INTERVAL) -> bool:
+    """Whether so many images of so many features give a standard error and a debiased value: the one rule of all commands.
+
+    `times` FOR_A_DIFFERENCE: of a paired difference.
+    """
+    return count > max(times * width, 2 * GROUPS)
 
 
 def refuse_few(count: int, width: int, hint: str) -> None:
@@ -129,17 +133,17 @@ def refuse_few(count: int, width: int, hint: str) -> None:
     if count <= width:
         raise UsageError(
             f"{count} images are too few for {width} features: the distance would be mostly bias",
-            f"compare more than {width} images ({FOR_AN_INTERVAL * width + 1} have a standard error), {hint}",
+            f"compare more than {width} images (a difference has an interval from {FOR_A_DIFFERENCE * width + 1} on), {hint}",
         )
 
 
 def features_to_fid(features: Tensor, reference: Gaussian, debias: bool = False, progress: Progress | None = None) -> FidEstimate:
     """FID of features [N, D] to a reference, with its standard error sd(g) / sqrt(N), g being its influence function.
 
-    `debias` adds the jackknife (12 more distances): it takes away the bias of orders 1/N and 1/N^2, but not the reference's.
+    `debias` adds the jackknife (14 more distances): it takes away the bias of orders 1/N and 1/N^2, but not the reference's.
     Raises UsageError for fewer than two rows.
     """
-    return _estimate(features, Factor.of(reference), debias, progress or Silent())[0]
+    return _shown(_estimate(features, Factor.of(reference), FOR_AN_INTERVAL, debias, progress or Silent())[0], features.shape[1])
 
 
 def paired_difference(
@@ -162,15 +166,16 @@ def paired_gains(
         found = f"{list(features_a.shape)} and {list(features_b.shape)}"
         raise UsageError(f"features on common seeds should pair up row by row, found {found}", "sample both with the same seeds")
     reference, progress = Factor.of(reference), progress or Silent()
-    a, influence_a = _estimate(features_a, reference, True, progress)
-    b, influence_b = _estimate(features_b, reference, True, progress)
+    a, influence_a = _estimate(features_a, reference, FOR_A_DIFFERENCE, True, progress)
+    b, influence_b = _estimate(features_b, reference, FOR_A_DIFFERENCE, True, progress)
+    sides = (_shown(side, reference.width) for side in (a, b))
     if a.debiased is None or b.debiased is None or influence_a is None or influence_b is None:
-        return PairedDifference(a.value - b.value, None, None, None, a.n, a.n_reference, a, b), None
+        return PairedDifference(a.value - b.value, None, None, None, a.n, a.n_reference, *sides), None
     value, gains = a.debiased - b.debiased, influence_a - influence_b
     error = _error_of_mean(gains)
     z = _z(value, error)
     p_value = float(2 * ndtr(-abs(z)))
-    return PairedDifference(value, error, z, p_value, a.n, a.n_reference, a, b), gains - gains.mean() + value
+    return PairedDifference(value, error, z, p_value, a.n, a.n_reference, *sides), gains - gains.mean() + value
 
 
 def influence_of(features: Tensor, reference: Factor, moments: FeatureMoments | None = None) -> tuple[float, Tensor]:
@@ -208,10 +213,17 @@ def _distance(a: Factor, b: Factor, singular_values: Tensor) -> float:
     return max(0.0, distance)
 
 
-def _estimate(features: Tensor, reference: Factor, debias: bool, progress: Progress) -> tuple[FidEstimate, Tensor | None]:
-    """Estimate and influence of each image [N] (None for too few images)."""
+def _shown(estimate: FidEstimate, width: int) -> FidEstimate:
+    """The estimate without an interval that would not cover."""
+    return estimate if has_interval(estimate.n, width) else replace(estimate, standard_error=None, debiased=None)
+
+
+def _estimate(
+    features: Tensor, reference: Factor, times: int, debias: bool, progress: Progress
+) -> tuple[FidEstimate, Tensor | None]:
+    """Estimate and influence of each image [N] (None where `has_interval` says no)."""
     count, width = features.shape
-    if not has_interval(count, width):
+    if not has_interval(count, width, times):
         value = moments_to_fid(features_to_moments([features]), reference)
         return FidEstimate(value, None, count, reference.count), None
     parts = _group_moments(features) if debias else []
@@ -258,14 +270,14 @@ def _group_moments(features: Tensor) -> list[FeatureMoments]:
 
 
 def _debiased(parts: Sequence[FeatureMoments], reference: Factor, value: float, progress: Progress) -> float:
-    """The distance at 1/n = 0, by the parabola in 1/n through all images, all but each group in turn, and either half.
+    """The distance at 1/n = 0, by the parabola in 1/n through all images, all but each group in turn, and halves.
 
     A jackknife of second order (Schucany, Gray and Owen 1971): in the mean over groups and over halves every image counts
-    alike, so all that is linear in the images stays as it was.
+    alike, so all that is linear in the images stays as it was. One split into halves would add its own noise.
     """
     left_out = [[part for other, part in enumerate(parts) if other != group] for group in range(GROUPS)]
-    halves = [parts[::2], parts[1::2]]
-    with progress.track("jackknife of the distance", GROUPS + 2) as task:
+    halves = [parts[::2], parts[1::2], parts[: GROUPS // 2], parts[GROUPS // 2 :]]
+    with progress.track("jackknife of the distance", len(left_out) + len(halves)) as task:
 
         def distance(some: Sequence[FeatureMoments]) -> tuple[float, float]:
             merged = reduce(FeatureMoments.merge, some)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dmpctl.errors import UsageError
-from dmpctl.metrics.frechet import FOR_AN_INTERVAL, Factor, Gaussian, influence_of
+from dmpctl.metrics.frechet import FOR_A_DIFFERENCE, Factor, Gaussian, influence_of
 from dmpctl.rng import seed_of
 from dmpctl.types import Progress, Silent
 
@@ -34,10 +34,10 @@ def fid_infinity(
     where N leaves no room for them.
     """
     count, width = features.shape
-    fewest = max(count // 10, FOR_AN_INTERVAL * width)
+    fewest = max(count // 10, FOR_A_DIFFERENCE * width)
     if fewest >= count:
         raise UsageError(
-            f"FID-infinity of {width} features takes more than {FOR_AN_INTERVAL * width} images, found {count}",
+            f"FID-infinity of {width} features takes more than {FOR_A_DIFFERENCE * width} images, found {count}",
             "use more images, or leave fid-infinity out of --metrics",
         )
     reference, generator = Factor.of(reference), torch.Generator().manual_seed(seed_of(seed, "fid infinity"))

@@ -19,7 +19,7 @@ from dmpctl.metrics.statistics import write_statistics
 from dmpctl.types import Silent
 from tests.helpers import copied, digit_folder, environment, settings_for
 
-FAST = {"sampler": "ddim", "steps": 3, "sample_batch": 64, "cpu": True, "max_images": 130}
+FAST = {"sampler": "ddim", "steps": 3, "sample_batch": 64, "cpu": True, "max_images": 200}
 
 
 def fid(what, **given):
@@ -42,12 +42,12 @@ def test_a_reference_is_computed_once(run, tmp_path, monkeypatch):
     monkeypatch.setenv("DMPCTL_CACHE_DIR", str(tmp_path / "cache"))
     seen = counting(monkeypatch)
     first = fid(run).data["value"]
-    assert sum(seen) == 130 + 1797
+    assert sum(seen) == 200 + 1797
     seen.clear()
     assert fid(run).data["value"] == pytest.approx(first, rel=1e-9)
     assert sum(seen) == 0  # features of the run and statistics of the digits are there
     assert fid(run, steps=2).data["value"] != first
-    assert sum(seen) == 130
+    assert sum(seen) == 200
 
 
 def test_saved_statistics_are_a_reference_and_know_how_they_were_made(run, tmp_path):
@@ -159,13 +159,13 @@ def test_a_difference_on_common_seeds_is_sharper_than_two_distances(run):
 
 def test_what_cannot_be_paired_is_refused_with_what_differs(run, tmp_path, cli):
     folder = tmp_path / "other"
-    assert cli("sample", run, "--steps", 2, "--sampler", "ddim", "--num-images", 130, "--out", folder, "--cpu").code == 0
+    assert cli("sample", run, "--steps", 2, "--sampler", "ddim", "--num-images", 200, "--out", folder, "--cpu").code == 0
     with pytest.raises(UsageError, match="steps: 3 and 2") as refused:
         fid(run, versus=str(folder))
     assert refused.value.exit_code == 2
     with pytest.raises(UsageError, match="do not pair up"):
-        fid(run, versus=str(folder), max_images=131)
-    unknown = digit_folder(tmp_path / "real", 130)
+        fid(run, versus=str(folder), max_images=201)
+    unknown = digit_folder(tmp_path / "real", 200)
     assert any("nothing says that these two sets" in line for line in fid(run, versus=str(unknown)).lines)
     with pytest.raises(UsageError, match="needs a run with a patch"):
         fid(unknown, reference="digits", versus="backbone")
@@ -173,9 +173,9 @@ def test_what_cannot_be_paired_is_refused_with_what_differs(run, tmp_path, cli):
 
 def test_a_folder_of_samples_is_measured_without_its_contact_sheet(run, tmp_path, cli):
     folder = tmp_path / "out"
-    assert cli("sample", run, "--steps", 3, "--sampler", "ddim", "--num-images", 130, "--out", folder, "--cpu").code == 0
+    assert cli("sample", run, "--steps", 3, "--sampler", "ddim", "--num-images", 200, "--out", folder, "--cpu").code == 0
     report = fid(folder, reference="digits")
-    assert report.data["n"] == 130
+    assert report.data["n"] == 200
     assert report.data["value"] == pytest.approx(fid(run).data["value"], rel=1e-6)
     assert fid(folder, reference="digits", versus=str(run)).data["versus"]["value"] == pytest.approx(0, abs=1e-6)
 
@@ -204,12 +204,12 @@ def test_thresholds(run, given, code):
 
 
 def test_a_pipeline_reads_json_and_the_exit_code(run, cli):
-    done = cli("fid", run, "--steps", 3, "--sampler", "ddim", "--max-images", 130, "--cpu", "--fail-above", 0.001, "--json")
+    done = cli("fid", run, "--steps", 3, "--sampler", "ddim", "--max-images", 200, "--cpu", "--fail-above", 0.001, "--json")
     assert done.code == 6
     found = json.loads(done.out)
     assert found["failed"][0].startswith("failed: the distance")
     assert (
-        cli("fid", run, "--steps", 3, "--sampler", "ddim", "--max-images", 130, "--cpu", "--fail-above", 1e6, "--json").code == 0
+        cli("fid", run, "--steps", 3, "--sampler", "ddim", "--max-images", 200, "--cpu", "--fail-above", 1e6, "--json").code == 0
     )
 
 
@@ -225,7 +225,7 @@ def test_the_history_of_a_run(run):
     fid(run, metrics="kid")
     fid(run)
     kept = fid(run, show=True).data["measurements"]
-    assert [set(record["metrics"]) for record in kept].count({"fd-pixels-130", "kid-pixels-130"}) == 1
+    assert [set(record["metrics"]) for record in kept].count({"fd-pixels-200", "kid-pixels-200"}) == 1
 
 
 def test_copies_and_few_images_are_warned_of(tmp_path):

@@ -16,6 +16,7 @@ from dmpctl.errors import NumericalError, UsageError
 from dmpctl.metrics import frechet
 from dmpctl.metrics.features.pixels import Pixels
 from dmpctl.metrics.frechet import (
+    FOR_A_DIFFERENCE,
     Factor,
     features_to_fid,
     has_interval,
@@ -270,13 +271,15 @@ def test_a_set_does_not_differ_from_itself():
 
 
 def test_no_certainty_is_claimed_for_too_few_images():
+    """A difference takes two images per feature, a distance by itself three."""
     reference = moments(cloud(300, 32, 3))
-    for count, known in ((64, False), (65, True)):
-        assert has_interval(count, 32) is known
+    for count, alone, paired in ((64, False, False), (65, False, True), (96, False, True), (97, True, True)):
+        assert (has_interval(count, 32), has_interval(count, 32, FOR_A_DIFFERENCE)) == (alone, paired)
         x, y = cloud(count, 32, 1), cloud(count, 32, 2)
-        estimate, paired = features_to_fid(x, reference, debias=True), paired_difference(x, y, reference)
-        found = (features_to_fid(x, reference).standard_error, estimate.debiased, paired.standard_error, paired.z, paired.p_value)
-        assert [value is not None for value in found] == [known] * 5
+        estimate, gap = features_to_fid(x, reference, debias=True), paired_difference(x, y, reference)
+        for side in (estimate, gap.a):
+            assert [side.standard_error is not None, side.debiased is not None] == [alone] * 2
+        assert [each is not None for each in (gap.standard_error, gap.z, gap.p_value)] == [paired] * 3
         assert estimate.value == pytest.approx(moments_to_fid(moments(x), reference), rel=1e-12)
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 Prediction = Literal["epsilon", "velocity"]
 ScheduleKind = Literal["linear", "cosine", "scaled-linear", "flow"]
+Cleaning = Literal["none", "lower", "pixart"]  # of captions: as they are; in lower case; PixArt's whole cleaning
 Unit = Literal["it", "B"]
 
 

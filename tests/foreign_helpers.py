@@ -94,3 +94,23 @@ def tiny_clip_model(folder: Path, side: int = 16) -> Path:
         CLIPModel(CLIPConfig(text_config=text, vision_config=seen, projection_dim=8)).save_pretrained(folder)
     CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side).save_pretrained(folder)
     return folder
+
+
+def tiny_t5(folder: Path) -> Path:
+    """A T5 encoder with a tokenizer of single letters."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    words = {name: number for number, name in enumerate(["<pad>", "</s>", "<unk>", *LETTERS])}
+    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="<unk>").save_pretrained(
+        folder / "tokenizer"
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        T5EncoderModel(T5Config(vocab_size=len(words), d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=3)).save_pretrained(
+            folder / "text_encoder"
+        )
+    return folder

@@ -6,8 +6,9 @@ transformers and the weights are loaded at the first caption: where states are c
 import hashlib
 from collections.abc import Sequence
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 from safetensors import SafetensorError
@@ -16,10 +17,37 @@ from torch import Tensor
 from dmpctl.errors import DmpError, IntegrityError, MissingError, UsageError
 from dmpctl.files import read_json, sha256_of
 from dmpctl.foreign.folders import ENCODER, refuse_unsound_files, variant_of
+from dmpctl.types import Cleaning
 
 T5_TOKENS = 120  # PixArt-alpha's; a T5 takes any number
 KINDS = ("clip", "clip_text_model", "t5")
 READ = (".json", ".txt", ".model", ".safetensors")  # files that decide the states
+
+
+def usual_cleaning(kind: str) -> Cleaning:
+    """What diffusers does to captions here: PixArt's, which T5 reads, are cleaned if two packages are there; CLIP's not."""
+    if kind != "t5":
+        return "none"
+    return "pixart" if all(map(find_spec, ("bs4", "ftfy"))) else "lower"
+
+
+def cleaned(captions: Sequence[str], cleaning: Cleaning) -> list[str]:
+    """Captions as an encoder reads them. MissingError for PixArt's whole cleaning where its packages are not installed."""
+    match cleaning:
+        case "none":
+            return list(captions)
+        case "lower":
+            return [caption.lower().strip() for caption in captions]
+        case "pixart":
+            if usual_cleaning("t5") != "pixart":
+                raise MissingError("captions were cleaned with beautifulsoup4 and ftfy", "pip install beautifulsoup4 ftfy")
+            from diffusers import PixArtAlphaPipeline
+
+            kind: Any = PixArtAlphaPipeline  # untyped; what is called needs no part of a pipeline
+            found: list[str] = kind._text_preprocessing(object.__new__(kind), list(captions), clean_caption=True)
+            return found
+        case _:
+            assert_never(cleaning)
 
 
 class TextEncoder:
@@ -27,10 +55,18 @@ class TextEncoder:
 
     `name`: its name in records; `tokens` per caption, None: CLIP's own 77, T5 120; longer captions are cut. States are those
     of the last layer, float32; padding is hidden from T5, and lies behind the words for CLIP, which never looks ahead.
+    `cleaning` of captions before, None: what diffusers does here for the backbones that read this kind (`usual_cleaning`).
     Raises MissingError for a file that is not there, IntegrityError for one that cannot be read, UsageError for another kind.
     """
 
-    def __init__(self, folder: Path, name: str, tokens: int | None = None, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        tokens: int | None = None,
+        device: torch.device | str = "cpu",
+        cleaning: Cleaning | None = None,
+    ) -> None:
         self.name, self._device = name, torch.device(device)
         self._folder = folder / "text_encoder" if (folder / "text_encoder").is_dir() else folder
         self._words = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
@@ -41,6 +77,7 @@ class TextEncoder:
         self._kind = str(config.get("model_type"))
         if self._kind not in KINDS:
             raise UsageError(f"{self._folder} holds a model of type {self._kind}, no text encoder that is known", "CLIP or T5")
+        self.cleaning = usual_cleaning(self._kind) if cleaning is None else cleaning
         text = config.get("text_config") or config
         try:
             self.width = int(config["d_model"] if self._kind == "t5" else text["hidden_size"])
@@ -53,8 +90,8 @@ class TextEncoder:
 
     @cached_property
     def revision(self) -> str:
-        """sha256 over the files of encoder and tokenizer."""
-        digest = hashlib.sha256()
+        """sha256 over the files of encoder and tokenizer, and how captions are cleaned."""
+        digest = hashlib.sha256(b"" if self.cleaning == "none" else f"cleaning {self.cleaning}\n".encode())
         for folder in dict.fromkeys((self._folder, self._words)):
             for path in sorted(path for path in folder.iterdir() if path.suffix in READ):
                 digest.update(f"{path.name} {sha256_of(path)}\n".encode())
@@ -65,7 +102,11 @@ class TextEncoder:
         """States float32 [B, T, D], and bool [B, T] where a token is no padding, on the CPU."""
         tokenizer, model = self._parts
         found = tokenizer(
-            list(captions), padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt"
+            cleaned(captions, self.cleaning),
+            padding="max_length",
+            truncation=True,
+            max_length=self.max_length,
+            return_tensors="pt",
         ).to(self._device)
         mask = found.attention_mask
         seen = {"attention_mask": mask} if self._kind == "t5" else {}

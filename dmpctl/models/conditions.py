@@ -77,7 +77,8 @@ def encoder_record(encoder: TextEncoder | None) -> EncoderRecord | None:
     """Returns the record of a text encoder that is stored with a backbone or a patch; None without one."""
     if encoder is None:
         return None
-    return EncoderRecord(name=encoder.name, fingerprint=encoder.revision, tokens=encoder.max_length)
+    how = {} if encoder.cleaning == "none" else {"cleaning": encoder.cleaning}
+    return EncoderRecord(name=encoder.name, fingerprint=encoder.revision, tokens=encoder.max_length, **how)
 
 
 def open_encoder(settings: Settings, spec: BackboneSpec | None, recorded: EncoderRecord | None) -> TextEncoder | None:
@@ -95,7 +96,9 @@ def open_encoder(settings: Settings, spec: BackboneSpec | None, recorded: Encode
     tokens = settings.text.text_tokens or (recorded.tokens if recorded else None)
     folder = locate(name, "text", settings).absolute()
     lasting = name if name in named("text") else str(folder)  # a user's own row means nothing without its file
-    encoder = TextEncoder(folder, lasting, tokens, resolve_device(settings.launch))
+    trained = recorded is not None and recorded.fingerprint is not None
+    device, cleaning = resolve_device(settings.launch), recorded.cleaning if recorded and trained else None
+    encoder = TextEncoder(folder, lasting, tokens, device, cleaning)
     if spec is not None and spec.text is not None and encoder.width != spec.text.width:
         raise UsageError(
             f"the text encoder {name} gives states of width {encoder.width}, the backbone takes {spec.text.width}",

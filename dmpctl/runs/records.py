@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 from dmpctl.errors import IntegrityError
 from dmpctl.files import json_to_bytes, read_json
 from dmpctl.settings.methods import Method
-from dmpctl.types import BackboneSpec, Inference, ScheduleSpec
+from dmpctl.types import BackboneSpec, Cleaning, Inference, ScheduleSpec
 
 Which = Literal["ema", "raw"]  # of the trained weights: their average, or the last ones
 
@@ -79,11 +79,15 @@ class CodecRecord(Record):
 
 
 class EncoderRecord(Record):
-    """The text encoder that captions were read with; `fingerprint` (sha256) and `tokens` (per caption) None: not recorded."""
+    """The text encoder that captions were read with; `fingerprint` (sha256) and `tokens` (per caption) None: not recorded.
+
+    `cleaning`: how captions were prepared for it (`codecs.text`).
+    """
 
     name: str
     fingerprint: str | None = None
     tokens: int | None = None
+    cleaning: Cleaning = "none"
 
 
 class DataRecord(Record):

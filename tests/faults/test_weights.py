@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from dmpctl.backbones.dit import DiT, DiTConfig
+from dmpctl.codecs.text import TextEncoder
 from dmpctl.errors import DmpError, IntegrityError, UsageError
 from dmpctl.models.backbone import Loaded, load_backbone
 from dmpctl.models.patch_files import load_result
 from dmpctl.models.patched import Patched
 from dmpctl.settings.sections import Base
 from dmpctl.types import ScheduleSpec
-from tests.foreign_helpers import pipeline, tiny_unet
+from tests.foreign_helpers import pipeline, tiny_t5, tiny_unet
 from tests.helpers import patch_run, run_cli, settings_for
 from tests.latent_helpers import tiny_vae
 from tests.unit.exchange.imported import imported, saved, small
@@ -561,3 +562,48 @@ def test_a_pickle_in_a_folder_gets_the_same_sentence(tmp_path):
     with pytest.raises(IntegrityError, match="holds more than tensors") as caught:
         load_backbone(Base(base=str(folder)))
     assert "weights_only" not in caught.value.message
+
+
+# ---- captions as the encoder's own pipeline prepares them
+
+CAPTIONS = ["A Red Car", "  a red car ", "a red car", ""]
+
+
+def test_t5_reads_captions_as_pixarts_own_pipeline_prepares_them(tmp_path):
+    """Compared with diffusers, which cleans fully where bs4 and ftfy are installed, else makes lower case."""
+    from diffusers import PixArtAlphaPipeline
+    from transformers import AutoTokenizer, T5EncoderModel
+
+    folder, kind = tiny_t5(tmp_path / "t5"), PixArtAlphaPipeline
+    texts = [*CAPTIONS, "A  Photo... OF &amp; <b>it</b>"]
+    prepared = kind._text_preprocessing(object.__new__(kind), texts, clean_caption=True)
+    words = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    read = words(prepared, padding="max_length", max_length=120, truncation=True, return_tensors="pt")
+    model: Any = T5EncoderModel.from_pretrained(folder / "text_encoder").eval()
+    expected = model(read.input_ids, attention_mask=read.attention_mask).last_hidden_state
+    states, mask = TextEncoder(folder, "t5")(texts)
+    torch.testing.assert_close(states[mask], expected[mask], rtol=0, atol=1e-6)
+    assert torch.equal(states[0], states[2])
+    assert not torch.equal(TextEncoder(folder, "t5", cleaning="none")(texts)[0][0], states[0])
+
+
+def test_how_captions_are_cleaned_is_part_of_the_encoders_record_and_of_its_cache(tmp_path):
+    from dmpctl.models.conditions import encoder_record, open_encoder
+    from dmpctl.runs.records import EncoderRecord
+
+    folder = tiny_t5(tmp_path / "t5")
+    ways = {how: TextEncoder(folder, str(folder), cleaning=how) for how in ("none", "lower")}
+    assert ways["none"].revision != ways["lower"].revision  # which names the cache
+    for how, encoder in ways.items():
+        record = encoder_record(encoder)
+        assert record is not None
+        opened = open_encoder(settings_for("patch"), None, EncoderRecord.model_validate(record.to_json()))
+        assert opened is not None
+        assert (opened.cleaning, opened.revision) == (how, encoder.revision)
+    before = {"name": str(folder), "fingerprint": ways["none"].revision, "tokens": 120}  # a record of an earlier version
+    opened = open_encoder(settings_for("patch"), None, EncoderRecord.model_validate(before))
+    assert opened is not None
+    assert opened.cleaning == "none"
+    named = open_encoder(settings_for("patch"), None, EncoderRecord(name=str(folder)))
+    assert named is not None
+    assert named.cleaning != "none"

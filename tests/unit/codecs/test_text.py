@@ -9,7 +9,7 @@ from dmpctl.batches.caption_states import CaptionNumbers
 from dmpctl.codecs.text import TextEncoder
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.rng import seed_of
-from tests.foreign_helpers import LETTERS, TOKENS, WIDTH, tiny_clip
+from tests.foreign_helpers import TOKENS, WIDTH, tiny_clip, tiny_t5
 
 CAPTIONS = ["a cat", "", "\U0001f600\U0001f431", "x" * 10_000, "Ünïcode, and\nlines"]
 
@@ -21,24 +21,7 @@ def clip(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def t5(tmp_path_factory):
-    """A T5 encoder with a tokenizer of single letters."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
-
-    folder = tmp_path_factory.mktemp("t5")
-    words = {name: number for number, name in enumerate(["<pad>", "</s>", "<unk>", *LETTERS])}
-    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="<unk>").save_pretrained(
-        folder / "tokenizer"
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        T5EncoderModel(T5Config(vocab_size=len(words), d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=3)).save_pretrained(
-            folder / "text_encoder"
-        )
-    return folder
+    return tiny_t5(tmp_path_factory.mktemp("t5"))
 
 
 def test_clips_states_are_those_of_stable_diffusion(clip):

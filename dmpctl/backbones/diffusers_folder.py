@@ -1,6 +1,7 @@
 """A backbone from a folder in the layout of diffusers: a pipeline (model_index.json) or one model (config.json)."""
 
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -11,6 +12,7 @@ from pydantic import JsonValue, TypeAdapter, ValidationError
 from torch import nn
 
 from dmpctl.backbones.diffusers_dit import DiffusersDiT
+from dmpctl.backbones.dit_weights import refuse_larger
 from dmpctl.backbones.pixart import PixArt
 from dmpctl.backbones.sd_unet import SdUnet
 from dmpctl.errors import IntegrityError, MissingError, UsageError
@@ -61,9 +63,14 @@ def open_folder(folder: Path) -> tuple[Foreign, Path | None]:
     inside = part or folder
     if not (inside / "config.json").is_file():
         raise MissingError(f"{folder} holds no model ({' or '.join(PARTS)})", "name a folder as diffusers saves it")
-    name = str(read_json(inside / "config.json").get("_class_name"))
+    config, held = (
+        read_json(inside / "config.json"),
+        sum(p.stat().st_size for p in inside.iterdir() if p.suffix in (".safetensors", ".bin")),
+    )
+    name = str(config.get("_class_name"))
     if name not in KINDS:
         raise UsageError(f"{inside} holds a {name}, which cannot be patched", f"name one of {', '.join(KINDS)}")
+    refuse_larger(config, held or sys.maxsize, f"{inside / 'config.json'} does not describe the weights beside it")
     schedule, inference = schedule_in(inside.parent / "scheduler" / "scheduler_config.json")
     made = wrapped(loaded(inside, name), schedule)
     made.inference = inference

@@ -141,8 +141,10 @@ def described(weights: Weights, about: Mapping[str, Any], wrong: str) -> Weights
 
     IntegrityError, which begins with `wrong`, where it describes no backbone.
     """
-    _refuse_more_than_there_is(weights.tensors, about, wrong)
     found = as_record(about, BackboneDescription, f"{wrong}: it")
+    refuse_larger(found.config or found.model or {}, sum(tensor.numel() for tensor in weights.tensors.values()), wrong)
+    if found.schedule.steps > MOST_STEPS:
+        raise IntegrityError(f"{wrong}: a schedule of {found.schedule.steps} steps is longer than {MOST_STEPS}", "copy it again")
     config: Any = found.config or {}
     try:
         shape, schedule = None if found.model is not None else DiTConfig(**config), ScheduleSpec(**about["schedule"])
@@ -152,18 +154,13 @@ def described(weights: Weights, about: Mapping[str, Any], wrong: str) -> Weights
     return replace(weights, data=found.data, codec=found.codec, text=found.text, inference=found.inference)
 
 
-def _refuse_more_than_there_is(tensors: Mapping[str, Tensor], about: Mapping[str, Any], wrong: str) -> None:
-    """IntegrityError for a description of more weights than these: a model of it would fill the memory before that is seen."""
-    held = sum(tensor.numel() for tensor in tensors.values())
-    config: Any = about.get("config") or about.get("model") or {}
-    size = {key: value for key, value in config.items() if type(value) is int} if isinstance(config, dict) else {}
-    steps = about["schedule"].get("steps", 0) if isinstance(about.get("schedule"), dict) else 0
+def refuse_larger(config: Mapping[str, Any], held: int, wrong: str) -> None:
+    """IntegrityError for a config of a larger model than `held` numbers make: it would fill the memory before that is seen."""
+    size = {key: value for key, value in config.items() if type(value) is int}
     width = size.get("hidden_size", size.get("num_attention_heads", 1) * size.get("attention_head_dim", 1))
     depth, side = size.get("depth", size.get("num_layers", 1)), size.get("input_size", size.get("sample_size", 1))
-    if max([*size.values(), depth * width**2, (side // max(1, size.get("patch_size", 1))) ** 2]) > held or depth > len(tensors):
+    if max([*size.values(), depth * width**2, (side // max(1, size.get("patch_size", 1))) ** 2]) > held:
         raise IntegrityError(f"{wrong}: it is of a larger model than its {held} numbers make", "copy the file again")
-    if isinstance(steps, int) and steps > MOST_STEPS:
-        raise IntegrityError(f"{wrong}: a schedule of {steps} steps is longer than {MOST_STEPS}", "copy the file again")
 
 
 def known(path: Path, weights: Weights, given: Given) -> Weights:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dmpctl.backbones.dit import shape_config
-from dmpctl.backbones.dit_weights import PATCH, described_weights, digest_of, is_patched
+from dmpctl.backbones.dit_weights import PATCH, described_weights, digest_of, is_patched, refuse_larger
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.files import json_object, read_metadata, read_tensors, run_of, sha256_of, sha256_of_bytes, tensors_to_bytes
 from dmpctl.foreign.tensors import refuse_unsound
@@ -120,6 +120,7 @@ def load_patch(folder: Path, base: Base | None = None, which: Which | None = Non
 
 def patch_from(model: BackboneModule, method: Method, tensors: Mapping[str, Tensor], where: Path) -> PatchModule:
     """The frozen patch on `model` whose state these tensors are; IntegrityError on a missing or unexpected key or shape."""
+    refuse_larger(method.model_dump(), sum(tensor.numel() for tensor in tensors.values()), f"{where} is described wrongly")
     patch = build_patch(model, method)
     refuse_unsound(tensors, where)
     refuse_other_keys(tensors, patch.state_dict(), str(where))

@@ -141,7 +141,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     """Returns the content of a TOML file; MissingError if it cannot be read, UsageError if it is not TOML."""
     try:
         return tomllib.loads(read_user_text(path))
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # tomllib's own among them
         raise UsageError(f"{path} is not valid TOML: {error}") from None
     except OSError as error:
         why = "is not there" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"

@@ -288,6 +288,29 @@ def test_a_file_that_describes_more_than_it_holds_fills_no_memory(cli, condition
     assert (done.code, "larger model than its" in done.err) == (4, True), done.err
 
 
+def test_a_patch_that_describes_more_than_it_holds_fills_no_memory(cli, finished, tmp_path):
+    run = copied(finished, tmp_path / "run")
+    about = read_json(run / "patch.json")
+    write_by_hand(run / "patch.json", {**about, "method": {**about["method"], "prompts": 10**11}})
+    done = cli("sample", run, "--dry-run", "--cpu")
+    assert (done.code, "larger model than its" in done.err) == (4, True), done.err
+
+
+def test_a_folder_of_diffusers_that_describes_more_than_it_holds_fills_no_memory(cli, tmp_path):
+    about = {"_class_name": "DiTTransformer2DModel", "num_layers": 10**9, "num_attention_heads": 2, "attention_head_dim": 8}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    write_tensors(tmp_path / "diffusion_pytorch_model.safetensors", {"x": torch.zeros(2)})
+    done = cli("patch", "--base", tmp_path, "--data", "digits", "--dry-run", "--cpu")
+    assert (done.code, "larger model than its" in done.err) == (4, True), done.err
+
+
+@pytest.mark.parametrize("text", ["a = " + "[" * 100_000, "a = " + "9" * 5000])
+def test_settings_that_are_too_deep_or_too_long_are_refused(cli, tmp_path, text):
+    (tmp_path / "x.toml").write_text(text)
+    done = cli("patch", "--config", tmp_path / "x.toml", "--dry-run")
+    assert (done.code, "this is a bug" in done.err) == (2, False), done.err
+
+
 def test_a_picture_that_unpacks_into_gigabytes_is_refused(cli, finished, tmp_path):
     run = copied(finished, tmp_path / "run")
     line = ("sample", run, "--cpu", "--sampler", "ddim", "--steps", "2", "--num-images", "3", "--json")

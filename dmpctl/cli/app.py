@@ -85,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def entry() -> NoReturn:
     """`dmpctl` as a process of its own."""
     keep_streams()
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave their core to others
     os.environ["PYTHONSAFEPATH"] = "1"  # nor does a process that is started from here take modules from the working directory
     code = main()
     if "RANK" in os.environ:

@@ -14,6 +14,7 @@ from dmpctl.measuring.verdict import in_words
 from dmpctl.metrics.frechet import CONFIDENCE
 from dmpctl.models.conditions import Conditions, Labels, captions_of, encoded
 from dmpctl.models.patched import Patched
+from dmpctl.processes.threads import threads_for
 from dmpctl.rng import seed_of
 from dmpctl.settings.model import Settings
 from dmpctl.types import Progress, Source
@@ -66,7 +67,7 @@ def epsilon_errors(
     x0, told, numbers = clean_images(model, source, chosen, device, progress, batch)
     errors = torch.empty(len(steps), count, dtype=torch.float64)
     model.to(device)
-    with progress.track("paired loss", len(steps)) as task:
+    with threads_for(spec.parameters), progress.track("paired loss", len(steps)) as task:
         for row, t in enumerate(steps):
             noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed_of(seed, "paired", t)))
             for first in range(0, count, batch):

@@ -12,6 +12,7 @@ from torch import distributed
 
 from dmpctl.errors import UsageError
 from dmpctl.processes.peers import PEERS
+from dmpctl.processes.threads import use_threads
 from dmpctl.settings.sections import Launch
 from dmpctl.types import Routing, Routings
 
@@ -134,7 +135,9 @@ def leave() -> None:
 
 
 def resolve_device(launch: Launch) -> torch.device:
-    """The device to use; UsageError where it is not there."""
+    """The device to use, with --threads; UsageError where it is not there."""
+    if launch.threads is not None:
+        use_threads(launch.threads)
     if launch.cpu or launch.device == "cpu":
         return torch.device("cpu")
     if launch.device == "auto":

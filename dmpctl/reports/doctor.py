@@ -64,9 +64,18 @@ def examine(settings: Settings, _: Progress) -> Report:
     if missing := [name for name, number in versions.items() if number == "not installed"]:
         said.append(f"not installed: {', '.join(missing)}")
     system, places = {"python": sys.version.split()[0], "platform": platform.platform()}, folders()
-    data = {**system, "versions": versions, "threads": threads, "offline": offline, "devices": list(map(asdict, found)), **about}
+    passive = os.environ.get("OMP_WAIT_POLICY") == "PASSIVE"
+    data = {
+        **system,
+        "versions": versions,
+        "threads": threads,
+        "offline": offline,
+        "devices": list(map(asdict, found)),
+        **about,
+    }
     rows = {**system, **versions, **{one.device: str(one) for one in found}}
     rows["threads"] = f"{threads['usable']} of {threads['cores']} cores usable, torch uses {threads.get('torch', 'none')}"
+    rows["threads"] += f", which wait {'passively' if passive else 'actively'}"
     rows |= {**{place.what: str(place) for place in places}, "offline": "yes" if offline else "no"}
     table = tuple({"what": what, "found": value} for what, value in rows.items())
     return Report({**data, "folders": list(map(asdict, places))}, table, tuple(said))

@@ -24,6 +24,7 @@ from dmpctl.models.speed import compile_blocks
 from dmpctl.processes.command import Command
 from dmpctl.processes.ranks import Ranks
 from dmpctl.processes.stop import Stop
+from dmpctl.processes.threads import threads_for
 from dmpctl.rng import ImageDraws, seed_of
 from dmpctl.sampling.pictures import contact_sheet, png_of, read_png, sealed_pngs, write_npz, write_picture, write_pngs
 from dmpctl.settings.measuring import Sampling
@@ -108,7 +109,7 @@ def in_batches(
     with Stop(lambda: f"after {done} of {len(indices)} images", "give the same command again") as stop, shown as task:
         for first in range(0, len(indices), settings.sample_batch):
             part = indices[first : first + settings.sample_batch]
-            with stop.soon():
+            with stop.soon(), threads_for(model.backbone.spec.parameters):
                 images = generate(model, part, settings, device, label)
             yield part, images
             done += len(part)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic
 
+import torch
 from accelerate import Accelerator
 
 from dmpctl.codecs.identity import Identity
@@ -15,6 +16,7 @@ from dmpctl.models.conditions import training_conditions
 from dmpctl.models.encode import training_source
 from dmpctl.processes.command import Command
 from dmpctl.processes.ranks import Ranks
+from dmpctl.processes.threads import threads_for
 from dmpctl.runs import checkpoint
 from dmpctl.runs.records import Description
 from dmpctl.runs.rundir import RunDir
@@ -114,7 +116,7 @@ def train_in(
     for line in damaged:
         progress.say(f"warning: {line}; going on from step {start}")
     if start < settings.train.iters:
-        with _recorded(session, run, trainer, damaged):
+        with threads_for(session.spec.parameters), _recorded(session, run, trainer, damaged):
             trainer.train()
     trainer.refuse_none_applied()
     if ranks.is_main:
@@ -142,6 +144,7 @@ def _recorded(session: Session[Description], run: RunDir, trainer: Trainer, dama
     for line in (*left_out_words(session.source), *run.differences(settings.to_dict())):
         command.progress.say(line)
     facts = {"device": str(command.device), "processes": ranks.world, "start_step": trainer.step}
+    facts |= {"threads": torch.get_num_threads()}
     facts |= {**({"damaged": damaged} if damaged else {}), **session.facts, **session.identities, **known}
     ranks.wait()  # all have read what was there
     if ranks.is_main:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from dmpctl.data.bundled import Digits
 from dmpctl.errors import Interrupted, NumericalError
@@ -17,6 +18,7 @@ from dmpctl.measuring.evaluate import fid
 from dmpctl.metrics.features.pixels import Pixels
 from dmpctl.models import encode
 from dmpctl.processes import stop as stopping
+from dmpctl.processes import threads
 from dmpctl.runs import checkpoint
 from dmpctl.runs.rundir import RunDir
 from dmpctl.sampling import generate
@@ -286,3 +288,31 @@ def test_a_rank_killed_under_torchrun_is_named(tmp_path):
     assert "internal" not in said
     assert "this is a bug" not in said
     assert not list(tmp.glob("dmpctl-*"))
+
+
+@pytest.mark.parametrize(
+    ("env", "given", "used"), [(None, {}, 1), ("2", {}, 2), (None, {"threads": 3}, 3), ("2", {"threads": 3}, 3)]
+)
+def test_a_tiny_model_has_one_thread_unless_another_number_is_asked_for(tmp_path, monkeypatch, env, given, used):
+    """Recorded; and a number that was only for this model is taken back."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if env:
+        monkeypatch.setenv("OMP_NUM_THREADS", env)
+    monkeypatch.setattr(threads, "_given", False)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)  # as torch itself does, at its start
+        patch_run(tmp_path / "run", iters=2, **given)
+        assert read_json(tmp_path / "run" / "provenance.json")["sessions"][0]["threads"] == used
+        assert torch.get_num_threads() == (3 if given else 2)
+        with threads.threads_for(threads.TINY):
+            assert torch.get_num_threads() == (3 if given else 2)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_doctor_says_how_threads_wait(tmp_path):
+    for env, words in (({}, "which wait passively"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "which wait actively")):
+        work = Forked("doctor", cwd=tmp_path, env=env)
+        assert work.end() == 0, work.err
+        assert words in work.out

@@ -5,16 +5,18 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from typing import Any, TextIO
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.progress import Task, TaskID
+from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 from dmpctl.files import amount
 from dmpctl.settings import sections
@@ -25,6 +27,7 @@ from dmpctl.words import fit_to_show, redacted
 
 SECONDS_PER_LINE = 2.0
 LINES_PER_TASK = 50
+NARROWEST = 8  # columns of a bar, or of the words before it
 UNBOUNDED = 100_000  # columns of a pipe: tables and paths stay whole
 
 
@@ -59,7 +62,7 @@ def shown(figures: Mapping[str, float], rate: float | None, unit: Unit = "it") -
     """Returns `loss 0.0912, 12.5 it/s`. `rate` in units/sec, None: not known yet; left out beside a speed in the figures."""
     parts = [f"{value:.4g} {name}" if name.endswith("/s") else f"{name} {value:.4g}" for name, value in figures.items()]
     if rate is not None and not any(name.endswith("/s") and name != "images/s" for name in figures):
-        parts.append(f"{rate:.3g} it/s" if unit == "it" else f"{counted(rate, unit)}/s")
+        parts.append(f"{rate:{'.0f' if rate >= 100 else '.3g'}} it/s" if unit == "it" else f"{counted(rate, unit)}/s")
     return ", ".join(parts)
 
 
@@ -112,26 +115,49 @@ class LinesTask:
 
 
 class Bars:
-    """One rich display on stderr; talk scrolls above it. `console` None: this process's stderr."""
+    """One live display on stderr for all bars of a command; talk scrolls above it. `console` None: this process's stderr.
+
+    A bar that is done stays as one line; it is drawn no more. Figures are never cut: first the bar gives way, then the words.
+    """
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, highlight=False)
-        self.display = RichProgress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            TextColumn("{task.fields[so_far]}", markup=False),
-            TextColumn("{task.fields[figures]}", markup=False),
-            TimeRemainingColumn(),
-            console=self.console,
-            redirect_stdout=False,  # results are not talk
-        )
+        self.display = _Display(console=self.console, redirect_stdout=False)  # results are not talk
 
     def track(self, what: str, total: int, start: int = 0, unit: Unit = "it") -> ProgressTask:
-        known, done, what = total if total or unit == "it" else None, so_far(start, total, unit), fit_to_show(what)
-        return BarsTask(self.display, self.display.add_task(what, total=known, completed=start, figures="", so_far=done), unit)
+        known, done = total if total or unit == "it" else None, so_far(start, total, unit)
+        task = self.display.add_task(what, total=known, completed=start, figures="", so_far=done, visible=False)
+        return BarsTask(self.display, task, unit)
 
     def say(self, message: str) -> None:
-        self.console.print(fit_to_show(message), markup=False, highlight=False, soft_wrap=True)
+        self.console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+class _Display(RichProgress):
+    """Bars in as many columns as there are."""
+
+    def make_tasks_table(self, tasks: Iterable[Task]) -> Table:
+        table = Table.grid(padding=(0, 1, 0, 0))
+        if not (shown := [task for task in tasks if task.visible]):
+            return table
+        rows = [(str(task.fields["so_far"]), str(task.fields["figures"]), _left(task)) for task in shown]
+        fixed = sum(max(len(row[column]) + 1 for row in rows) for column in range(3))
+        words = max(len(task.description) for task in shown)
+        free = max(self.console.width - fixed - 1, NARROWEST)
+        bar = min(40, free - words - 1)
+        table.add_column(no_wrap=True, max_width=free if bar < NARROWEST else None, overflow="ellipsis")
+        for _ in range(3 + (bar >= NARROWEST)):
+            table.add_column(no_wrap=True)
+        for task, row in zip(shown, rows, strict=True):
+            drawn = [ProgressBar(task.total, task.completed, width=bar, pulse=task.total is None)] if bar >= NARROWEST else []
+            table.add_row(Text(task.description), *drawn, *map(Text, row))
+        return table
+
+
+def _left(task: Task) -> str:
+    """`0:01:39`, how long a task still takes; of one that is done, how long it took."""
+    seconds = task.elapsed if task.finished else task.time_remaining
+    return "" if seconds is None else str(timedelta(seconds=round(seconds)))
 
 
 class BarsTask:
@@ -148,13 +174,15 @@ class BarsTask:
         self._display.update(self._task, advance=by, figures=shown(self._figures, task.speed, self._unit), so_far=done)
 
     def __enter__(self) -> ProgressTask:
+        self._display.update(self._task, visible=True)
         self._display.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._display.stop_task(self._task)
-        if all(task.stop_time is not None for task in self._display.tasks):
-            self._display.stop()
+        if sum(task.visible for task in self._display.tasks) == 1:
+            self._display.stop()  # this one is the last line that stays
+        self._display.remove_task(self._task)
 
 
 def show(report: Report, as_json: bool) -> None:

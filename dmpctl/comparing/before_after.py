@@ -21,12 +21,13 @@ from dmpctl.metrics.frechet import FidEstimate, noise_floor, paired_difference, 
 from dmpctl.metrics.moments import features_to_moments
 from dmpctl.models.patched import Patched
 from dmpctl.processes.command import Command
+from dmpctl.sampling.foresight import foresee
 from dmpctl.sampling.generate import in_batches
 from dmpctl.sampling.pictures import contact_sheet, write_picture
 from dmpctl.settings.measuring import Fid
 from dmpctl.settings.model import Settings
 from dmpctl.store.fetch import cached
-from dmpctl.types import Extractor, Source
+from dmpctl.types import Extractor, Progress, Source
 from dmpctl.words import plus_minus
 
 SCHEMA_VERSION = 1
@@ -102,6 +103,16 @@ def recorded(patched: Patched, source: Source, run: Path, command: Command) -> B
     found = found.model_copy(update={"eval_seconds": round(time.perf_counter() - began, 1)})
     write_json(path, found.model_dump(mode="json"))
     return found
+
+
+def foresee_images(model: Patched, run: Path, settings: Settings, device: torch.device, progress: Progress) -> None:
+    """Say before the training if the images of its comparison will take long."""
+    pixels, count = math.prod(model.image_shape), settings.evaluate.eval_images
+    width = pixels if pixels <= MOST_PIXELS else 2048  # Inception's
+    if not list((run / "metrics").glob("comparison-*.json")):
+        no_distance = count <= width or (pixels > MOST_PIXELS and cached("inception", settings) is None)
+        fewer = "fewer --eval-images, --no-evaluate"
+        foresee(model, SHOWN if no_distance else count, settings.sampling, device, progress, fewer, sides=2)
 
 
 def measure(patched: Patched, source: Source, command: Command) -> tuple[BeforeAfter, Image.Image]:

@@ -18,6 +18,7 @@ from dmpctl.models.patch_files import load_result
 from dmpctl.models.patched import Patched
 from dmpctl.models.speed import compile_blocks
 from dmpctl.processes.command import Command
+from dmpctl.sampling.foresight import foresee
 from dmpctl.sampling.generate import SCHEMA_VERSION as SAMPLES
 from dmpctl.sampling.generate import begin_samples, in_batches, samples_about, samples_folder, samples_key
 from dmpctl.sampling.pictures import png_of, sealed_png, sealed_pngs, write_pngs
@@ -161,6 +162,7 @@ def _made(path: Path, model: Patched, command: Command, indices: Sequence[int]) 
             missing += [k for k in part if k not in there]
             if there:
                 yield list(there), torch.stack(list(there.values()))
+    foresee(model, len(missing), settings.sampling, command.device, command.progress, "fewer --max-images")
     for made, images in in_batches(model, missing, settings.sampling, command.device, Silent()):
         if keep:
             write_pngs(folder, made, images, key)

@@ -26,6 +26,7 @@ from dmpctl.processes.ranks import Ranks
 from dmpctl.processes.stop import Stop
 from dmpctl.processes.threads import threads_for
 from dmpctl.rng import ImageDraws, seed_of
+from dmpctl.sampling.foresight import foresee
 from dmpctl.sampling.pictures import contact_sheet, png_of, read_png, sealed_pngs, write_npz, write_picture, write_pngs
 from dmpctl.settings.measuring import Sampling
 from dmpctl.settings.model import Settings
@@ -150,6 +151,7 @@ def _write_npz(folder: Path, model: Patched, command: Command) -> tuple[int, Pat
     wanted, ranks = command.settings.images, command.ranks
     count, target = wanted.num_images, folder / f"{wanted.num_images}.npz"
     mine = ranks.mine(range(count))
+    foresee(model, len(mine), command.settings.sampling, ranks.device, command.progress, "fewer --num-images")
     batches = in_batches(model, mine, command.settings.sampling, ranks.device, command.progress, wanted.image_label)
     with images_of_all(target, batches, (count, *model.image_shape), ranks) as everything:
         if ranks.is_main:
@@ -162,6 +164,7 @@ def _write_folder(folder: Path, model: Patched, command: Command) -> tuple[int, 
     wanted, ranks = command.settings.images, command.ranks
     mine, key = ranks.mine(range(wanted.num_images)), samples_key(folder, command.progress)
     missing = [k for k in mine if k not in sealed_pngs(folder, [k], key, command.progress)]
+    foresee(model, len(missing), command.settings.sampling, ranks.device, command.progress, "fewer --num-images")
     batches = in_batches(model, missing, command.settings.sampling, ranks.device, command.progress, wanted.image_label)
     for part, images in batches:
         write_pngs(folder, part, images, key)

@@ -56,6 +56,8 @@ def patch(settings: Settings, progress: Progress) -> Report:
         loaded.model.to(accelerator.device)
         cast = settings.base.backbone_dtype != "float32"
         expected = digest_of(state_as_cast(loaded.model)) if cast else loaded.digest
+        if settings.evaluate.evaluate and accelerator.is_main_process:
+            before_after.foresee_images(Patched(loaded, codec=codec), run.path, settings, accelerator.device, progress)
         trained = train_in(run, session, settings, accelerator, progress)
         refuse_changed_backbone(loaded, expected)
         if not accelerator.is_main_process:  # what is left is rank 0's, and no collective

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -198,3 +199,43 @@ def test_only_the_first_rank_gives_results(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     show(Report({"a": 1}), as_json=True)
     assert capsys.readouterr().out == ""
+
+
+def screen(written: str) -> list[str]:
+    """The lines of a terminal after this was written to it: what scrolled away included."""
+    lines, row = [""], 0
+    for part in re.findall(r"\x1b\[\??[0-9;]*[A-Za-z]|\r|\n|[^\x1b\r\n]+", written):
+        if part == "\n":
+            row += 1
+            lines += [""] * (row + 1 - len(lines))
+        elif part.startswith("\x1b[") and part.endswith("A"):
+            row -= int(part[2:-1] or 1)
+        elif part.startswith("\x1b[") and part.endswith("K"):
+            lines[row] = ""
+        elif part[0] not in "\x1b\r":
+            lines[row] += part
+    return [line.rstrip() for line in lines if line.strip()]
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_bars_of_a_command_are_drawn_once_and_no_figure_is_cut(width):
+    """Two after each other, three inside of one: each that ended is one line or none, whole at every width."""
+    stream = Terminal()
+    bars = Bars(Console(file=stream, force_terminal=True, width=width, color_system=None, legacy_windows=False))
+    with bars.track("inception features of /a/very/long/name/of/a/folder", 50_000) as task:
+        task.advance(50_000)
+    with bars.track("training the patch", 100_000) as task:
+        task.advance(100_000, loss=0.0912345, **{"steps/s": 83.25})
+    with bars.track("cells", 3) as cells:
+        for number in range(3):
+            with bars.track(f"sampling {number}", 5_000) as task:
+                task.advance(5_000)
+                bars.say(f"cell {number} is done")
+            cells.advance()
+    lines = screen(stream.getvalue())
+    assert all(len(line) <= width for line in lines)
+    assert [line.split()[0].strip("…") for line in lines] == ["inception", "training", "cell", "cell", "cell", "cells"]
+    assert " 50000/50000" in lines[0]
+    assert " 100000/100000 loss 0.09123, 83.25 steps/s" in lines[1]
+    assert "training the patch" in lines[1] or width == 60
+    assert " 3/3" in lines[-1]

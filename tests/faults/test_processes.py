@@ -21,11 +21,12 @@ from dmpctl.processes import stop as stopping
 from dmpctl.processes import threads
 from dmpctl.runs import checkpoint
 from dmpctl.runs.rundir import RunDir
-from dmpctl.sampling import generate
+from dmpctl.sampling import foresight, generate
+from dmpctl.training.patch import patch
 from dmpctl.training.trainer import Trainer
 from dmpctl.types import Silent
 from tests.faults.forked import Forked
-from tests.helpers import copied, environment, files, patch_run, pretrain_run, same_but_time, settings_for, tensors_of
+from tests.helpers import SMALL, copied, environment, files, patch_run, pretrain_run, same_but_time, settings_for, tensors_of
 from tests.latent_helpers import Ramp
 
 LONG = ("--iters", 200_000, "--batch-size", 8, "--log-every", 1, "--no-evaluate", "--cpu")
@@ -316,3 +317,41 @@ def test_doctor_says_how_threads_wait(tmp_path):
         work = Forked("doctor", cwd=tmp_path, env=env)
         assert work.end() == 0, work.err
         assert words in work.out
+
+
+class Noted(Silent):
+    """Keeps what is said and begun, in order."""
+
+    def __init__(self) -> None:
+        self.noted: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.noted.append(message)
+
+    def track(self, what, *_, **__):
+        self.noted.append(what)
+        return self
+
+
+@pytest.mark.parametrize("long", [True, False])
+def test_images_that_take_long_are_announced_with_what_makes_it_shorter(tmp_path, monkeypatch, finished, most_loss_images, long):
+    """Before training for `patch`, before its images for `sample` and `fid`; not a word where it is short."""
+    most_loss_images(20)
+    if long:
+        monkeypatch.setattr(foresight, "LONG", 0.0)
+    run, made = copied(finished, tmp_path / "run"), tmp_path / "made"
+    tiny = {"cpu": True, "sampler": "ddim", "steps": 2}
+    measured = {"max_images": 80, "stream": True, "cache_dir": tmp_path / "cache"}
+    for count, first, what in (
+        ("2 x 80", "training the patch", lambda p: patch(settings_for("patch", run=made, eval_images=80, **SMALL | tiny), p)),
+        ("64", "sampling", lambda p: generate.sample(settings_for("sample", **tiny), run, p)),
+        ("80", None, lambda p: fid(settings_for("fid", **measured, **tiny), str(run), p)),
+    ):
+        progress = Noted()
+        what(progress)
+        said = [line for line in progress.noted if "will take about" in line]
+        assert len(said) >= long
+        assert bool(said) == long
+        if long:
+            assert said[0].startswith(f"{count} images in 2 steps will take about 0:00:00 on cpu; for less: fewer --")
+            assert first is None or progress.noted.index(said[0]) < progress.noted.index(first)

@@ -142,7 +142,8 @@ def test_every_stream_under_every_command_in_every_form(given, tmp_path, undistu
 def test_letters_that_a_stream_lacks_are_written_as_numbers(tmp_path, env, words):
     command = [sys.executable, "-m", "dmpctl", *words]
     done = subprocess.run(command, env=environment() | env, cwd=tmp_path, capture_output=True, timeout=300, check=False)
-    assert done.returncode == (2 if words == ("größe",) else 0), done.stderr
+    refused = words == ("größe",) or ("größe±" in words and "LC_ALL" in env)  # there it is no name in UTF-8
+    assert done.returncode == (2 if refused else 0), done.stderr
     done.stdout.decode("ascii")
     assert b"internal" not in done.stderr
 

@@ -177,7 +177,6 @@ class Launch(Section, panel="Launch", science=False):
     )
     cpu: bool = Field(default=False, description="Same as --device cpu.")
     deterministic: bool = Field(default=False, description="Deterministic kernels (slower on a GPU).")
-    compile: bool = Field(default=False, description="Compile the blocks with torch.compile; pays on a GPU.")
     threads: int | None = Field(
         default=None, ge=1, description="Threads of a process on a CPU; default: OMP_NUM_THREADS, or what suits the model."
     )

@@ -80,7 +80,7 @@ def unparsed(error: Any, args: Sequence[str]) -> tuple[str, str | None]:
         return f"{typed} takes no value", f"say {option.flag} or {option.off}"
     if typed:
         value = None if option is None else instead(option.field, "")
-        what = "a path" if option is None else takes(option.field)
+        what = "a path" if option is None else one_of(list(map(str, option.choices))) or takes(option.field)
         better = f"leave {typed} out" if value is None or option is None else f"say {option.written.typed(value, 'flag')}"
         return f"{typed} takes {what}, nothing follows it", better
     if (argument := COMMANDS[name].argument) is not None and hasattr(error, "param_type"):

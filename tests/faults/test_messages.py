@@ -170,6 +170,7 @@ def test_what_a_hint_says_is_taken_when_typed(command, monkeypatch, tmp_path):
             "--iters takes a whole number of 1 or more, found '--batch-size'",
             "before --batch-size",
         ),
+        ("patch --method", "--method takes dmp, prompt, lora or full, nothing follows it", "say --method dmp"),
         ("patch --json=1", "--json takes no value", "say --json or --no-json"),
         ("patch --hflip true", "--hflip takes no value, found true", "say --hflip or --no-hflip"),
         ("patch photos", "dmpctl patch takes no argument, found photos", "say --data photos or --base photos"),

@@ -180,7 +180,7 @@ def read_json(path: Path, schema_version: int | None = None) -> dict[str, Any]:
     except OSError as error:
         raise IntegrityError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise Damaged(f"{path} is not valid JSON ({error})") from None
+        raise Damaged(f"{path} is not valid JSON ({error})", "bring it back from a copy") from None
     return json_object(text, str(path), schema_version)
 
 
@@ -190,7 +190,7 @@ def parse_json(text: str | bytes, what: str) -> Any:
         return json.loads(text, parse_int=_whole_number, parse_float=_number, parse_constant=_number)
     except (ValueError, RecursionError) as error:
         why = "it is too deep" if isinstance(error, RecursionError) else error
-        raise Damaged(f"{what} is not valid JSON ({why})") from None
+        raise Damaged(f"{what} is not valid JSON ({why})", "bring it back from a copy") from None
 
 
 def _whole_number(digits: str) -> int:
@@ -210,7 +210,7 @@ def json_object(text: str, what: str, schema_version: int | None = None) -> dict
     """Parse a JSON object, which an error calls `what`. Raises as `read_json`."""
     value = parse_json(text, what)
     if not isinstance(value, dict):
-        raise Damaged(f"{what} should hold a JSON object, found {type(value).__name__}")
+        raise Damaged(f"{what} should hold a JSON object, found {type(value).__name__}", "bring it back from a copy")
     found, seal = value.get("schema_version"), value.pop(SEAL, None)
     if schema_version is not None and not (isinstance(found, int) and 1 <= found <= schema_version):
         newer = isinstance(found, int) and found > schema_version
@@ -339,4 +339,4 @@ def _safetensors(path: Path) -> Iterator[Any]:  # safe_open, whose methods have 
         with safe_open(path, "pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise Damaged(f"{path} is not a readable safetensors file ({error})") from None
+        raise Damaged(f"{path} is not a readable safetensors file ({error})", "make it again, or copy it again") from None

@@ -208,7 +208,9 @@ def _refusal(details: ErrorDetails, found: Mapping[str, Found], options: Mapping
     what = "one of " if option.choices and len(option.choices) > 1 else ""
     allowed = one_of(list(map(str, option.choices))) if option.choices else takes(option.field)
     better = nearest(str(value), map(str, option.choices)) if option.choices else instead(option.field, value)
-    allowed += f" and at most {MOST}" if isinstance(value, int | str) and str(value).isdecimal() and int(value) > MOST else ""
+    allowed += (
+        f" and at most {MOST}" if isinstance(value, int | str) and str(value).isdecimal() and int(str(value)[:30]) > MOST else ""
+    )
     leave = f"{written.left_out(form)} for its default"
     hint = leave if better is None else f"say {written.typed(better, form)}, or {leave}"
     return f"{subject} takes {what}{allowed}, found {shown(value)}", hint

@@ -137,7 +137,12 @@ def test_a_truncated_backbone(tmp_path, cli, conditional):
     whole = (base / "backbone.safetensors").read_bytes()
     for damaged in (whole[:-5], whole[:100], b""):
         (base / "backbone.safetensors").write_bytes(damaged)
-        failed(cli("patch", "--base", base, "--run", tmp_path / "run", *FEW), 4, "not a readable safetensors file", hint=None)
+        failed(
+            cli("patch", "--base", base, "--run", tmp_path / "run", *FEW),
+            4,
+            "not a readable safetensors file",
+            hint="copy it again",
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -173,7 +178,7 @@ def test_a_damaged_patch(run, cli):
 
 def test_a_description_that_is_no_json(run, cli):
     (run / "patch.json").write_text("{")
-    failed(cli("sample", run), 4, "patch.json is not valid JSON", hint=None)
+    failed(cli("sample", run), 4, "patch.json is not valid JSON", hint="bring it back from a copy")
 
 
 def test_a_damaged_checkpoint(run, cli):

@@ -84,6 +84,8 @@ READERS = {
     "cache/statistics/*": (FID,),
     "cache/latents/**/*": ("download photos --latents vae --size {side} --cpu --codec-batch 8",),
     "backbone/backbone.*": ("sample backbone {few} --num-images 4", "compare study.toml --cpu"),
+    "study/**/cell.json": ("compare study.toml --cpu",),
+    "study/**/stage.*": ("compare study.toml --cpu",),
     "study/**/*": ("compare study.toml --cpu",),
     "images.npz": ("fid images.npz --reference stats.safetensors --cpu --extractor pixels",),
     "stats.safetensors": ("fid images.npz --reference stats.safetensors --cpu --extractor pixels",),

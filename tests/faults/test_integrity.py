@@ -14,7 +14,7 @@ from PIL import Image
 from dmpctl.comparing import paired_loss
 from dmpctl.data.bundled import Digits
 from dmpctl.errors import Damaged, IntegrityError
-from dmpctl.files import read_json, read_tensors, write_json, write_tensors
+from dmpctl.files import read_json, read_tensors, sha256_of, write_json, write_tensors
 from dmpctl.reports.report import curves
 from dmpctl.runs.rundir import MetricsLog
 from dmpctl.sampling.pictures import write_npz
@@ -352,3 +352,32 @@ def test_a_few_damaged_files_of_every_kind_give_no_other_number(tmp_path, monkey
     assert faults == []
     assert sum(counts.values()) == 40
     assert sum(number for (_, _, what), number in counts.items() if what == "equal") < 20  # else nothing was hit
+
+
+def test_a_run_of_an_older_dmpctl_is_read_and_gone_on_with(cli, finished, tmp_path):
+    """Its records have no seals; a manifest's hashes are of the files as they are."""
+    run = copied(finished, tmp_path / "run")
+    for path in (*run.glob("*.json"), *run.glob("checkpoints/*/patch.json")):
+        write_by_hand(path, json.loads(path.read_text()))
+    for path in run.glob("checkpoints/*/trainer.json"):
+        about = json.loads(path.read_text())
+        write_by_hand(path, about | {"sha256": {name: sha256_of(path.parent / name) for name in about["sha256"]}})
+    assert cli("sample", run, *FAST, "--num-images", "3").code == 0
+    assert cli("report", run).code == 0
+    more = (
+        "--iters",
+        "8",
+        "--batch-size",
+        "8",
+        "--prompt-lr",
+        "0.05",
+        "--gate-lr",
+        "0.05",
+        "--ema",
+        "0",
+        "--cpu",
+        "--no-evaluate",
+    )
+    done = cli("patch", "--run", run, *more)
+    assert done.code == 0, done.err
+    assert "damaged" not in done.err

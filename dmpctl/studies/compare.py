@@ -284,7 +284,8 @@ def _notes(opened: OpenStudy, records: Mapping[CellKey, CellRecord]) -> list[str
         notes.append(f"under {FEWEST_SEEDS} training seeds: nothing is tested, and another seed may say otherwise")
     gaps = [gap for record in records.values() for gap in (record.paired_loss, record.frechet) if gap is not None]
     if any(gap.gains is None and gap.standard_error is not None for gap in gaps):
-        notes.append("some records have no gains of single images: their errors over images are the most that they can be")
+        older = "their errors over images are the most that they can be, their distances have the bias of few images"
+        notes.append(f"some records are older and have no gains of single images: {older}")
     trained_on = {record.shaped_by["data_fingerprint"] for record in records.values()}
     if trained_on & {stage.source.fingerprint for stage in opened.stages.values()}:
         notes.append("measured on images that were trained on (eval_data names others)")

@@ -12,14 +12,16 @@ from typing import Any, Literal, assert_never, get_args
 import torch
 from torch import Tensor
 
+from dmpctl.diffusion import dopri5
 from dmpctl.diffusion.schedule import FlowSchedule, NoiseSchedule, Schedule, split_prediction
 from dmpctl.errors import NumericalError, UsageError
 from dmpctl.types import Denoiser, Draw, Inference
 
-FlowSampler = Literal["euler", "heun", "euler-maruyama"]
+EvenSampler = Literal["euler", "heun", "euler-maruyama"]
+FlowSampler = Literal["dopri5"] | EvenSampler
 Sampler = Literal["ddpm", "ddim", "pndm", "dpm-solver++", "unipc"] | FlowSampler
-Predict = Callable[[Tensor, float], tuple[Tensor, Tensor | None]]  # x, original t -> epsilon or velocity, variance half or None
-FLOW_SAMPLERS = get_args(FlowSampler)
+Predict = Callable[[Tensor, float | Tensor], tuple[Tensor, Tensor | None]]  # x, t -> epsilon or velocity, variance or None
+FLOW_SAMPLERS: tuple[FlowSampler, ...] = ("dopri5", *get_args(EvenSampler))
 LAST_STEP = 0.04  # of Euler-Maruyama's path, taken without noise (Ma et al. 2024, appendix)
 
 LOWEST_LAMBDA = -5.1  # log(alpha / sigma) below which the solvers are unstable (cosine schedules), as diffusers advises
@@ -37,14 +39,15 @@ def sample(
 ) -> Tensor:
     """x0 [B, C, H, W] float32: x_T is the first `draw()`, each later step that adds noise draws once, t descending.
 
-    `schedule` is the whole one; `eta` is DDIM's; `on_step` gets the number of steps done, None: nobody is told.
+    `schedule` is the whole one; `steps` of dopri5 are the most it may take; `eta` is DDIM's; `on_step` gets the number of steps
+    done, None: nobody is told.
     Call it under `torch.no_grad`. UsageError for more steps than the schedule has or a sampler of another kind,
     NumericalError if x0 is not finite.
     """
     x = draw().float()
 
-    def predict(x: Tensor, timestep: float) -> tuple[Tensor, Tensor | None]:
-        t = torch.full((len(x),), timestep, dtype=torch.float32 if flow else torch.int64, device=x.device)
+    def predict(x: Tensor, timestep: float | Tensor) -> tuple[Tensor, Tensor | None]:
+        t = torch.as_tensor(timestep, dtype=torch.float32 if flow else torch.int64, device=x.device).expand(len(x))
         return split_prediction(denoiser(x, t), x.shape[1], learned_sigma)
 
     flow = isinstance(schedule, FlowSchedule)
@@ -56,6 +59,9 @@ def sample(
             states = _ddim(predict, draw, x, schedule, steps, eta)
         case NoiseSchedule(), "pndm" | "dpm-solver++" | "unipc":
             states = _solved(predict, x, schedule, steps, sampler)
+        case FlowSchedule(), "dopri5":
+            total = len(schedule)
+            states = dopri5.solve(lambda x, time: predict(x, (1 - time) * total)[0], x, steps)
         case FlowSchedule(), "euler" | "heun" | "euler-maruyama":
             states = _along_flow(predict, draw, x, schedule, steps, sampler)
         case _:
@@ -163,7 +169,12 @@ def _solved(
 
 
 def _along_flow(
-    predict: Predict, draw: Draw, x: Tensor, schedule: FlowSchedule, steps: int, sampler: FlowSampler
+    predict: Predict,
+    draw: Draw,
+    x: Tensor,
+    schedule: FlowSchedule,
+    steps: int,
+    sampler: Literal["euler", "heun", "euler-maruyama"],
 ) -> Iterator[Tensor]:
     """The probability flow dx = v ds from noise (level 1) to images (0), `steps` even steps (Ma et al. 2024, eq. 3).
 

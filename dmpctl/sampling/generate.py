@@ -64,7 +64,8 @@ def denoiser_of(
     cond, null = conditions_of(model, indices, settings.sample_seed, label, device)
     whole: Predict = model.in_precision(settings.sample_precision).predict
     # Images at one timestep and without labels: what depends on these is computed once for all.
-    predict: Predict = whole if cond is not None else lambda x, t, cond: whole(x, t[:1], cond)
+    alike = cond is None and settings.sampler != "dopri5"  # each image of which is at a time of its own
+    predict: Predict = whole if not alike else lambda x, t, cond: whole(x, t[:1], cond)
     channels = settings.cfg_channels if settings.cfg_channels != "auto" else "all" if spec.text else "3"
     return guide(predict, cond, null, settings.cfg, channels)
 

@@ -100,10 +100,10 @@ class Gates(Section, panel="Gates", science=False):
 
 
 class Sampling(Section, panel="Sampling", science=False):
-    sampler: Literal["ddpm", "ddim", "pndm", "dpm-solver++", "unipc", "euler", "heun", "euler-maruyama"] = Field(
-        default="ddpm", description="Sampler; the last three are for a flow (SiT)."
+    sampler: Literal["ddpm", "ddim", "pndm", "dpm-solver++", "unipc", "euler", "heun", "dopri5", "euler-maruyama"] = Field(
+        default="ddpm", description="Sampler; the last four are for a flow (SiT)."
     )
-    steps: int = Field(default=250, ge=1, le=1000, description="Denoising steps.")
+    steps: int = Field(default=250, ge=1, le=1000, description="Denoising steps; of dopri5 the most it may take.")
     eta: float = Field(default=0.0, ge=0, le=1, description="Noise of DDIM, 0 = deterministic.")
     cfg: float = Field(default=1.0, ge=0, description="Guidance scale, 1 = none.")
     cfg_channels: Literal["auto", "3", "all"] = Field(

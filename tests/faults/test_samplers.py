@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dmpctl.diffusion.samplers import sample
 from dmpctl.diffusion.schedule import FlowSchedule, NoiseSchedule
-from dmpctl.errors import UsageError
+from dmpctl.errors import NumericalError, UsageError
 from dmpctl.settings.layers import read_toml
 from dmpctl.types import ScheduleSpec
 from tests.helpers import SMALL, run_cli
@@ -121,3 +121,31 @@ def test_importance_sampling_of_timesteps_in_two_processes(tmp_path: Path) -> No
     done = run_cli("patch", "--run", tmp_path / "run", "--preset", "dmp+", "--cpu", "--num-processes", 2, *given, cwd=tmp_path)
     assert done.code == 0, done.err
     assert (tmp_path / "run" / "timesteps.json").is_file()
+
+
+def test_dopri5_is_the_pair_of_dormand_and_prince() -> None:
+    """Against scipy's RK45 with SiT's tolerances, image by image: the same steps, so the same end."""
+    from scipy.integrate import solve_ivp
+
+    start, asked = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(2)), []
+
+    def watched(x: Tensor, t: Tensor) -> Tensor:
+        asked.append(1 - t / 1000)
+        return curved(x, 1 - t / 1000)
+
+    found = sample(watched, lambda: start, FlowSchedule(1000), False, "dopri5", 250)
+    for number, image in enumerate(start):
+
+        def slope(time: float, flat: Any) -> Any:
+            return curved(torch.from_numpy(flat).view(1, 1, 4, 4), torch.tensor([time], dtype=torch.float64)).flatten().numpy()
+
+        theirs = solve_ivp(slope, (0, 1), image.double().flatten().numpy(), rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(found[number].double().flatten(), torch.from_numpy(theirs.y[:, -1]), rtol=0, atol=1e-4)
+        assert len(asked) >= theirs.nfev - 6
+    alone = sample(watched, lambda: start[1:2], FlowSchedule(1000), False, "dopri5", 250)
+    torch.testing.assert_close(alone[0], found[1], rtol=0, atol=1e-5)  # an image's steps are its own
+
+
+def test_dopri5_that_may_not_take_enough_steps_says_so() -> None:
+    with pytest.raises(NumericalError, match="not at its end after 2 steps"):
+        sample(lambda x, t: 50 * torch.cos(9 * x), lambda: torch.ones(1, 1, 2, 2), FlowSchedule(1000), False, "dopri5", 2)

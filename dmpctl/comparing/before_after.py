@@ -13,8 +13,8 @@ from dmpctl.batches.loader import held_out
 from dmpctl.comparing.paired_loss import LossDifference, epsilon_errors, loss_difference, loss_verdict
 from dmpctl.errors import Damaged, UsageError
 from dmpctl.files import make_folder, put_aside, read_json, write_json
+from dmpctl.images.stored import images_of
 from dmpctl.measuring.features import build_extractor, extract
-from dmpctl.measuring.image_sets import images_of
 from dmpctl.measuring.verdict import distance_verdict, distance_words
 from dmpctl.metrics.features.pixels import Pixels
 from dmpctl.metrics.frechet import FidEstimate, noise_floor, paired_difference, refuse_few

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dmpctl.errors import UsageError
+from dmpctl.images.inventory import Inventory
 
 SIDE = 8
 
@@ -32,6 +33,11 @@ class Digits:
         grey = (torch.from_numpy(pixels) * 255 / 16).round().to(torch.uint8).view(-1, 1, SIDE, SIDE)
         self._images = grey.repeat(1, channels or 1, 1, 1)
         self._labels = torch.from_numpy(labels).to(torch.int64)
+        counts = dict(zip(self.classes, torch.bincount(self._labels).tolist(), strict=True))
+        side = (SIDE, SIDE)
+        self.inventory = Inventory(
+            self.name, len(self), {}, True, side, side, counts, "scikit-learn", None, ["repeated to colour"] * (channels == 3), {}
+        )
         self.fingerprint = hashlib.sha256(self._images.numpy().tobytes() + self._labels.numpy().tobytes()).hexdigest()
 
     def __len__(self) -> int:

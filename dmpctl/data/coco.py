@@ -65,7 +65,7 @@ class CocoFile:
 def coco_files(images: Path) -> Iterator[tuple[str, CocoFile]]:
     """The images in a folder or a zip file, each with its base name; IntegrityError for another file."""
     if not images.is_file():
-        for file in scan(images):
+        for file in scan(images).images:
             version = f"{file.bytes} {file.mtime_ns}".encode()
             yield os.path.basename(file.name), CocoFile(os.path.join(os.path.realpath(images), file.name), file.wrong, version)
         return
@@ -96,6 +96,9 @@ class CocoReader(Reader):
         self._digest = hashlib.sha256(content).digest()
         self._files = dict(coco_files(images))
         self._images = read_captions(content)
+        self.captions_from = printable(annotations.name)
+        named = {name for name, _ in self._images}
+        self.unused["images that the captions do not name"] = [name for name in self._files if name not in named]
 
     def __len__(self) -> int:
         return len(self._images)

@@ -11,10 +11,10 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from dmpctl.data.columns import CAPTIONS, LABELS, NO_LABEL, UNNAMED, Columns, captions_in, stamps
 from dmpctl.errors import MissingError, UsageError
 from dmpctl.images.reader import Reader
-from dmpctl.images.scan import EXTENSIONS, reason_of
+from dmpctl.images.scan import EXTENSIONS, HIDDEN, reason_of
+from dmpctl.tables.columns import CAPTIONS, LABELS, NO_LABEL, UNNAMED, Columns, captions_in, stamps
 from dmpctl.texts import decoded
 from dmpctl.words import printable
 
@@ -170,6 +170,7 @@ class Sample:
         try:
             document = json.loads(self.text("json")) if "json" in self.parts else {}
         except (ValueError, RecursionError):
+            self.wrong = self.wrong or "its .json is none"
             return None
         return next((document[word] for word in words if word in document), None) if isinstance(document, dict) else None
 
@@ -182,9 +183,10 @@ class TarReader(Reader):
     broken tar file the whole samples can be used. MissingError without a tar file, UsageError for tar files without images.
     """
 
-    def __init__(self, path: Path, columns: Columns = UNNAMED) -> None:
+    def __init__(self, path: Path, columns: Columns = UNNAMED, shards: Sequence[Path] | None = None) -> None:
+        """`shards`: the tar files of the folder `path`, None: those that lie in it."""
         super().__init__(printable(path.stem), printable(str(path)))
-        self._paths = [path] if path.is_file() else sorted(path.glob("*.tar"), key=os.fsencode)
+        self._paths = [path] if path.is_file() else list(shards or sorted(path.glob("*.tar"), key=os.fsencode))
         if not self._paths:
             raise MissingError(f"there is no tar file in {self.shown}", "check --data")
         self._columns = columns
@@ -200,6 +202,10 @@ class TarReader(Reader):
             else:
                 sample.wrong = f"its label is {printable(str(value)[:40])!r}, not a number"
         self._num_classes = max(sample.label for sample in self._samples) + 1
+        self.labels_from = f"{columns.label or '.cls or .json'} of each image"
+        captioned = next((index for index, sample in enumerate(self._samples) if sample.image and not sample.wrong), None)
+        if captioned is not None and self.captions(captioned):
+            self.captions_from = f"{columns.caption or '.txt or .json'} of each image"
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -234,18 +240,24 @@ class TarReader(Reader):
 
     def _samples_in(self, shard: Path) -> list[Sample]:
         """The samples of one shard; damage to the shard itself is one more, without a key."""
+        wanted = {"cls", "txt", "json", self._columns.label, self._columns.caption}
         samples: dict[str, Sample] = {}
         try:
             for member in members(shard):
                 folder, base = os.path.split(member.name)
                 stem, _, extension = base.partition(".")
-                if base.startswith(".") or not extension or (not member.regular and "." + extension.lower() not in EXTENSIONS):
+                kind = "." + extension.lower()
+                if base.startswith(".") or not extension or (not member.regular and kind not in EXTENSIONS):
+                    self.unused.setdefault(HIDDEN if base.startswith(".") else "other members", []).append(
+                        f"{shard.name}:{member.name}"
+                    )
                     continue
+                if kind not in EXTENSIONS and kind[1:] not in wanted:
+                    self.unused.setdefault(kind, []).append(f"{shard.name}:{member.name}")
                 key = os.path.join(folder, stem)
                 samples.setdefault(key, Sample(shard, key)).add(extension.lower(), member)
         except (BrokenTar, OSError) as error:
             samples["\0"] = Sample(shard, "", wrong=reason_of(error))
-        wanted = {"cls", "txt", "json", self._columns.label, self._columns.caption}
         for sample in samples.values():
             if sample.key and not sample.image and not sample.wrong:
                 sample.wrong = "no image among its members"

@@ -165,7 +165,7 @@ def edit_sizes(model: Patched, settings: Settings, progress: Progress) -> EditSi
     """
     model = model.with_codec(settings)
     spec = model.backbone.spec
-    source = open_data(model.data or Data(), spec, model.codec, None, settings)
+    source = open_data(model.data or Data(), spec, model.codec, None, settings, progress)
     count = min(IMAGES, len(source))
     chosen = [i * len(source) // count for i in range(count)]
     x0, told, numbers = clean_images(model, source, chosen, torch.device("cpu"), progress)

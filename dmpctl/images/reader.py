@@ -13,10 +13,18 @@ class Reader(ABC):
 
     A new layout is one subclass with `__len__`, `open` and `identity`, and those of the other methods whose default does not
     hold. `name`: what a run calls the images; `shown`: what messages call the place that they lie in; both printable.
+
+    For the inventory: `unused` has names by kind of what lies beside and is not used, `assumed` sentences without a full
+    stop, `labels_from` and `captions_from` say where these come from (None: there are none), `label_names` are the classes.
     """
 
     def __init__(self, name: str, shown: str) -> None:
         self.name, self.shown = name, shown
+        self.unused: dict[str, list[str]] = {}
+        self.assumed: list[str] = []
+        self.labels_from: str | None = None
+        self.captions_from: str | None = None
+        self.label_names: Sequence[str] = ()
 
     @abstractmethod
     def __len__(self) -> int: ...

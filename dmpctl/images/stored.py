@@ -8,7 +8,8 @@ at the start, and it is decoded as it is used: an image that is broken behind it
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import IO, Any, Literal
 
 import torch
@@ -16,17 +17,22 @@ from PIL import Image
 from torch import Tensor
 
 from dmpctl.errors import IntegrityError, UsageError
+from dmpctl.images.inventory import Inventory, counted, done_to
 from dmpctl.images.reader import Reader
-from dmpctl.images.scan import BROKEN, FORMATS, Header, attempt, header_of, reason_of
+from dmpctl.images.scan import BROKEN, FORMATS, OUTWARD, TO_FOLDER, Header, attempt, header_of, reason_of
 from dmpctl.images.transforms import to_square
 from dmpctl.types import Source
+from dmpctl.words import printable
 
 HELD_ITEMS, HELD_BYTES = 20_000, 2**30
+LOSSY = (".jpg", ".jpeg", ".webp")
+ONE_BY_ONE = 256  # images in a batch of those that are read one by one
 NAMED = 3  # bad images that an error names
 IN_A_ROW = 100  # broken images side by side: no longer a few bad ones
 
 Bad = tuple[str, str]  # an image's name, printable, and the reason why it cannot be used
 OnBad = Literal["fail", "skip"]
+OwnSize = Literal["never", "one", "any"]
 log = logging.getLogger(__name__)
 
 
@@ -35,8 +41,8 @@ class StoredImages:
 
     `size` None: the side that all images share. `channels` None: 1 if all of them are grey, else 3. Bad images raise
     IntegrityError under `on_bad` "fail"; under "skip" they are left out and listed in `bad`. `num_classes` 0: no labels.
-    `most_held`: images to hold in memory, at most.
-    Raises UsageError if there is no common size.
+    `most_held`: images to hold in memory, at most. `own`: "any": images stay as large as they are, items differ in shape;
+    "one": so if all share one size, else squares of `size`. Raises UsageError if there is no common size.
     """
 
     mirror = True
@@ -48,6 +54,7 @@ class StoredImages:
         channels: int | None = None,
         on_bad: OnBad = "fail",
         most_held: int = HELD_ITEMS,
+        own: OwnSize = "never",
     ) -> None:
         self.name, self._reader = reader.name, reader
         self.bad: list[Bad] = []
@@ -55,14 +62,15 @@ class StoredImages:
         looked = reader.looked_at(good)
         headers = dict(zip(looked, attempt(self._header, looked), strict=True))
         known = [header for header in headers.values() if isinstance(header, Header)]
-        self._size = size or (common_side(known, reader.shown) if known else 1)
+        whole = own == "any" or (own == "one" and len({(header.width, header.height) for header in known}) == 1)
+        self._size = 0 if whole else size or (common_side(known, reader.shown) if known else 1)
         self._channels = channels or (1 if all(header.grey for header in known) else 3)
-        whole = len(looked) == len(good)
+        all_looked = len(looked) == len(good)
         judged = {i: too_small(found, self._size) if isinstance(found, Header) else found for i, found in headers.items()}
         good = self._left(good, {index: why for index, why in judged.items() if why})
         digests: list[bytes] | None = None
         self._held: Tensor | None = None
-        if whole and len(good) <= most_held and len(good) * self._channels * self._size**2 <= HELD_BYTES:
+        if all_looked and self._size and len(good) <= most_held and len(good) * self._channels * self._size**2 <= HELD_BYTES:
             good, self._held, digests = self._decoded(good)
         self.bad.sort()
         if self.bad and (on_bad == "fail" or not good):
@@ -70,6 +78,21 @@ class StoredImages:
         self._kept: Sequence[int] = good
         self._labels, self.num_classes = reader.labels(good)
         self.classes = reader.classes(good)
+        used = [header for index in good if isinstance(header := headers.get(index), Header)]
+        sides = [(header.width, header.height) for header in used] or [(0, 0)]
+        self.inventory = Inventory(
+            reader.name,
+            len(good),
+            dict(Counter(header.form for header in used).most_common()),
+            all(header.grey for header in used),
+            min(sides),
+            max(sides),
+            self._counted(),
+            reader.labels_from,
+            reader.captions_from,
+            [*reader.assumed, *done_to(used, self._size, self._channels)],
+            counted(reader.unused | {"that cannot be used": [name for name, _ in self.bad]}),
+        )
         flags: Any = torch.zeros(len(good), dtype=torch.bool)
         # In memory that loader processes share: between them, each broken image is reported once.
         self._broken: Tensor | None = flags.share_memory_() if self._held is None and on_bad == "skip" else None
@@ -109,6 +132,14 @@ class StoredImages:
         """The captions of one image, () without; where images may be replaced, this decodes it to know."""
         place = index if self._broken is None else self._standing_in(range(len(self))[index])[0]
         return self._reader.captions(self._kept[place])
+
+    def _counted(self) -> dict[str, int | None]:
+        """Images of each class, by name, in the order of the labels; None where labels are read as they are used."""
+        names = self._reader.label_names or self.classes or range(self.num_classes)
+        if self._labels is None:
+            return {str(name): None for name in names}
+        counts = torch.bincount(self._labels, minlength=self.num_classes).tolist()
+        return {printable(str(name)): count for name, count in zip(names, counts, strict=False)} if self.num_classes else {}
 
     def _label(self, place: int) -> int:
         return self._reader.label(self._kept[place]) if self._labels is None else int(self._labels[place])
@@ -183,6 +214,8 @@ def refused(bad: Sequence[Bad], total: int, shown: str) -> IntegrityError:
     """The error that names the first bad images and counts all of them."""
     first = _first([f"{name} ({reason})" for name, reason in bad])
     hint = "leave them out with --on-bad skip, or repair them" if len(bad) < total else "none is left: check --data"
+    if any(reason in (OUTWARD, TO_FOLDER) for _, reason in bad):
+        hint = "trust the links with --follow-links, or leave them out with --on-bad skip"
     return IntegrityError(f"{len(bad)} of {total} images in {shown} cannot be used: {first}", hint)
 
 
@@ -192,7 +225,7 @@ def _first(found: Sequence[str]) -> str:
 
 
 def read_image(file: IO[bytes], size: int, channels: int) -> Tensor:
-    """uint8 [C, size, size] of one image. Raises one of BROKEN, for one that is too small or too large too."""
+    """uint8 [C, size, size] of one image, [C, H, W] for size 0. Raises one of BROKEN, also where it is too small or too large."""
     with Image.open(file, formats=FORMATS) as image:
         reason = too_small(header_of(image), size)
         if reason:
@@ -217,3 +250,35 @@ def left_out_words(source: Source) -> list[str]:
     bad, total = [f"{name} ({why})" for name, why in source.bad], len(source) + len(source.bad)
     kinds = (("left out", bad), ("broken, others stand in for them", source.replaced))
     return [f"{source.name}: {len(names)} of {total} images {what}: {_first(names)}" for what, names in kinds if names]
+
+
+def cautions(source: Source) -> tuple[str, ...]:
+    """Sentences on what makes a source a poor reference: images stored with loss, classes of very different sizes."""
+    lines = []
+    lossy = sum(name.lower().endswith(LOSSY) for name in source.names()) if isinstance(source, StoredImages) else 0
+    if lossy:
+        lines.append(
+            f"warning: {lossy} of {len(source)} images of {source.name} are stored with loss (JPEG), which moves a distance"
+        )
+    if source.num_classes and isinstance(source, StoredImages):
+        counts = torch.bincount(source.labels(), minlength=source.num_classes)
+        if int(counts.max()) > 2 * int(counts.min()):
+            lines.append(f"warning: classes of {source.name} have {int(counts.min())} to {int(counts.max())} images")
+    return tuple(lines)
+
+
+def images_of(source: Source, limit: int | None = None, batch: int = ONE_BY_ONE) -> Iterator[Tensor]:
+    """Yields the images of a source in order, uint8 batches; `limit` None: all."""
+    count = len(source) if limit is None else min(limit, len(source))
+    return (images for _, images in one_by_one(lambda i: source.item(i)[0], range(count), batch))
+
+
+def one_by_one(
+    image: Callable[[int], Tensor], indices: Sequence[int], batch: int = ONE_BY_ONE
+) -> Iterator[tuple[Sequence[int], Tensor]]:
+    """Yields (indices, images) in batches of images that are read one by one, each of one shape."""
+    for first in range(0, len(indices), batch):
+        pairs = ((i, image(i)) for i in indices[first : first + batch])
+        for _, alike in groupby(pairs, key=lambda pair: pair[1].shape):
+            numbers, images = zip(*alike, strict=True)
+            yield numbers, torch.stack(images)

@@ -9,8 +9,13 @@ GREY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N"}  # p
 
 
 def plain(image: Image.Image, channels: int) -> Image.Image:
-    """Mode L (`channels` 1) or RGB (3): turned upright by its EXIF tag, 16 bits / 257, transparency over white."""
+    """Mode L (`channels` 1) or RGB (3): turned upright by its EXIF tag, 16 bits / 257, transparency over white.
+
+    ValueError for levels whose range nothing says: floats, whole numbers above 16 bits.
+    """
     image = ImageOps.exif_transpose(image)
+    if image.mode == "F" or (image.mode == "I" and not 0 <= np.asarray(image).min() <= np.asarray(image).max() <= 65535):
+        raise ValueError("its levels are floats or above 16 bits, and nothing says their range")
     if image.mode.startswith("I"):  # Pillow's own conversion would clip 16 bits at 255
         levels = np.asarray(image).astype(np.float64).clip(0, 65535)
         image = Image.fromarray((levels / 257).round().astype(np.uint8))
@@ -35,6 +40,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def to_square(image: Image.Image, size: int, channels: int) -> Tensor:
-    """uint8 [C, size, size] of an image of any mode and shape."""
-    pixels = np.array(center_crop(plain(image, channels), size))  # a copy: torch wants memory that it may write to
-    return torch.from_numpy(pixels.reshape(size, size, -1)).permute(2, 0, 1).contiguous()
+    """uint8 [C, size, size] of an image of any mode and shape; size 0: [C, H, W], not cropped."""
+    image = plain(image, channels)
+    pixels = np.array(center_crop(image, size) if size else image)  # a copy: torch wants memory that it may write to
+    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1).contiguous()

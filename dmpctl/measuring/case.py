@@ -52,6 +52,11 @@ class Case:
         kept = tuple(output for metric, output in wanted if metric in metrics)
         return features_in(root, images, self.extractor, self.command, kept)
 
+    @property
+    def inventories(self) -> dict[str, JsonValue]:
+        """The inventories of both sides; None where no folder or data was read."""
+        return {"images": self.images.inventory, "reference": getattr(self.real, "inventory", None)}
+
     def share_out(self) -> None:
         """Extracts all features that will be asked for, in all processes together; the main one then finds them made.
 
@@ -77,8 +82,13 @@ def open_case(what: str, command: Command) -> Case:
     name = options.reference or (images.model.trained_on if images.model else None)
     if name is None:
         raise UsageError(f"nothing says what to compare {what} with", "add --reference digits or --reference DIR")
-    real = find_reference(name, images.shape, command)
-    protocol, extractor = protocol_for(options, images.shape), build_extractor(options, images.shape, command.device, settings)
+    protocol = protocol_for(options, images.shape)
+    pixels = (options.extractor or protocol.extractor) == "pixels"
+    real = find_reference(name, images, pixels, command, protocol.preprocessing == "clean")
+    if pixels and not isinstance(real, Path):  # grey only where both are
+        channels = max(images.shape[0], real.shape[0])
+        images, real = images.with_channels(channels), real.with_channels(channels)
+    extractor = build_extractor(options, images.shape, command.device, settings)
     _refuse_unfit(images, extractor, options)
     clip = locate(options.clip, "clip", settings) if "clip-score" in options.wanted else None
     other = _versus(images, path, command)

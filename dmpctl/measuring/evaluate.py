@@ -32,6 +32,7 @@ def fid(settings: Settings, what: str, progress: Progress) -> Report:
     case = open_case(what, command)
     if settings.console.dry_run:
         planned = {"n": case.images.count, "extractor": case.extractor.fingerprint, "protocol": case.protocol.name}
+        planned |= {"data": case.inventories}
         would = f"would compare {case.images.count} images"
         return Report({"dry_run": True, **planned}, (), (would, "dry run: nothing was written"))
     if command.ranks.world > 1:

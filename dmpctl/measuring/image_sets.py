@@ -1,7 +1,7 @@
 """Images to measure, by their indices: those of a run, a folder, an npz or a source."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -9,10 +9,11 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor
 
-from dmpctl.data.folder import FolderReader
+from dmpctl.data.source import folder_reader
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.files import read_json
-from dmpctl.images.stored import StoredImages
+from dmpctl.images.inventory import recorded, told
+from dmpctl.images.stored import StoredImages, cautions, one_by_one
 from dmpctl.metrics.npz import NpzImages, npz_images
 from dmpctl.models.patch_files import load_result
 from dmpctl.models.patched import Patched
@@ -22,11 +23,11 @@ from dmpctl.sampling.foresight import foresee
 from dmpctl.sampling.generate import SCHEMA_VERSION as SAMPLES
 from dmpctl.sampling.generate import begin_samples, in_batches, samples_about, samples_folder, samples_key
 from dmpctl.sampling.pictures import png_of, sealed_png, sealed_pngs, write_pngs
+from dmpctl.settings.sections import Data
 from dmpctl.store.addresses import address_in
 from dmpctl.types import Progress, Silent, Source
 
 BATCH = 256
-LOSSY = (".jpg", ".jpeg", ".webp")
 MODELS = (".safetensors", ".pt")  # files that are models, where they are no statistics
 # Keys of samples.json: those that make the images what they are, and those that two sets share whose images pair up.
 IDENTITY = ("sampling", "label", "backbone_sha256", "patch_sha256", "step", "codec", "prompts", "text")
@@ -50,21 +51,18 @@ class ImageSet:
     seeds: Mapping[str, JsonValue] | None = None
     model: Patched | None = None
     warnings: tuple[str, ...] = ()
+    inventory: JsonValue = None
 
+    def with_channels(self, channels: int) -> "ImageSet":
+        """These images with so many channels, grey ones repeated; for 3 or their own number."""
+        if channels == self.shape[0]:
+            return self
 
-def images_of(source: Source, limit: int | None = None, batch: int = BATCH) -> Iterator[Tensor]:
-    """Yields the images of a source in order, uint8 batches; `limit` None: all."""
-    count = len(source) if limit is None else min(limit, len(source))
-    return (images for _, images in _one_by_one(lambda i: source.item(i)[0], range(count), batch))
+        def read(indices: Sequence[int]) -> Iterator[tuple[Sequence[int], Tensor]]:
+            return ((part, images.expand(-1, channels, -1, -1)) for part, images in self.read(indices))
 
-
-def _one_by_one(
-    image: Callable[[int], Tensor], indices: Sequence[int], batch: int = BATCH
-) -> Iterator[tuple[Sequence[int], Tensor]]:
-    """Yields (indices, images) in batches of images that are read one by one."""
-    for first in range(0, len(indices), batch):
-        part = indices[first : first + batch]
-        yield part, torch.stack([image(i) for i in part])
+        identity = {**self.identity, "channels": channels}
+        return replace(self, shape=(channels, *self.shape[1:]), read=read, identity=identity)
 
 
 def source_images(name: str, source: Source, limit: int | None = None) -> ImageSet:
@@ -72,28 +70,17 @@ def source_images(name: str, source: Source, limit: int | None = None) -> ImageS
     channels, height, width = source.item(0)[0].shape
     count = len(source) if limit is None else min(limit, len(source))
     identity: dict[str, JsonValue] = {"source": source.fingerprint, "shape": [channels, height, width]}
-    read = partial(_one_by_one, lambda i: source.item(i)[0])
-    return ImageSet(name, (channels, height, width), count, read, identity, warnings=_about_source(source))
+    read = partial(one_by_one, lambda i: source.item(i)[0])
+    warnings, inventory = cautions(source), recorded(source).get("inventory")
+    return ImageSet(name, (channels, height, width), count, read, identity, warnings=warnings, inventory=inventory)
 
 
-def _about_source(source: Source) -> tuple[str, ...]:
-    lines = []
-    lossy = sum(name.lower().endswith(LOSSY) for name in source.names()) if isinstance(source, StoredImages) else 0
-    if lossy:
-        lines.append(
-            f"warning: {lossy} of {len(source)} images of {source.name} are stored with loss (JPEG), which moves a distance"
-        )
-    if source.num_classes and isinstance(source, StoredImages):
-        counts = torch.bincount(source.labels(), minlength=source.num_classes)
-        if int(counts.max()) > 2 * int(counts.min()):
-            lines.append(f"warning: classes of {source.name} have {int(counts.min())} to {int(counts.max())} images")
-    return tuple(lines)
-
-
-def folder_images(path: Path, limit: int, progress: Progress) -> ImageSet:
-    """An image folder; from one that `dmpctl sample` wrote, the numbered images, whose seeds are known."""
+def folder_images(path: Path, limit: int, section: Data, progress: Progress) -> ImageSet:
+    """A folder of images, each in its own size; from one that `dmpctl sample` wrote, the numbered ones, whose seeds are known."""
     if not (path / "samples.json").is_file():
-        return source_images(str(path), StoredImages(FolderReader(path)), limit)
+        source = StoredImages(folder_reader(path, section), on_bad=section.on_bad, own="any")
+        told(source, progress)
+        return source_images(str(path), source, limit)
     about, key = read_json(path / "samples.json", SAMPLES), samples_key(path, progress)
     numbers = sorted(int(found.stem) for found in path.glob("[0-9]*.png") if found.stem.isdecimal())[:limit]
     if not numbers:
@@ -109,7 +96,7 @@ def folder_images(path: Path, limit: int, progress: Progress) -> ImageSet:
 
     channels, height, width = image(0).shape
     identity, seeds = _identity_in(about)
-    read = partial(_one_by_one, image)
+    read = partial(one_by_one, image)
     return ImageSet(str(path), (channels, height, width), count, read, identity, seeds)
 
 
@@ -177,7 +164,7 @@ def open_images_of(path: Path, command: Command) -> ImageSet:
         model = load_result(path, command.settings.result.result_weights).with_codec(command.settings, command.progress)
         return run_images(path, model.with_prompts(command.settings, limit, command.progress), command)
     if path.is_dir():
-        return folder_images(path, limit, command.progress)
+        return folder_images(path, limit, command.settings.data, command.progress)
     if path.suffix == ".npz" and path.is_file():
         return npz_set(path, limit)
     raise MissingError(f"{path} is no run, no folder of images and no .npz file", "name a run, such as runs/digits")

@@ -79,6 +79,7 @@ class Measurement:
             },
             "reference": self.reference.record.to_json(),
             "images": {"what": images.name, "n": images.count, **({} if model else {"identity": dict(images.identity)})},
+            "data": case.inventories,
             **made,
             "arithmetic": {"features": "float32", "moments": "float64", "tf32": False, "device": str(case.command.device)},
             "versions": {name: version_of(name) for name in ("dmpctl", "torch", "torch-fidelity", "timm")},

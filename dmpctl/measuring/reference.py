@@ -12,6 +12,8 @@ from torch import Tensor, split
 from dmpctl.data.source import open_source
 from dmpctl.errors import Damaged, UsageError
 from dmpctl.files import make_folder, put_aside, sha256_of, sha256_of_json, write_atomic
+from dmpctl.images.inventory import told
+from dmpctl.images.stored import OwnSize
 from dmpctl.measuring.features import FeatureStore, Kept, features_in
 from dmpctl.measuring.image_sets import ImageSet, npz_set, source_images
 from dmpctl.metrics.frechet import Factor
@@ -21,7 +23,6 @@ from dmpctl.metrics.statistics import SUFFIXES, Statistics, disagreements, read_
 from dmpctl.processes.command import Command
 from dmpctl.runs.records import Record
 from dmpctl.settings.measuring import Fid
-from dmpctl.settings.sections import Data
 from dmpctl.store.cache import cache_dir, working_on
 from dmpctl.types import Extractor, Progress
 
@@ -64,9 +65,11 @@ class Reference:
         return self.features.count
 
 
-def find_reference(name: str, shape: tuple[int, int, int], command: Command) -> Path | ImageSet:
-    """Finds a file of statistics, or real images of this `shape`, by their name; nothing is computed yet.
+def find_reference(name: str, images: ImageSet, pixels: bool, command: Command, clean: bool = False) -> Path | ImageSet:
+    """Finds a file of statistics, or real images, by their name; nothing is computed yet.
 
+    A network takes them in colour and resizes each from its own size. Those of a model's run become squares of its size, as
+    its training data; so do images of several sizes, but for `clean`-fid. `pixels` are compared in the size of `images`.
     MissingError, UsageError and IntegrityError as the readers of data raise them.
     """
     path = Path(name).expanduser()
@@ -74,7 +77,11 @@ def find_reference(name: str, shape: tuple[int, int, int], command: Command) -> 
         return path
     if path.suffix == ".npz" and path.is_file():
         return npz_set(path)
-    return source_images(name, open_source(Data(data=name), shape[1], shape[0], command.settings))
+    own: OwnSize = "never" if pixels or images.model else "any" if clean else "one"
+    section = command.settings.data.model_copy(update={"data": name})
+    source = open_source(section, images.shape[1], None if pixels else 3, command.settings, own)
+    told(source, command.progress)
+    return source_images(name, source)
 
 
 def open_reference(
@@ -95,7 +102,8 @@ def open_reference(
 
 def _from_file(path: Path, shape: tuple[int, int, int], extractor: Extractor, protocol: str, command: Command) -> Reference:
     found = read_statistics(path, extractor.width)
-    here: dict[str, JsonValue] = {"protocol": protocol, "extractor": extractor.fingerprint, "shape": list(shape)}
+    here: dict[str, JsonValue] = {"protocol": protocol, "extractor": extractor.fingerprint}
+    here |= {"shape": list(shape)} if extractor.name == "pixels" else {}
     other = [f"{key}: {there} there, {own} here" for key, there, own in disagreements(found.made, here)]
     if other:
         raise UsageError(f"{path} was made in another way ({'; '.join(other)})", "measure both with one --protocol")

@@ -17,6 +17,7 @@ from dmpctl.data.bundled import Digits
 from dmpctl.data.source import open_source
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.images.captions import Captioned
+from dmpctl.images.inventory import told
 from dmpctl.images.stored import StoredImages
 from dmpctl.models.encode import build_conditions
 from dmpctl.processes.ranks import resolve_device
@@ -27,7 +28,9 @@ from dmpctl.settings.sections import Data
 from dmpctl.store.cache import cache_dir
 from dmpctl.store.locate import locate, named
 from dmpctl.texts import lines_of, read_user_text
-from dmpctl.types import BackboneSpec, Progress, Source
+from dmpctl.types import BackboneSpec, Progress, Silent, Source
+
+SILENT = Silent()
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ def captions_of(source: Source, index: int, most: int | None = None) -> tuple[st
     if found:
         return found[:most]
     names = source.classes if isinstance(source, Digits | StoredImages) else ()
-    if not names:
+    if len(names) < 2:  # the name of the one folder says nothing of its images
         hint = "name the column: --caption-column, or put the images into one folder per class"
         raise UsageError(f"{source.name} has no captions", hint)
     return (names[source.item(index)[1]],)
@@ -156,7 +159,9 @@ class Prompts:
     about: Mapping[str, Any]
 
 
-def prompts_for(settings: Settings, data: Source | Data | None, count: int) -> tuple[list[str], dict[str, Any]]:
+def prompts_for(
+    settings: Settings, data: Source | Data | None, count: int, progress: Progress = SILENT
+) -> tuple[list[str], dict[str, Any]]:
     """Captions of `count` images to be made, fewer where there are no more, and how they were found, JSON-able.
 
     --prompt, the lines of a file, or the first caption of images of --prompts (else of `data`) in an
@@ -172,10 +177,12 @@ def prompts_for(settings: Settings, data: Source | Data | None, count: int) -> t
             return texts, {"from": str(path.absolute()), "captions": len(texts), "sha256": captions_fingerprint(texts)}
         if path.suffix == ".txt":
             raise MissingError(f"there is no file {path}", "name a file with one prompt on each line, or data such as coco-val")
-        data = Data(data=given.prompts_from)
+        data = settings.data.model_copy(update={"data": given.prompts_from})
     if data is None:
         raise UsageError("nothing says what the images shall show", "add --prompt TEXT or --prompts FILE")
     source = open_source(data, None, None, settings) if isinstance(data, Data) else data
+    if isinstance(data, Data):
+        told(source, progress)
     order = torch.randperm(
         len(source), generator=torch.Generator().manual_seed(seed_of(settings.sampling.sample_seed, "prompts"))
     )

@@ -9,6 +9,7 @@ from dmpctl.codecs.vae import CHANNELS
 from dmpctl.data.source import open_source
 from dmpctl.errors import UsageError
 from dmpctl.files import amount
+from dmpctl.images.inventory import told
 from dmpctl.images.stored import left_out_words
 from dmpctl.models.codec import open_codec
 from dmpctl.models.encode import build_latents
@@ -53,6 +54,7 @@ def _encoded(source: Source, codec: Codec, settings: Settings, progress: Progres
     flip = settings.data.hflip
     shards = latent_shards(cache_dir(), source, codec, source.mirror if flip is None else flip)
     total = len(source) * int(shards.about["item_bytes"])
+    told(source, progress)
     for line in left_out_words(source):
         progress.say(line)
     if not settings.console.dry_run:

@@ -143,7 +143,7 @@ class Patched:
             if settings.prompting.prompt is not None or settings.prompting.prompts_from is not None:
                 raise UsageError("--prompt needs a text-conditional backbone, this one is not", "leave it out")
             return self
-        texts, about = prompts_for(settings, data or self.data, count)
+        texts, about = prompts_for(settings, data or self.data, count, progress)
         return replace(self, prompts=Prompts(encoded(texts, self.text, settings, progress), tuple(texts), about))
 
     @property

@@ -2,15 +2,26 @@
 
 from dmpctl.data.source import open_source
 from dmpctl.errors import UsageError
+from dmpctl.images.inventory import inventory_of, told
 from dmpctl.settings.model import Settings
 from dmpctl.settings.sections import Data
-from dmpctl.types import BackboneSpec, Codec, Source
+from dmpctl.store.locate import BUNDLED
+from dmpctl.types import BackboneSpec, Codec, Progress, Silent, Source
+
+SILENT, MOST_SHRUNK = Silent(), 4
 
 
-def open_data(data: Data, spec: BackboneSpec, codec: Codec, trained_on: str | None, settings: Settings | None = None) -> Source:
+def open_data(
+    data: Data,
+    spec: BackboneSpec,
+    codec: Codec,
+    trained_on: str | None,
+    settings: Settings | None = None,
+    progress: Progress = SILENT,
+) -> Source:
     """The images to train on, in the size and channels the backbone takes; `trained_on`: the default for --data.
 
-    `settings` as for `open_source`.
+    `settings` as for `open_source`. What was found is said.
     """
     name = data.data or trained_on
     if name is None:
@@ -28,4 +39,23 @@ def open_data(data: Data, spec: BackboneSpec, codec: Codec, trained_on: str | No
             f"this backbone has {spec.num_classes} classes, {source.name} has {source.num_classes or 'none'}",
             "name data with the classes that it was trained on, in the same order",
         )
+    takes = ["labels"] * bool(spec.num_classes) + ["captions"] * (spec.text is not None)
+    told(source, progress, takes, ": the backbone takes none")
     return source
+
+
+def refuse_loss(source: Source, data: Data, base: str) -> None:
+    """UsageError for images of colour, or more than MOST_SHRUNK times as large, on the bundled backbone, which is the default.
+
+    Whoever names another backbone, or --size and --channels, means them.
+    """
+    found, (channels, side, _) = inventory_of(source), source.item(0)[0].shape
+    if found is None or base not in BUNDLED or None not in (data.size, data.channels):
+        return
+    if (channels == 1 and not found.grey) or min(found.smallest) > MOST_SHRUNK * side:
+        kind = "grey" if found.grey else "colour"
+        raise UsageError(
+            f"{found.name} has {kind} images of {found.smallest[0]}x{found.smallest[1]} pixels, the backbone {base} is for grey "
+            f"ones of {side}x{side}",
+            f"name a backbone for such images with --base, or say that you mean it: --size {side} --channels {channels}",
+        )

@@ -76,10 +76,10 @@ def _parts(*sections: type[Section]) -> tuple[Part, ...]:
 
 
 COLUMNS = ("image_column", "label_column", "caption_column")
-IMAGES = Part(Data, ("size", "hflip", "on_bad", "num_workers", *COLUMNS), "Latents")
+IMAGES = Part(Data, ("size", "hflip", "on_bad", "num_workers", *COLUMNS, "follow_links"), "Latents")
 DEVICE = Part(Launch, ("device", "cpu"))
 DECODER = Part(CodecSection, ("codec", "codec_batch"))
-PROMPTS = (Part(Prompting), Part(Text, ("text_encoder", "text_tokens", "text_batch")))
+PROMPTS = (Part(Prompting), Part(Text, ("text_encoder", "text_tokens", "text_batch")), Part(Data, ("follow_links",), "Text"))
 
 # In the order of `dmpctl --help`; the parts in the order of each command's own help.
 COMMANDS: dict[str, tuple[Part, ...]] = {
@@ -90,7 +90,14 @@ COMMANDS: dict[str, tuple[Part, ...]] = {
         *_parts(Evaluate, Sampling, Launch, Cache, Console),
     ),
     "sample": (*_parts(Images, Sampling), *PROMPTS, DECODER, *_parts(Result, Launch, Cache, Console)),
-    "fid": (*_parts(Fid, Sampling), *PROMPTS, DECODER, *_parts(Result, Launch, Cache, Console)),
+    "fid": (
+        Part(Fid),
+        Part(Data, ("on_bad", "follow_links"), "Distance"),
+        Part(Sampling),
+        *PROMPTS,
+        DECODER,
+        *_parts(Result, Launch, Cache, Console),
+    ),
     "compare": (Part(Launch, ("device", "cpu", "deterministic", "requeue")), Part(Console)),
     "inspect-gates": (
         Part(Gates),

@@ -122,7 +122,7 @@ class Shape(Section, panel="Backbone"):
 
 class Data(Section, panel="Data"):
     free: ClassVar[frozenset[str]] = frozenset(  # the data's fingerprint is compared instead
-        {"data", "num_workers", "image_column", "label_column", "caption_column"}
+        {"data", "num_workers", "image_column", "label_column", "caption_column", "follow_links"}
     )
     data: str | None = Field(
         default=None,
@@ -141,8 +141,11 @@ class Data(Section, panel="Data"):
     on_bad: Literal["fail", "skip"] = Field(default="fail", description="What to do about images that cannot be read.")
     num_workers: int = Field(default=0, ge=0, description="Loader processes.")
     image_column: str | None = Field(default=None, description="Column of the images; default: the one that holds images.")
-    label_column: str | None = Field(default=None, description="Column of the labels; default: the one of classes, or label.")
+    label_column: str | None = Field(
+        default=None, description="Column of the labels, or none; default: the one of classes, or label."
+    )
     caption_column: str | None = Field(default=None, description="Column of the captions; default: text or caption.")
+    follow_links: bool = Field(default=False, description="Use links in the data that lead out of its folder.")
     streaming: bool = Field(
         default=False, description="Fetch parquet while training and keep none of it. Images are shuffled within a window."
     )

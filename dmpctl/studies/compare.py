@@ -68,10 +68,10 @@ def best(candidates: Sequence[Candidate], what: str) -> Choice:
 class OpenStudy:
     """The study with everything it needs opened: what can fail fails here, before anything is written."""
 
-    def __init__(self, study: Study, settings: Settings) -> None:
+    def __init__(self, study: Study, settings: Settings, progress: Progress) -> None:
         self.study, self.settings = study, settings
         device = resolve_device(settings.launch)
-        self.stages = {name: open_stage(study, name, settings, device) for name in study.stages}
+        self.stages = {name: open_stage(study, name, settings, device, progress) for name in study.stages}
         self.sides: dict[str, Side] = {}  # of the stages, once they were made or read
         self._going_on: dict[tuple[str, str], GoingOn] = {}
         self._sources: dict[tuple[str, str], Source] = {}
@@ -160,7 +160,7 @@ class OpenStudy:
 
 def compare(settings: Settings, file: Path, progress: Progress) -> Report:
     """Train and measure every cell of the study in `file` that is not done yet; then table, plot and verdicts."""
-    opened = OpenStudy(read_study(file), settings)
+    opened = OpenStudy(read_study(file), settings, progress)
     if settings.console.dry_run:
         return _planned(opened)
     for cell in filter(None, map(opened.cell, opened.in_order())):

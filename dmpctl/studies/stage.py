@@ -12,8 +12,8 @@ from dmpctl.comparing import paired_loss
 from dmpctl.comparing.paired_loss import epsilon_errors
 from dmpctl.errors import Damaged, UsageError
 from dmpctl.files import locked, make_folder, put_aside, read_tensors, sha256_of, sha256_of_json, write_json, write_tensors
+from dmpctl.images.stored import images_of
 from dmpctl.measuring.features import build_extractor, extract
-from dmpctl.measuring.image_sets import images_of
 from dmpctl.metrics.frechet import Factor, features_to_fid, noise_floor, refuse_few
 from dmpctl.metrics.moments import FeatureMoments, features_to_moments
 from dmpctl.models.backbone import Loaded, load_backbone
@@ -102,7 +102,7 @@ class Stage:
         return extract(extractor, (images for _, images in batches))
 
 
-def open_stage(study: Study, name: str, settings: Settings, device: torch.device) -> Stage:
+def open_stage(study: Study, name: str, settings: Settings, device: torch.device, progress: Progress) -> Stage:
     """Load a backbone and all it is measured with; whatever does not fit fails here.
 
     `settings`: the command's own. UsageError, MissingError or IntegrityError as the parts raise them.
@@ -112,7 +112,7 @@ def open_stage(study: Study, name: str, settings: Settings, device: torch.device
     spec, compare = loaded.spec, study.compare
     data = plain.data.model_copy(update={"data": compare.eval_data or plain.data.data})
     codec = build_codec(loaded, plain)
-    source = open_data(data, spec, codec, loaded.data)
+    source = open_data(data, spec, codec, loaded.data, progress=progress)
     if len(source) < 2:
         raise UsageError(f"{study.path}: the images to measure on are {len(source)}, a standard error takes 2")
     extractor = None

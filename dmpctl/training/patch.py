@@ -12,13 +12,14 @@ from dmpctl.comparing import before_after
 from dmpctl.comparing.paired_loss import error_profile
 from dmpctl.diffusion.samplers import refuse_other_kind
 from dmpctl.errors import IntegrityError
+from dmpctl.images.inventory import recorded
 from dmpctl.models.backbone import Loaded, is_planned, load_backbone, planned_model
 from dmpctl.models.build import build_codec, build_patch
 from dmpctl.models.codec import latent_record
 from dmpctl.models.conditions import captions_of, encoder_record, open_encoder
 from dmpctl.models.patch_files import backbone_digest, describe_patch, lasting_name, load_patch
 from dmpctl.models.patched import Patched
-from dmpctl.models.sources import open_data
+from dmpctl.models.sources import open_data, refuse_loss
 from dmpctl.models.speed import state_as_cast
 from dmpctl.processes.accelerator import accelerator_for
 from dmpctl.processes.command import Command
@@ -43,7 +44,8 @@ def patch(settings: Settings, progress: Progress) -> Report:
     loaded = load_backbone(settings.base, settings.data.data)
     loaded.tell(progress)
     codec = build_codec(loaded, settings)
-    source = open_data(settings.data, loaded.spec, codec, loaded.data, settings)
+    source = open_data(settings.data, loaded.spec, codec, loaded.data, settings, progress)
+    refuse_loss(source, settings.data, settings.base.base)
     session = session_of(settings, loaded, codec, source)
     if settings.evaluate.evaluate:
         refuse_sampling(settings, loaded, source)
@@ -150,7 +152,7 @@ def _planned(settings: Settings, path: Path, session: Session[PatchDescription])
     described, source = session.subject.described, session.source
     backbone = described.backbone
     data = {"dry_run": True, "ready": True, "run": str(path), "images": len(source), "iters": settings.train.iters}
-    data |= described.to_json()
+    data |= described.to_json() | recorded(source)
     row = {
         "backbone": f"{backbone.base} ({backbone.parameters:,})",
         "patch": described.added_words,
@@ -166,7 +168,7 @@ def _report(settings: Settings, run: RunDir, session: Session[PatchDescription],
     patched, described = replace(load_patch(run.path), codec=session.codec, text=session.text), session.subject.described
     data: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "run": str(run.path), "step": patched.step}
     data |= {"patch_sha256": patched.patch_sha256, "train_seconds": round(trained.seconds, 1)}
-    data |= {"skipped_steps": trained.skipped}
+    data |= {"skipped_steps": trained.skipped, **recorded(session.source)}
     data |= {"added_parameters": described.added_parameters, "added_percent": described.added_percent}
     first = f"trained {trained.step - trained.start} steps in {trained.seconds:.0f} s"
     if trained.was_complete:

@@ -12,6 +12,7 @@ from dmpctl.codecs.text import TextEncoder
 from dmpctl.data.source import open_source
 from dmpctl.errors import UsageError
 from dmpctl.files import read_tensors
+from dmpctl.images.inventory import inventory_of, recorded, told
 from dmpctl.models.backbone import Loaded, facts_of, metadata_of
 from dmpctl.models.codec import latent_record, open_codec
 from dmpctl.models.conditions import captions_of, encoder_record, open_encoder
@@ -36,6 +37,10 @@ def config_for(settings: Settings, codec: Codec, source: Source) -> DiTConfig:
         raise UsageError(f"--patch-size {shape.patch_size} does not divide {what} of side {size}", "take a divisor of the side")
     if shape.class_conditional and not source.num_classes:
         raise UsageError("--class-conditional needs labels, and this data has none", "put the images into one folder per class")
+    found = inventory_of(source)
+    empty = [name for name, count in found.classes.items() if count == 0] if found and shape.class_conditional else []
+    if empty:
+        raise UsageError(f"the class {empty[0]} of {source.name} has no image", "take its folder away, or put images into it")
     if shape.text_conditional:
         captions_of(source, 0)
     return DiTConfig(
@@ -58,12 +63,15 @@ def pretrain(settings: Settings, progress: Progress) -> Report:
     settings = settings.model_copy(update={"data": images})
     codec = open_codec(settings)
     source = open_source(settings.data, settings.data.size, settings.data.channels, settings)
+    shape = settings.shape
+    takes = ["labels"] * shape.class_conditional + ["captions"] * shape.text_conditional
+    told(source, progress, takes, ": add --class-conditional")
     config = config_for(settings, codec, source)
     text = open_encoder(settings, None, None) if settings.shape.text_conditional else None
     path = (settings.run.run or Path("runs") / f"pretrain-{Path(source.name).name}").expanduser().absolute()
     session = session_of(settings, config, ScheduleSpec(settings.shape.schedule), codec, source, text)
     if settings.console.dry_run:
-        data = {"dry_run": True, "run": str(path), "parameters": session.spec.parameters, **session.facts}
+        data = {"dry_run": True, "run": str(path), "parameters": session.spec.parameters, **session.facts, **recorded(source)}
         row = {"run": str(path), "parameters": f"{session.spec.parameters:,}", "images": str(len(source))}
         return Report(data, (row,), ("dry run: nothing was written",))
     accelerator = accelerator_for(settings)
@@ -107,7 +115,7 @@ def session_of(
 def _finished(run: RunDir, session: Session[BackboneDescription], trained: Trained) -> Report:
     path, parameters = run.path / "backbone.safetensors", session.spec.parameters
     data = {"run": str(run.path), "step": trained.step, "seconds": round(trained.seconds, 1), "parameters": parameters}
-    data |= {"skipped_steps": trained.skipped}
+    data |= {"skipped_steps": trained.skipped, **recorded(session.source)}
     data |= {"backbone_sha256": digest_of(read_tensors(path)[0]), **session.facts}
     row = {
         "step": str(trained.step),

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from dmpctl.codecs.identity import Identity
 from dmpctl.codecs.text import TextEncoder
+from dmpctl.images.inventory import recorded
 from dmpctl.images.stored import left_out_of, left_out_words
 from dmpctl.models.conditions import training_conditions
 from dmpctl.models.encode import training_source
@@ -144,7 +145,7 @@ def _recorded(session: Session[Description], run: RunDir, trainer: Trainer, dama
     for line in (*left_out_words(session.source), *run.differences(settings.to_dict())):
         command.progress.say(line)
     facts = {"device": str(command.device), "processes": ranks.world, "start_step": trainer.step}
-    facts |= {"threads": torch.get_num_threads()}
+    facts |= {"threads": torch.get_num_threads(), **recorded(session.source)}
     facts |= {**({"damaged": damaged} if damaged else {}), **session.facts, **session.identities, **known}
     ranks.wait()  # all have read what was there
     if ranks.is_main:

@@ -356,12 +356,15 @@ def test_what_is_left_out_is_said_and_recorded(place, here, tmp_path, lazily):
     assert (refused.code, refused.out) == (4, "")
     done = here(*line, "--on-bad", "skip")
     assert done.code == 0, done.err
-    assert f"images: 1 of {IMAGES + 1} images left out: class0/text.png (not a PNG, JPEG, WebP or BMP image)\n" in done.err
+    assert (
+        f"images: 1 of {IMAGES + 1} images left out: class0/text.png (not a PNG, JPEG, TIFF or another image that is read)\n"
+        in done.err
+    )
     broken = str(whole.relative_to(images))
     assert f"images: 1 of {IMAGES + 1} images broken, others stand in for them: {broken}\n" in done.err
     [session] = json.loads((tmp_path / "run" / "provenance.json").read_text())["sessions"]
     assert session["left_out"] == {
-        "bad": [["class0/text.png", "not a PNG, JPEG, WebP or BMP image"]],
+        "bad": [["class0/text.png", "not a PNG, JPEG, TIFF or another image that is read"]],
         "replaced": [broken],
     }
     [session] = json.loads((place / "backbone" / "provenance.json").read_text())["sessions"]

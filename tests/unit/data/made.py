@@ -14,14 +14,14 @@ import numpy as np
 from PIL import Image
 
 from dmpctl.data.coco import CocoReader
-from dmpctl.data.columns import UNNAMED, Columns
 from dmpctl.data.folder import FolderReader
-from dmpctl.data.hub_rows import hub_rows, stream_hub
-from dmpctl.data.parquet import parquet_rows
-from dmpctl.data.stream import StreamedImages, StreamReader
 from dmpctl.data.tar import TarReader
 from dmpctl.images.stored import StoredImages
 from dmpctl.store.locate import HubRows, locate_data
+from dmpctl.tables.columns import UNNAMED, Columns
+from dmpctl.tables.hub_rows import hub_rows, stream_hub
+from dmpctl.tables.parquet import parquet_rows
+from dmpctl.tables.stream import StreamedImages, StreamReader
 
 
 def picture(seed: int, size: int = 8, channels: int = 3) -> Image.Image:

@@ -12,11 +12,11 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from dmpctl.data.columns import Columns
-from dmpctl.data.hub_rows import merged
 from dmpctl.errors import MissingError, UsageError
 from dmpctl.store.addresses import of_rows
 from dmpctl.store.registry import published
+from dmpctl.tables.columns import Columns
+from dmpctl.tables.hub_rows import merged
 from tests.standin import COMMIT, Answer, Repository, Standin
 from tests.unit.data.hub_server import hub
 from tests.unit.data.made import encoded, hub_images, hub_set, streamed_hub_images, write_parquet

@@ -10,11 +10,11 @@ import pytest
 import torch
 from datasets import ClassLabel, Value
 
-from dmpctl.data import parquet
-from dmpctl.data.columns import Columns
-from dmpctl.data.parquet import missing_shards
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.images.stored import StoredImages
+from dmpctl.tables import parquet
+from dmpctl.tables.columns import Columns
+from dmpctl.tables.parquet import missing_shards
 from tests.unit.data.made import encoded, parquet_images, picture, write_parquet
 
 IMAGES = [encoded(seed) for seed in range(4)]
@@ -153,7 +153,7 @@ def test_a_long_table_is_looked_at_here_and_there(tmp_path, monkeypatch):
     images[1], images[8] = b"no image", b"no image either"
     path = write_parquet(tmp_path / "a.parquet", images)
     source = parquet_images(path, on_bad="skip")
-    assert source.bad == [("row 8", "not a PNG, JPEG, WebP or BMP image")]
+    assert source.bad == [("row 8", "not a PNG, JPEG, TIFF or another image that is read")]
     assert source.images() is None
     assert torch.equal(source.item(1)[0], source.item(2)[0])
     assert np.array_equal(source.item(8)[0].permute(1, 2, 0).numpy(), np.asarray(picture(9)))

@@ -4,12 +4,12 @@ from datasets import ClassLabel, Value
 from PIL import Image
 
 from dmpctl.data.bundled import Digits
-from dmpctl.data.source import kind_of, open_source
-from dmpctl.data.stream import StreamedImages
+from dmpctl.data.source import open_source
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.images.stored import StoredImages
 from dmpctl.settings.sections import Data
 from dmpctl.store import locate
+from dmpctl.tables.stream import StreamedImages
 from tests.unit.data.made import (
     encoded,
     folder_images,
@@ -44,23 +44,6 @@ def test_what_the_backbone_wants_goes_before_the_section(images):
     assert open_source(section, 8, 3).item(0)[0].shape == (3, 8, 8)
 
 
-@pytest.mark.parametrize(
-    ("names", "kind"),
-    [
-        (["a.png", "b.tar"], "images"),
-        (["a.tar", "b.png"], "tar"),
-        (["LICENSE", "README.md", "data/train-00000-of-00001.parquet"], "parquet"),
-        (["x/a.png", "z.parquet"], "parquet"),  # of the same rank as the sub-folders is the top
-        (["cat/1.JPEG", "dog/b.tar"], "images"),
-        ([".cache/a.tar", "deep/er/a.parquet"], "images"),
-        ([], "images"),
-    ],
-)
-def test_what_a_folder_holds(tmp_path, names, kind):
-    write_folder(tmp_path, dict.fromkeys(names, b"x"))
-    assert kind_of(tmp_path) == kind
-
-
 def test_local_parquet_tar_and_coco(tmp_path):
     write_parquet(tmp_path / "p" / "a.parquet", [encoded(0)], text=(Value("string"), ["x"]), alt=(Value("string"), ["y"]))
     write_tar(tmp_path / "t" / "a.tar", [("a.png", encoded(0)), ("a.note", b"z")])
@@ -82,8 +65,8 @@ def test_local_parquet_tar_and_coco(tmp_path):
 
 
 def test_streaming_is_for_parquet(tmp_path, images):
-    write_parquet(tmp_path / "p" / "a.parquet", [encoded(row) for row in range(9)], 3)
-    source = open_source(Data(data=str(tmp_path / "p"), streaming=True), None, None)
+    rows = write_parquet(tmp_path.with_name(f"{tmp_path.name}-p") / "a.parquet", [encoded(row) for row in range(9)], 3)
+    source = open_source(Data(data=str(rows.parent), streaming=True), None, None)
     assert isinstance(source, StreamedImages)
     assert len(source) == 9
     with pytest.raises(UsageError, match="is read where it lies already"):

@@ -10,11 +10,11 @@ import torch
 from datasets import ClassLabel, Value
 
 from dmpctl.batches.loader import StepBatches, batches, order_of
-from dmpctl.data import stream
-from dmpctl.data.columns import UNNAMED, Columns
-from dmpctl.data.stream import StreamedImages, StreamReader
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.rng import seed_of
+from dmpctl.tables import stream
+from dmpctl.tables.columns import UNNAMED, Columns
+from dmpctl.tables.stream import StreamedImages, StreamReader
 from tests.unit.data.made import encoded, parquet_images, write_parquet
 
 ROWS, PER_GROUP = 60, 7

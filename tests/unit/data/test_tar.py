@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dmpctl.data.columns import Columns
 from dmpctl.data.tar import BrokenTar, Slice, members
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.images.stored import StoredImages
+from dmpctl.tables.columns import Columns
 from tests.unit.data.made import encoded, picture, tar_images, write_tar
 
 FORMS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}

@@ -85,7 +85,7 @@ BAD = {
     "bomb": (header_of(20_000, 20_000), "more than 89478485 pixels"),
     "large": (header_of(12_000, 9_000), "more than 89478485 pixels"),
     "small": (encoded(picture(9, size=3)), "too small: 3x3 for size 8"),
-    "gif": (encoded(9, "GIF"), "not a PNG"),
+    "tga": (encoded(9, "TGA"), "not a PNG"),
     "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n", "not a PNG"),
 }
 BEHIND = encoded(picture(9, size=64))[:-6000]  # a good header, and then not enough

@@ -8,8 +8,8 @@ from torchmetrics.image.fid import _compute_fid
 
 from dmpctl.data.bundled import Digits
 from dmpctl.errors import IntegrityError, MissingError, UsageError
+from dmpctl.images.stored import images_of
 from dmpctl.measuring import evaluate, features
-from dmpctl.measuring.image_sets import images_of
 from dmpctl.measuring.scores import metric_name
 from dmpctl.metrics.features.pixels import Pixels
 from dmpctl.models.patch_files import load_patch

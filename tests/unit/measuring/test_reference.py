@@ -22,7 +22,9 @@ def _own_cache(tmp_path, monkeypatch):
 
 def opened(name, shape=(1, 8, 8), protocol="pixels", **given):
     command, extractor = Command.alone(settings_for("fid", cpu=True, **given), Silent()), Pixels(*shape[:2])
-    found = find_reference(str(name), shape, command)
+    found = find_reference(str(name), ImageSet("images", shape, 0, lambda _: (), {}), pixels=True, command=command)
+    if isinstance(found, ImageSet):
+        found = found.with_channels(shape[0])
     return found, open_reference(found, shape, extractor, protocol, command)
 
 

@@ -7,21 +7,36 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
+import yaml  # type: ignore[import-untyped]
 from torch import Tensor
 
-from dmpctl.data.columns import NO_LABEL, UNNAMED, Chosen, Columns, captions_in, choose, labels_in, stamps
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.files import FULL
 from dmpctl.images.reader import Reader
+from dmpctl.images.scan import OUTWARD
+from dmpctl.tables.columns import (
+    NO_LABEL,
+    UNNAMED,
+    Chosen,
+    Columns,
+    captions_in,
+    choose,
+    is_bytes,
+    labels_in,
+    stamps,
+    unused_columns,
+)
+from dmpctl.texts import read_user_text
 from dmpctl.words import printable
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
 
+R = TypeVar("R", bound=Reader)
 LOOKED = 200_000  # rows up to which every header is read at the start
 SAMPLE = 1_000  # of a longer table
 SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.parquet")
@@ -38,6 +53,8 @@ class RowsReader(Reader):
     def __init__(self, name: str, shown: str, chosen: Chosen, origin: str | None, files: Sequence[Path]) -> None:
         super().__init__(name, shown)
         self._chosen, self._origin, self._files = chosen, origin, files
+        self.captions_from = chosen.caption and f"column {chosen.caption}"
+        self.labels_from = chosen.label and f"column {chosen.label}"
 
     @abstractmethod
     def cell(self, column: str, index: int) -> "pa.Scalar[Any]":
@@ -75,9 +92,12 @@ class TableReader(RowsReader):
     ) -> None:
         super().__init__(name, shown, choose(rows.features, columns, shown), origin, files)
         self._rows, self._num_classes = rows, 0
+        self.unused["columns"] = unused_columns(rows.column_names, self._chosen)
         self._numbers = torch.zeros(len(rows), dtype=torch.int64)
         if self._chosen.label:
-            self._numbers, self._num_classes = labels_in(self._column(self._chosen.label), self._chosen.names, shown)
+            self._numbers, self._num_classes, self.label_names = labels_in(
+                self._column(self._chosen.label), self._chosen.names, shown
+            )
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -99,16 +119,25 @@ class TableReader(RowsReader):
         return self._rows.data.column(name)  # not kept: pickled, it would be all of its bytes; the table is a file name
 
 
-def parquet_rows(path: Path, columns: Columns = UNNAMED, split: str | None = None) -> TableReader:
+def parquet_rows(path: Path, columns: Columns = UNNAMED, split: str | None = None, follow: bool = False) -> TableReader:
     """Returns the rows of a parquet file, or of one split of a folder of them: None for train, or the only one.
 
-    Raises MissingError for a set that lacks shards, IntegrityError for a file that is no parquet, UsageError for no fitting
-    column or split.
+    `follow`: links may lead out of the folder. Raises MissingError for a set that lacks shards, IntegrityError for a file that
+    is no parquet, UsageError for no fitting column or split, and for a card that names files elsewhere.
     """
     shown = printable(str(path))
-    builder, taken, files = built(path, shown, split)
+    builder, taken, files = built(path, shown, split, follow=follow)
     name = printable(path.stem if path.is_file() else path.name)
-    return TableReader(prepared(builder, taken, shown), name, shown, columns, files=files)
+    return with_splits(TableReader(prepared(builder, taken, shown), name, shown, columns, files=files), builder, taken)
+
+
+def with_splits(reader: R, builder: Any, taken: str) -> R:
+    """The reader, with the split that is taken in its inventory, and the files of those that are not."""
+    others = {str(split): list(map(str, files)) for split, files in (builder.config.data_files or {}).items() if split != taken}
+    if others:
+        reader.assumed.append(f"split {taken}")
+        reader.unused |= {f"of split {split}": [os.path.basename(file) for file in files] for split, files in others.items()}
+    return reader
 
 
 def prepared(builder: Any, split: str, shown: str) -> "Dataset":
@@ -119,23 +148,63 @@ def prepared(builder: Any, split: str, shown: str) -> "Dataset":
 
 
 def built(
-    path: Path, shown: str, split: str | None = None, config: str | None = None, data_files: Mapping[str, str] | None = None
+    path: Path,
+    shown: str,
+    split: str | None = None,
+    config: str | None = None,
+    data_files: Mapping[str, str] | None = None,
+    follow: bool = False,
 ) -> tuple[Any, str, list[Path]]:
-    """Returns the builder that `datasets` has for the rows, their split, and its files; MissingError where one is missing."""
+    """Returns the builder that `datasets` has for the rows, their split, and its files; MissingError where one is missing.
+
+    UsageError where its card, or without `follow` a link, leads to files outside of the folder.
+    """
     import datasets
 
     with explained(shown):
         if path.is_file():
             builder = datasets.load_dataset_builder("parquet", data_files=[str(path)])
         else:
+            refuse_far(path, shown)
             builder = datasets.load_dataset_builder(str(path), name=config, data_files=dict(data_files) if data_files else None)
     by_split = {str(name): [str(file) for file in files] for name, files in (builder.config.data_files or {}).items()}
     taken = split_of(by_split, split, shown)
+    if not follow and path.is_dir():
+        top = os.path.realpath(path)
+        if far := [file for file in by_split[taken] if os.path.commonpath([top, os.path.realpath(file)]) != top]:
+            raise UsageError(f"{printable(far[0])} is {OUTWARD}", "if you trust the links, add --follow-links")
     missing = missing_shards(by_split[taken])
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise MissingError(f"{shown} is not complete: {printable(missing[0])}{more} is not there", "fetch it again")
     return builder, taken, [Path(file) for file in by_split[taken]]
+
+
+def refuse_far(folder: Path, shown: str) -> None:
+    """UsageError where a data set's card names files on the web or outside of its folder: `datasets` would read them."""
+    from huggingface_hub.repocard import metadata_load
+
+    card = folder / "README.md"
+    about: list[Any] = [metadata_load(card)] if card.is_file() else []
+    if (own := folder / ".huggingface.yaml").is_file():
+        about.append(yaml.safe_load(read_user_text(own)))
+    for place in far_places([each.get("configs") for each in about if isinstance(each, dict)]):
+        hint = "take that line out of its card, or name those files themselves"
+        raise UsageError(f"the card of {shown} names data outside of its folder: {printable(place)}", hint)
+
+
+def far_places(value: Any, named: bool = False) -> Iterator[str]:
+    """The paths of a card's configurations (all text below data_files and data_dir) that lead elsewhere."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from far_places(inner, named or key in ("data_files", "data_dir"))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from far_places(inner, named)
+    elif (
+        named and isinstance(value, str) and ("://" in value or "::" in value or os.path.isabs(value) or ".." in value.split("/"))
+    ):
+        yield value
 
 
 def split_of(by_split: Mapping[str, Sequence[str]], split: str | None, shown: str) -> str:
@@ -145,6 +214,20 @@ def split_of(by_split: Mapping[str, Sequence[str]], split: str | None, shown: st
         there = ", ".join(map(printable, by_split)) or "none"
         raise UsageError(f"{shown} has no split {printable(taken)!r}", f"there is {there}")
     return taken
+
+
+def holds_images(path: Path) -> bool:
+    """Whether a parquet file has a column of images; True for one that cannot be read: reading it says so."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from datasets import Features, Image
+
+    try:
+        schema = pq.read_schema(path)
+        pictures = any(isinstance(feature, Image) for feature in Features.from_arrow_schema(schema).values())
+        return pictures or any(is_bytes(field.type) for field in schema)
+    except (pa.ArrowException, OSError, ValueError):
+        return True
 
 
 def missing_shards(files: Sequence[str]) -> list[str]:
@@ -187,7 +270,7 @@ def explained(shown: str) -> Iterator[None]:
             hint = "free some space, it needs its size once more"
             raise UsageError(f"{shown} cannot be prepared: {cause.strerror}", hint) from None
         raise IntegrityError(f"{shown} cannot be read as a table: {first_line(cause)}", "fetch it again") from None
-    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
+    except (DatasetsError, OSError, ValueError, RuntimeError, yaml.YAMLError) as error:
         raise UsageError(f"{shown} cannot be opened: {first_line(error)}", "check --data") from None
 
 

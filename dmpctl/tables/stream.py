@@ -18,11 +18,11 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dmpctl.data.columns import NO_LABEL, Columns, choose
-from dmpctl.data.parquet import RowsReader, built, first_line
 from dmpctl.errors import IntegrityError, MissingError, UsageError
 from dmpctl.images.scan import THREADS
 from dmpctl.images.stored import OnBad, StoredImages
+from dmpctl.tables.columns import NO_LABEL, Columns, choose, unused_columns
+from dmpctl.tables.parquet import RowsReader, built, first_line, with_splits
 from dmpctl.words import printable
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ class StreamReader(RowsReader):
         with ThreadPoolExecutor(THREADS) as pool:
             footers = list(pool.map(_footer, urls))
         self._groups: list[RowGroup] = []
+        self._uncounted: str | None = None  # a column of labels that have no names
         for url, (sizes, _) in zip(urls, footers, strict=True):
             for number, (rows, size) in enumerate(sizes):
                 if rows:
@@ -78,8 +79,11 @@ class StreamReader(RowsReader):
         if chosen.label and chosen.names is None:
             if columns.label:
                 raise UsageError(f"the labels of {shown} have no names, and streaming cannot count them", "leave --streaming out")
-            chosen = replace(chosen, label=None)
+            self._uncounted, chosen = chosen.label, replace(chosen, label=None)
         super().__init__(name, shown, chosen, origin, [Path(url) for url in urls])
+        self.label_names, self.unused["columns"] = chosen.names or (), unused_columns(footers[0][1].names, chosen)
+        if self._uncounted:
+            self.assumed.append(f"no classes: streaming cannot count those of column {self._uncounted}")
         self._held: OrderedDict[int, pa.Table] = OrderedDict()
 
     def __getstate__(self) -> dict[str, object]:
@@ -159,10 +163,11 @@ class StreamedImages(StoredImages):
         return places[places >= 0]
 
 
-def stream_files(path: Path, columns: Columns) -> StreamReader:
-    """Returns the rows of a parquet file, or of a folder of them (train, or the only split), read as they are used."""
+def stream_files(path: Path, columns: Columns, split: str | None = None, follow: bool = False) -> StreamReader:
+    """Returns the rows that `parquet_rows` gives, read as they are used."""
     shown = printable(str(path))
-    return StreamReader(built(path, shown)[2], printable(path.stem), shown, columns)
+    builder, taken, files = built(path, shown, split, follow=follow)
+    return with_splits(StreamReader(files, printable(path.stem), shown, columns), builder, taken)
 
 
 def _footer(url: str) -> tuple[list[tuple[int, int]], Any]:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 LABELS, CAPTIONS = ("label", "labels"), ("text", "caption", "captions")
 NO_LABEL = -1  # as the Hub's test splits have it
+NONE = "none"  # as --label-column
+COUNTS = ("bool", "halffloat", "float", "double")  # whole numbers, where they are
+UNFIT = f"labels are whole numbers or words: name another --label-column, or go on without labels: --label-column {NONE}"
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,12 @@ class Chosen:
     names: tuple[str, ...] | None = None
 
 
-def choose(features: "Features", wanted: Columns, shown: str) -> Chosen:
-    """Returns the columns of a table with these features.
+def choose(features: "Features", wanted: Columns, shown: str, image: str | None = None) -> Chosen:
+    """Returns the columns of a table with these features. `image`: the column that stands for images where none holds them.
 
-    Image: the only one of type Image, or else the only one of bytes. Label: the only ClassLabel, or whole numbers called
-    label. Caption: text called text or caption. UsageError where that is nothing or not one, or a wanted column is not there.
+    Image: the only one of type Image, or else the only one of bytes. Label: the only ClassLabel, or the one called label,
+    whatever it holds: numbers count the classes, words are sorted; NONE as the wanted one leaves labels out. Caption: text
+    called text or caption. UsageError where that is nothing or not one, or a wanted column is not there.
     """
     from datasets import ClassLabel, Image
 
@@ -63,24 +67,30 @@ def choose(features: "Features", wanted: Columns, shown: str) -> Chosen:
         return found[0] if found else None
 
     for flag, name in (("--image-column", wanted.image), ("--label-column", wanted.label), ("--caption-column", wanted.caption)):
-        if name is not None and name not in features:
+        if name is not None and name not in features and not (flag == "--label-column" and name == NONE):
             raise UsageError(f"{shown} has no column {printable(name)!r}", f"name one with {flag}: {there}")
     images = [name for name, feature in features.items() if isinstance(feature, Image)]
-    images = images or [name for name in features if _is_bytes(types[name])]
-    image = wanted.image or only(images, "holds images", "--image-column")
-    if image is None:
+    images = images or [name for name in features if is_bytes(types[name])]
+    holds = wanted.image or image or only(images, "holds images", "--image-column")
+    if holds is None:
         raise UsageError(f"no column of {shown} holds images", f"name one with --image-column: {there}")
-    if image not in images and not _is_bytes(types[image]):
-        raise UsageError(f"the column {printable(image)!r} of {shown} holds no images", f"there is {there}")
+    if holds not in images and holds != image and not is_bytes(types[holds]):
+        raise UsageError(f"the column {printable(holds)!r} of {shown} holds no images", f"there is {there}")
     classes = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
     label = wanted.label or only([name for name in LABELS if name in classes] or classes, "is a label", "--label-column")
-    label = label or next((name for name in LABELS if name in features and _is_whole(types[name])), None)
-    if label is not None and not _is_whole(types[label]) and not _is_words(types[label]):
-        raise UsageError(f"the column {printable(label)!r} of {shown} is no label", "labels are whole numbers or words")
+    label = label or next((name for name in LABELS if name in features), None)
+    label = None if label == NONE and NONE not in features else label
+    if label is not None and not (_is_whole(types[label]) or _is_words(types[label]) or str(types[label]) in COUNTS):
+        raise UsageError(f"the column {printable(label)!r} of {shown} is no label but {types[label]}", UNFIT)
     caption = wanted.caption or next((name for name in CAPTIONS if name in features and _is_text(types[name])), None)
     if caption is not None and not _is_text(types[caption]):
         raise UsageError(f"the column {printable(caption)!r} of {shown} is no text", f"there is {there}")
-    return Chosen(image, label, caption, tuple(features[label].names) if label in classes else None)
+    return Chosen(holds, label, caption, tuple(features[label].names) if label in classes else None)
+
+
+def unused_columns(names: Sequence[str], chosen: Chosen) -> list[str]:
+    """Returns the columns that are neither images nor labels nor captions, for the inventory."""
+    return [name for name in names if name not in (chosen.image, chosen.label, chosen.caption)]
 
 
 def captions_in(value: object) -> tuple[str, ...]:
@@ -89,23 +99,27 @@ def captions_in(value: object) -> tuple[str, ...]:
     return tuple(text for text in texts if isinstance(text, str))
 
 
-def labels_in(column: "pa.ChunkedArray[Any]", names: Sequence[str] | None, shown: str) -> tuple[Tensor, int]:
-    """Returns labels int64 [rows] and the number of classes; NO_LABEL for a row without one. Words are numbered in their order.
+def labels_in(column: "pa.ChunkedArray[Any]", names: Sequence[str] | None, shown: str) -> tuple[Tensor, int, tuple[str, ...]]:
+    """Returns labels int64 [rows], the number of classes and their names (() where numbers count them).
 
-    `names` of the classes; None: the labels count them. IntegrityError for a number above those that have names.
+    NO_LABEL for a row without one. Words are numbered in their order. `names` of the classes; None: the labels count them.
+    IntegrityError for a number above those that have names, UsageError for floats that are no whole numbers.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    count = len(names or ())
+    named = tuple(names or ())
     if _is_words(column.type):
-        words = sorted(word for word in pc.unique(column).to_pylist() if word is not None)
-        column, count = pc.index_in(column, pa.array(words, column.type)), len(words)
-    numbers = torch.from_numpy(pc.fill_null(column, NO_LABEL).cast(pa.int64()).to_numpy().copy())
+        named = tuple(sorted(word for word in pc.unique(column).to_pylist() if word is not None))
+        column = pc.index_in(column, pa.array(named, column.type))
+    try:
+        numbers = torch.from_numpy(pc.fill_null(column.cast(pa.int64()), NO_LABEL).to_numpy().copy())
+    except pa.ArrowInvalid:
+        raise UsageError(f"the labels of {shown} are no whole numbers but {column.type}", UNFIT) from None
     highest = int(numbers.max()) if len(numbers) else NO_LABEL
-    if count and highest >= count:
-        raise IntegrityError(f"{shown} has a label {highest}, and names for {count} classes only")
-    return numbers, count or highest + 1
+    if named and highest >= len(named):
+        raise IntegrityError(f"{shown} has a label {highest}, and names for {len(named)} classes only")
+    return numbers, len(named) or highest + 1, named
 
 
 def stamps(files: Sequence[Path]) -> Iterator[bytes]:
@@ -115,7 +129,7 @@ def stamps(files: Sequence[Path]) -> Iterator[bytes]:
         yield os.fsencode(path.name) + f"\0{status.st_size}\0{status.st_mtime_ns}\0".encode()
 
 
-def _is_bytes(kind: "pa.DataType") -> bool:
+def is_bytes(kind: "pa.DataType") -> bool:
     """Whether a column holds bytes, or structs with bytes in a field of that name."""
     inner = kind.field("bytes").type if str(kind).startswith("struct") and kind.get_field_index("bytes") >= 0 else kind
     return str(inner) in ("binary", "large_binary")

@@ -8,15 +8,16 @@ from functools import partial
 from glob import escape
 from pathlib import Path
 
-from dmpctl.data.columns import UNNAMED, Columns
-from dmpctl.data.parquet import TableReader, built, explained, prepared, quiet, split_of
-from dmpctl.data.stream import StreamReader
 from dmpctl.errors import DmpError, MissingError, UsageError
 from dmpctl.store.addresses import HUB
 from dmpctl.store.https import Again
 from dmpctl.store.hub import failure, of_network
 from dmpctl.store.locate import HubRows
 from dmpctl.store.registry import Published
+from dmpctl.tables.columns import UNNAMED, Columns
+from dmpctl.tables.parquet import TableReader, built, explained, prepared, quiet, split_of, with_splits
+from dmpctl.tables.stream import StreamReader
+from dmpctl.words import printable
 
 log = logging.getLogger(__name__)
 CARD = ("README.md", "dataset_infos.json", ".huggingface.yaml")
@@ -30,9 +31,9 @@ def hub_rows(wanted: HubRows, columns: Columns = UNNAMED) -> TableReader:
     """
     folder, at, files = wanted.folder or snapshot(wanted), wanted.at, wanted.how.files
     data_files = {at.split or "train": files} if files else None
-    builder, split, _ = built(folder, wanted.shown, at.split, at.config, data_files)
+    builder, split, _ = built(folder, wanted.shown, at.split, at.config, data_files, follow=True)  # the cache is made of links
     rows, origin = prepared(builder, split, wanted.shown), f"{at.repo}@{folder.name}:{builder.config.name}/{split}"
-    return TableReader(rows, wanted.name, wanted.shown, merged(columns, wanted.how), origin)
+    return with_splits(TableReader(rows, wanted.name, wanted.shown, merged(columns, wanted.how), origin), builder, split)
 
 
 def stream_hub(wanted: HubRows, columns: Columns = UNNAMED) -> StreamReader:
@@ -106,7 +107,9 @@ def resolved(wanted: HubRows) -> tuple[str, dict[str, list[str]]]:
         builder = load_dataset_builder(wanted.at.repo, wanted.at.config, revision=commit)
     start, found = f"@{commit}/", dict[str, list[str]]()
     for split, files in (builder.config.data_files or {}).items():
-        found[str(split)] = [str(file).split(start, 1)[1] for file in files if start in str(file)]
+        if far := [str(file) for file in files if start not in str(file)]:
+            raise UsageError(f"the card of {wanted.shown} names data outside of it: {printable(far[0])}", "name that itself")
+        found[str(split)] = [str(file).split(start, 1)[1] for file in files]
     return commit, found
 
 

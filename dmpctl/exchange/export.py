@@ -142,6 +142,8 @@ def _config(model: DiT, method: Dmp | PromptTuning) -> dict[str, dict[str, objec
         "pt_depth": method.prompt_depth or config.depth,
     }
     param = {"num_classes": config.num_classes or 1, "latent_size": config.input_size, "num_heads": config.num_heads}
+    if model.schedule.kind == "flow":  # an addition, too: no tensor shows the direction of time
+        param |= {"from_data": config.from_data}
     return {"general": {"schedule_name": model.schedule.kind}, "models": {"param": param, "vp": patch}}
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from dmpctl.backbones.dit import DiT, DiTConfig
+from dmpctl.backbones.told import Given, told
 from dmpctl.codecs.text import TextEncoder
 from dmpctl.errors import DmpError, IntegrityError, UsageError
 from dmpctl.models.backbone import Loaded, load_backbone
@@ -607,3 +608,14 @@ def test_how_captions_are_cleaned_is_part_of_the_encoders_record_and_of_its_cach
     named = open_encoder(settings_for("patch"), None, EncoderRecord(name=str(folder)))
     assert named is not None
     assert named.cleaning != "none"
+
+
+@pytest.mark.parametrize("from_data", [True, False])
+def test_the_direction_of_time_goes_along_with_a_published_layout(from_data):
+    from dmpctl.exchange.export import _config
+    from dmpctl.foreign.said import said_by
+    from dmpctl.settings.methods import Dmp
+
+    model = DiT(replace(SLIM, from_data=from_data), ScheduleSpec("flow"))
+    found = told("it", model.state_dict(), said_by({"config": _config(model, Dmp())}), Given())
+    assert (found.config, found.schedule, found.assumed) == (model.config, model.schedule, ())

@@ -106,7 +106,7 @@ def test_patch_sample_fid_and_gates_with_a_path_alone(tmp_path, monkeypatch, cli
     new = files(run) - RUN - {folder + name for name in PNGS} - made
     (record,) = {name for name in new if not name.startswith("metrics/features/")}
     assert re.fullmatch(r"metrics/fd-pixels-80-0000006-ddim-4-cfg1-seed0-[0-9a-f]{8}\.json", record)
-    assert {Path(name).name for name in new - {record}} == {"key.json", "done.npy", "hashes.npy", "features.npy"}
+    assert {Path(name).name for name in new - {record}} == {"key.json", "seals.npy", "hashes.npy", "features.npy"}
     assert made < files(run)
     assert files(tmp_path / "elsewhere") == set()
 

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -128,7 +129,7 @@ def run_line(line: str, place: Path) -> Outcome:
             for path in map(Path, ("out.safetensors", "out/patch.safetensors", "run/patch.safetensors")):
                 digest.update(path.read_bytes() if path.is_file() else b"")
     text = out.getvalue() + err.getvalue()
-    return Outcome(code, digest.hexdigest(), any(word in text for word in SAID), err.getvalue()[-300:])
+    return Outcome(code, digest.hexdigest(), any(re.search(rf"\b{word}\b", text) for word in SAID), err.getvalue()[-300:])
 
 
 def prepared(place: Path) -> None:

@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from scipy.stats import ttest_1samp
 
-from benchmarks.digit_features import DigitFeatures
+from benchmarks.digit_features import DigitFeatures, images_of
 from dmpctl.comparing.paired_loss import epsilon_errors, loss_difference
 from dmpctl.data.bundled import Digits
 from dmpctl.files import write_json
 from dmpctl.measuring.features import extract
-from dmpctl.measuring.image_sets import images_of
 from dmpctl.metrics.features.pixels import Pixels
 from dmpctl.metrics.frechet import Factor, features_to_fid, paired_difference
 from dmpctl.metrics.moments import features_to_moments
@@ -117,7 +116,8 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE")
     args = parser.parse_args()
     changes: dict[str, Any] = dict(item.split("=", 1) for item in args.set)
-    reference = {e.name: Factor.of(features_to_moments([extract(e, images_of(Digits()))])) for e in EXTRACTORS}
+    source = Digits()
+    reference = {e.name: Factor.of(features_to_moments([extract(e, images_of(source))])) for e in EXTRACTORS}
     before: torch.Tensor | None = None
     seeds: dict[str, dict[str, Any]] = {}
     floor: dict[str, Any] = {}

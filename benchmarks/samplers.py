@@ -14,10 +14,10 @@ from typing import Any, get_args
 
 import torch
 
+from benchmarks.digit_features import images_of
 from dmpctl.data.source import open_source
 from dmpctl.diffusion.samplers import Sampler
 from dmpctl.measuring.features import extract
-from dmpctl.measuring.image_sets import images_of
 from dmpctl.metrics.features.pixels import Pixels
 from dmpctl.metrics.frechet import Factor, features_to_fid
 from dmpctl.metrics.moments import features_to_moments

@@ -131,7 +131,7 @@ def measure(patched: Patched, source: Source, command: Command) -> tuple[BeforeA
     count, why = settings.evaluate.eval_images, NO_INCEPTION
     if extractor is not None:
         try:
-            refuse_few(count, extractor.width, "--eval-images")
+            refuse_few(count, extractor.width, "with --eval-images")
         except UsageError as error:
             extractor, why = None, f"{error.message}; {error.hint}"
     count = SHOWN if extractor is None else count

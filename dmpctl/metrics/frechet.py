@@ -133,7 +133,7 @@ def refuse_few(count: int, width: int, hint: str) -> None:
     if count <= width:
         raise UsageError(
             f"{count} images are too few for {width} features: the distance would be mostly bias",
-            f"compare more than {width} images (a difference has an interval from {FOR_A_DIFFERENCE * width + 1} on), {hint}",
+            f"compare more than {width} images (a difference has an interval from {FOR_A_DIFFERENCE * width + 1} on) {hint}",
         )
 
 

@@ -221,7 +221,7 @@ def test_what_is_wrong_is_one_sentence(config, tmp_path, cli, monkeypatch):
     for args, code, sentence in (
         (("incption",), 2, "incption is no known download"),
         (("dit-xl2-256",), 2, "for non-commercial use only: dit-xl2-256 (CC-BY-NC-4.0)"),
-        (("--verify", "--prune"), 2, "verify and prune are two different things"),
+        (("--verify", "--prune"), 2, "--verify and --prune are two different things"),
         (("--for", tmp_path / "no.toml"), 3, "is not there"),
         (("fid-stats-coco",), 3, "has no address to fetch it from"),
         (("hf://nothing",), 2, "is no address on the Hub"),
@@ -232,4 +232,4 @@ def test_what_is_wrong_is_one_sentence(config, tmp_path, cli, monkeypatch):
         assert len(done.err.splitlines()) <= 2
     config.write_text("[assets.x]\nurll = 'https://x/y'\n")
     done = cli("download", "--config", config)
-    assert done.err == f"error: {config} [assets.x]: urll is no key of an asset, did you mean url?\n"
+    assert done.err == f"error: {config} [assets.x]: urll is no key of an asset\nhint: did you mean url?\n"

@@ -8,6 +8,7 @@ CODES = {  # the table that the command line documents
     "InUse": 2,
     "MissingError": 3,
     "IntegrityError": 4,
+    "Damaged": 4,
     "NumericalError": 5,
     "ThresholdError": 6,
 }

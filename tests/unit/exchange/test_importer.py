@@ -265,10 +265,10 @@ def test_a_run_that_holds_something_else_is_refused(tmp_path, finished):
     state, about = golden_state("uncond-soft")
     path = saved(tmp_path / "a.pt", {"model": state, "config": published(about)})
     imported(path, tmp_path / "run")
-    with pytest.raises(UsageError, match=r"another experiment \(topk: None there, 3 now"):
+    with pytest.raises(UsageError, match=r"already uses different settings \(topk: None there, 3 now"):
         imported(path, tmp_path / "run", import_topk=3)
     other = saved(tmp_path / "b.pt", {"model": state | {"gate.bias": state["gate.bias"] + 1}, "config": published(about)})
-    with pytest.raises(UsageError, match=r"another experiment \(file_sha256"):
+    with pytest.raises(UsageError, match=r"already uses different settings \(file_sha256"):
         imported(other, tmp_path / "run")
     run = Path(shutil.copytree(finished, tmp_path / "finished"))
     with pytest.raises(UsageError, match="was made by dmpctl patch, not import"):

@@ -98,6 +98,7 @@ def test_what_is_written(finished, tmp_path):
         "gates/0000006.html",
     }
     found = json.loads((run / "gates" / "0000006.json").read_text())
+    assert found.pop("sealed") is not None
     assert found == json.loads(json.dumps(report.data))
     assert (found["schema_version"], found["step"], {site["prompts"] for site in found["sites"]}) == (1, 6, {16})
     assert found["timesteps"] == [0, 166, 333, 500, 666, 832, 999]

@@ -14,7 +14,7 @@ LONG = 600.0  # sec that nobody need be told of beforehand
 ENOUGH = 0.3  # sec of one call, beyond which no larger batch is tried
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: a model that is moved in here is trained later
 def seconds_for(model: Patched, images: int, sampling: Sampling, device: torch.device) -> float:
     """How long so many images will take about: a call on ever more images at once is timed, the last one counts."""
     model.to(device)

@@ -1,4 +1,4 @@
-"""From noise to x0: DDPM, DDIM, PNDM, DPM-Solver++, UniPC over respaced timesteps; Euler, Heun, Euler-Maruyama along a flow.
+"""From noise to x0: DDPM, DDIM, PNDM, DPM-Solver++, UniPC over respaced timesteps; Euler, Heun, dopri5, Euler-Maruyama of flows.
 
 A sampler is a generator of the states after each of its steps, so that only the latest is kept.
 Shapes: B batch, C/H/W channels, height, width. States are float32 whatever the denoiser's dtype.

@@ -36,7 +36,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 LONG = 60  # lines of a function that are pointed out
 MOST_FILES, MOST_LINES = 12, 1_500  # of a room, without its __init__
-MOST_IN_ALL = 22_600  # lines of the package, what it may hold with every edge checked; raised with a reason in the commit only
+MOST_IN_ALL = 22_400  # lines of the package, as many as it has with every edge checked; it only falls from here
 HOMES = {
     "accelerate": ("processes", "training"),
     "diffusers": ("diffusion", "backbones", "codecs"),

@@ -1,6 +1,7 @@
 """`dmpctl`: finds the command that was named and imports only that one; turns every failure into one sentence."""
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -121,6 +122,9 @@ def _said(error: Exception, debug: bool, args: list[str]) -> int:
             message, hint, code = error.message, error.hint, error.exit_code
         case typer.TyperException():
             (message, hint), code = unparsed(error, args), error.exit_code
+        case _ if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):
+            message, code = f"not enough memory: {error}", UsageError.exit_code
+            hint = "make less at once: a smaller batch, fewer processes, a smaller model"
         case _:
             message, code = f"internal: {type(error).__name__}: {error}".rstrip(": "), DmpError.exit_code
             hint = None if debug else "this is a bug; run it again with --debug to see where"

@@ -138,6 +138,11 @@ def split_in(names: Sequence[str], shown: str) -> str | None:
         there, one = " and ".join(map(printable, reversed(splits.values()))), next(reversed(splits.values()))
         hint = "put each into a folder of its own" if one.endswith(".tar") else f"name one: --data {shown}/{printable(one)}"
         raise UsageError(f"{shown} holds several splits: {there}", hint)
+    inner = sorted({split for name in names if name.count("/") > 1 and (split := split_word(name.split("/")[1]))})
+    if len(inner) > 1:
+        raise UsageError(
+            f"{shown} holds several splits in each folder: {' and '.join(inner)}", "put each into a folder of its own"
+        )
     return tops[0] if len(tops) == 1 and splits and names[0] != tops[0] else None
 
 

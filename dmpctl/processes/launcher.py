@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import dmpctl
-from dmpctl.errors import DmpError, Interrupted
+from dmpctl.errors import DmpError, Interrupted, UsageError
 from dmpctl.processes.notes import Assignment, Outcome, outcomes
 from dmpctl.processes.peers import runs
 from dmpctl.processes.ranks import launched
@@ -48,6 +48,8 @@ def processes_to_start(launch: Launch) -> int:
     if wanted is None:
         many = launch.device in ("auto", "cuda") and not launch.cpu
         wanted = max(1, torch.cuda.device_count()) if many else 1
+    if wanted > (most := max(torch.cuda.device_count(), 4 * (os.cpu_count() or 1))):
+        raise UsageError(f"--num-processes {wanted} are more than this machine can run", f"say --num-processes {most} or fewer")
     return wanted if wanted > 1 or launch.nodes[1] > 1 else 0
 
 

@@ -281,9 +281,17 @@ class Trainer:
             self.trackers.log(self.step, figures)
 
     def save(self, saver: Saver) -> None:
-        """Write a checkpoint of this step (main process); what is shared out is put together by all."""
+        """Write a checkpoint of this step (main process); what is shared out is put together by all.
+
+        NumericalError where a weight is not finite: no checkpoint is made of that.
+        """
         self.saved, self.saved_at = self.step, time.monotonic()
         state = self._state() if self.ranks.is_main or is_sharded(self.subject.module) else None
+        for name, value in state.raw.items() if state is not None else ():
+            if not torch.isfinite(value).all():
+                raise NumericalError(
+                    f"{name} is no longer finite at step {self.step}", "lower the rates: --prompt-lr, --gate-lr or --lr"
+                )
         if state is not None and self.ranks.is_main:
             untrained = {n: v for n, v in self.subject.module.state_dict().items() if n not in self.parameters}
             saver.save(state, untrained, self.subject.described)

@@ -250,6 +250,11 @@ def two_splits(root: Path) -> None:
     saved(root, "train/1.png", "val/1.png")
 
 
+def splits_of_each_class(root: Path) -> None:
+    for name in ("ant/train", "ant/test", "bee/train", "bee/test"):
+        digit_folder(root / "set" / name, 2)
+
+
 def two_splits_of_classes(root: Path) -> None:
     saved(root, "Training/cat/1.png", "Training/dog/1.png", "test2017/cat/1.png")
 
@@ -320,6 +325,7 @@ REFUSED = {
     pictures_and_parquet: (r"images \(1, such as a\.png\) and parquet \(1, such as rows\.parquet\)", "rows.parquet"),
     two_splits: ("holds several splits: train and val", "train"),
     two_splits_of_classes: ("holds several splits: Training and test2017", "Training"),
+    splits_of_each_class: ("holds several splits in each folder: test and train", "a folder of its own"),
     splits_of_shards: (r"several splits: set-train-000\.tar and set-val-000\.tar", "a folder of its own"),
     missing_rows: (r"metadata\.csv of .* names 2 images that are not there: gone\.png, \.\./a\.png", "metadata.csv"),
     two_metadata: (r"has metadata\.csv and metadata\.jsonl, which both say", "metadata.jsonl"),

@@ -185,6 +185,20 @@ def test_a_run_in_which_no_step_was_applied_publishes_nothing(tmp_path, overflow
         assert not {"patch.safetensors", "patch.json"} & files(run)
 
 
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    with pytest.raises(NumericalError, match="is no longer finite at step 2") as caught:
+        patch_run(tmp_path / "run", iters=2, prompt_lr=1e308)
+    assert (caught.value.exit_code, "--prompt-lr" in str(caught.value.hint)) == (5, True)
+    assert not [name for name in files(tmp_path / "run") if name.endswith(".safetensors")]
+
+
+def test_more_processes_than_a_machine_can_run_are_refused(tmp_path, cli):
+    refused = cli("patch", "--num-processes", 100_000, "--run", tmp_path / "run", "--cpu")
+    assert (refused.code, refused.out) == (2, "")
+    assert "--num-processes 100000 are more than this machine can run" in refused.err
+    assert cli("patch", "--run", tmp_path / "run", "--batch-size", 10**12, "--cpu", "--no-evaluate").code == 2
+
+
 def test_skipped_steps_are_shown_and_recorded(tmp_path, monkeypatch):
     """Two of six are not finite; what is counted is right after a resume, too."""
     real = Trainer._backward

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from dmpctl.files import read_tensors, sha256_of
-from tests.helpers import files, patch_run, tree
+from tests.helpers import copied, files, patch_run, tree
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 IMAGES = ("--num-images", 3, "--sampler", "ddim", "--steps", 4, "--cpu")
@@ -53,8 +53,8 @@ def test_there_and_back_by_every_form_gives_the_same_tensors_and_images(tmp_path
     assert images(tmp_path / "plain") != first
 
 
-def test_a_merged_file_is_taken_as_a_run_and_keeps_what_is_made_of_it_beside_it(tmp_path, cli, finished):
-    path = tmp_path / "merged.safetensors"
+def test_a_merged_file_is_taken_as_a_run_and_keeps_what_is_made_of_it_beside_it(tmp_path, tmp_path_factory, cli, finished):
+    path, finished = tmp_path / "merged.safetensors", copied(finished, tmp_path_factory.mktemp("run") / "run")
     ran(cli("export", finished, "--out", path, "--json"))
     ran(cli("sample", path, *IMAGES, "--json"))
     ran(cli("inspect-gates", path, "--timesteps", 3, "--no-plot", "--json"))

@@ -42,6 +42,7 @@ from dmpctl.types import Report, Silent
 SOURCE = Path(dmpctl.__file__).parents[1]
 SMALL = {"iters": 6, "batch_size": 8, "log_every": 1, "save_every": 3, "keep_last": 5, "cpu": True}
 SHAPE = {"hidden_size": 16, "depth": 2, "num_heads": 2}
+QUICK = [*(f"--{key.replace('_', '-')}={value}" for key, value in (SMALL | SHAPE).items() if key != "cpu"), "--cpu"]
 BUNDLED = load_backbone(Base()).model.config  # whatever shape it has: no test knows its numbers
 BUNDLED_SPEC = DiT(BUNDLED).spec
 BUNDLED_PATCH = build_patch(DiT(BUNDLED), Dmp()).added

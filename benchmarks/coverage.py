@@ -231,7 +231,7 @@ def _compared_distances(repetitions: int) -> Iterator[str]:
 
 
 def _trained(features: Tensor, share: float, *seed: int) -> Tensor:
-    """What a training of the backbone makes of its features: all that is off gets smaller, and by how much is the seed's."""
+    """Returns features as a trained backbone would make them: all that is off gets smaller, and by how much is the seed's."""
     return features * (0.99 + share * float(normal(1, 1, "trained", *seed)))
 
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.digit_features import images_of
 from benchmarks.miniature import CPU, EXTRACTORS, sampled
 from dmpctl.backbones.dit import DiTConfig
 from dmpctl.backbones.dit_weights import Weights, digest_of, dit_from
 from dmpctl.comparing.paired_loss import epsilon_errors
 from dmpctl.data.bundled import Digits
 from dmpctl.files import read_json, read_tensors, write_json
+from dmpctl.images.stored import images_of
 from dmpctl.measuring.features import extract
 from dmpctl.metrics.frechet import Factor, features_to_fid
 from dmpctl.metrics.moments import features_to_moments

@@ -3,7 +3,6 @@
 `python -m benchmarks.digit_features` trains it anew (seconds) into benchmarks/assets/digit-classifier.safetensors.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -12,15 +11,8 @@ from torch import Tensor, nn
 
 from dmpctl.data.bundled import Digits
 from dmpctl.files import read_tensors, sha256_of, write_tensors
-from dmpctl.measuring.image_sets import source_images
-from dmpctl.types import Source
 
 WEIGHTS = Path(__file__).parent / "assets" / "digit-classifier.safetensors"
-
-
-def images_of(source: Source) -> Iterator[Tensor]:
-    """Yields the images of a source in order, uint8 batches."""
-    return (images for _, images in source_images(source.name, source).read(range(len(source))))
 
 
 class Classifier(nn.Module):

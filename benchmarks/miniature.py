@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from scipy.stats import ttest_1samp
 
-from benchmarks.digit_features import DigitFeatures, images_of
+from benchmarks.digit_features import DigitFeatures
 from dmpctl.comparing.paired_loss import epsilon_errors, loss_difference
 from dmpctl.data.bundled import Digits
 from dmpctl.files import write_json
+from dmpctl.images.stored import images_of
 from dmpctl.measuring.features import extract
 from dmpctl.metrics.features.pixels import Pixels
 from dmpctl.metrics.frechet import Factor, features_to_fid, paired_difference

@@ -14,9 +14,9 @@ from typing import Any, get_args
 
 import torch
 
-from benchmarks.digit_features import images_of
 from dmpctl.data.source import open_source
 from dmpctl.diffusion.samplers import Sampler
+from dmpctl.images.stored import images_of
 from dmpctl.measuring.features import extract
 from dmpctl.metrics.features.pixels import Pixels
 from dmpctl.metrics.frechet import Factor, features_to_fid

@@ -84,7 +84,7 @@ def locked(path: Path, wait: bool = True, busy: Callable[[], None] | None = None
         try:
             lock.acquire(blocking=False)
         except (OSError, NotImplementedError) as error:
-            if not isinstance(error, NotImplementedError) and error.errno not in NO_LOCKS:
+            if isinstance(error, OSError) and error.errno not in NO_LOCKS:
                 raise
             lock = SoftFileLock(path.with_name(f"{path.name}.held"))
             lock.acquire(blocking=False)

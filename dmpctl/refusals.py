@@ -1,4 +1,4 @@
-"""What a value may be, in words; what is said of one that is refused, and of a name that does not exist.
+"""Words for the values that an option takes, and for a value or a name that is refused.
 
 All values pass here, whatever gave them: a flag, a variable, a TOML key or Python. `Form` is how the user wrote them.
 """

@@ -1,4 +1,4 @@
-"""What a file of other people says of its DiT, once for `--base` and `import`: each key is used, or harmless, or refused by name.
+"""Reads a DiT's config from files of others, once for `--base` and `import`: each key is used, harmless, or refused by name.
 
 The keys are those of the training scripts of DiT, SiT, REPA and DMP; another key is listed, and refused where its name speaks of
 what a network computes. What neither the file nor an option says is assumed, and listed.
@@ -60,7 +60,7 @@ HARMLESS = re.compile(
 
 @dataclass(frozen=True)
 class Given:
-    """What options say: a published shape, attention heads, a noise schedule; None: nothing."""
+    """Answers that options give: a published shape, attention heads, a noise schedule; None: no answer."""
 
     shape: str | None = None
     heads: int | None = None

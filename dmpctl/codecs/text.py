@@ -25,7 +25,7 @@ READ = (".json", ".txt", ".model", ".safetensors")  # files that decide the stat
 
 
 def usual_cleaning(kind: str) -> Cleaning:
-    """What diffusers does to captions here: PixArt's, which T5 reads, are cleaned if two packages are there; CLIP's not."""
+    """Returns how diffusers prepares captions: PixArt's, which T5 reads, are cleaned if two packages are there, CLIP's not."""
     if kind != "t5":
         return "none"
     return "pixart" if all(map(find_spec, ("bs4", "ftfy"))) else "lower"

@@ -1,4 +1,4 @@
-"""What files beside images say of them: metadata.* as `datasets` reads it, EDM's dataset.json, a .txt of each image."""
+"""Labels and captions in files beside images: metadata.* as `datasets` reads it, EDM's dataset.json, a .txt of each image."""
 
 import hashlib
 import io
@@ -30,7 +30,7 @@ READ_TEXTS = 20_000  # texts beside images whose content is part of the fingerpr
 
 @dataclass(frozen=True)
 class Said:
-    """What is said of the images under a folder; by default nothing.
+    """Labels and captions of the images under a folder; by default none.
 
     `is_said`: sub-folders are no classes then. `rows`: which of the images are used, and in which order; None: all, as they
     are. `labels` int64 (-1: none) and `written` captions are in the order of the rows; `texts`: the .txt of a name without
@@ -168,7 +168,7 @@ def _from_metadata(said: Said, found: Listing, files: Sequence[ImageFile], colum
 
 def _table(path: Path, digest: Any) -> "pa.Table":
     """The rows of one metadata file, read as `datasets` reads it (pandas for csv, Arrow for the others)."""
-    import pandas  # type: ignore[import-untyped]
+    import pandas
     import pyarrow as pa
     from pyarrow import json as arrow_json
     from pyarrow import parquet

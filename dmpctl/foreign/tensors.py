@@ -89,7 +89,7 @@ ALLOWED: list[Any] = [  # for torch.serialization.safe_globals: what is built, a
 
 
 def unpickled(path: Path, what: str = "checkpoint", hint: str = "ask for a .safetensors file") -> Any:
-    """What a PyTorch file holds, on the CPU: tensors, plain values, numpy's arrays and numbers; a config of any class inert.
+    """Returns the content of a PyTorch file, on the CPU: tensors, plain values, numpy's arrays; a config of any class inert.
 
     MissingError if there is no such file; IntegrityError, with `hint`, for one that is damaged or wants code to be run, and so is
     no readable `what`.

@@ -52,7 +52,7 @@ def counted(names: Mapping[str, Sequence[str]]) -> dict[str, tuple[int, str]]:
 
 
 def done_to(headers: Sequence[Header], size: int, channels: int) -> list[str]:
-    """What becomes of images with these headers, in words; empty where they are used as they are."""
+    """Describes how images with these headers are changed, in words; empty where they are used as they are."""
     cropped = sum(header.width != header.height for header in headers if size)
     resized = sum(min(header.width, header.height) != size for header in headers if size)
     what = [f"{cropped} cropped to squares"] * bool(cropped) + [f"{resized} resized to {size}x{size}"] * bool(resized)

@@ -135,11 +135,11 @@ class StoredImages:
 
     def _counted(self) -> dict[str, int | None]:
         """Images of each class, by name, in the order of the labels; None where labels are read as they are used."""
-        names = self._reader.label_names or self.classes or range(self.num_classes)
+        names = [printable(str(name)) for name in self._reader.label_names or self.classes or range(self.num_classes)]
         if self._labels is None:
-            return {str(name): None for name in names}
+            return dict.fromkeys(names)
         counts = torch.bincount(self._labels, minlength=self.num_classes).tolist()
-        return {printable(str(name)): count for name, count in zip(names, counts, strict=False)} if self.num_classes else {}
+        return dict(zip(names, counts, strict=True)) if self.num_classes else {}
 
     def _label(self, place: int) -> int:
         return self._reader.label(self._kept[place]) if self._labels is None else int(self._labels[place])

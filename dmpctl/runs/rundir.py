@@ -114,7 +114,7 @@ class MetricsLog:
 
 
 def _line_in(line: bytes) -> dict[str, Any] | None:
-    """What was logged in a line, without its checksum, which older ones lack; None if it is damaged, or torn."""
+    """Returns the figures of a line, without its checksum, which older ones lack; None if it is damaged, or torn."""
     body, mark, end = line.rpartition(b', "crc": "')
     if mark and end != b'%08x"}\n' % crc32(body):
         return None

@@ -237,7 +237,7 @@ def prompts_record(model: Patched) -> dict[str, Any]:
 
 
 def samples_key(folder: Path, progress: Progress) -> str | None:
-    """What the images of a folder are sealed with: the sha256 of its samples.json; None, which is said, for an older one."""
+    """Returns the key that a folder's images are sealed with: the sha256 of its samples.json; None, said, for an older one."""
     about = read_json(folder / "samples.json", SCHEMA_VERSION)
     if about["schema_version"] > 1:
         return sha256_of_json(about)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
-import yaml  # type: ignore[import-untyped]
+import yaml
 from torch import Tensor
 
 from dmpctl.errors import IntegrityError, MissingError, UsageError

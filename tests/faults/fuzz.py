@@ -97,7 +97,7 @@ SKIPPED = (".lock", "contact-sheet.png.", "report.html", "key.json")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one command: exit code, a digest of its results, and whether it said something of damage."""
+    """Result of one command: exit code, a digest of its results, and whether it said something of damage."""
 
     code: int
     result: str
@@ -207,7 +207,7 @@ def address_space() -> int:
 
 
 def judged(found: Outcome, whole: Outcome) -> str:
-    """What it was: refused, equal, made again (said), or one of the faults, in capitals."""
+    """Names the outcome: refused, equal, made again (said), or one of the faults, in capitals."""
     if "this is a bug" in found.err or "internal" in found.err:
         return "MEMORY" if "MemoryError" in found.err else "HANG" if "TimeoutError" in found.err else "BUG"
     if found.code not in (0, 6):

@@ -1,4 +1,4 @@
-"""What is said of a wrong line: which option, as it was written, what was found, what is allowed, what to type instead.
+"""Messages about a wrong line: which option, as it was written, what was found, what is allowed, what to type instead.
 
 The options, their types and bounds are read from the settings, so that a new option is covered without a line here.
 """

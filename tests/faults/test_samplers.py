@@ -1,5 +1,6 @@
 """Samplers are what their names say elsewhere: SiT's SDE by its formula, diffusers' timesteps; presets are whose they claim."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def test_euler_maruyama_is_the_published_sde_of_sit(steps: int) -> None:
 
     times = torch.linspace(0, 0.96, steps, dtype=torch.float64).tolist()
     x = noises[0].double()
-    for now, then, noise in zip(times, times[1:], noises[1:], strict=False):
+    for (now, then), noise in zip(pairwise(times), noises[1:], strict=True):
         x = x + (then - now) * drift(x, now) + (2 * (1 - now) * (then - now)) ** 0.5 * noise.double()
     x = x + 0.04 * drift(x, 0.96)
 
@@ -55,7 +56,7 @@ def test_dpm_solver_visits_the_timesteps_of_diffusers_at_every_count(monkeypatch
     theirs: Any = kind(beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
     begun: list[Any] = []
 
-    class Seen(kind):  # type: ignore[misc, valid-type]
+    class Seen(kind):
         """The solver, cut short: it says which timesteps it was about to visit."""
 
         def set_timesteps(self, *args: Any, **kwargs: Any) -> None:

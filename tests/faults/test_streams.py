@@ -71,13 +71,13 @@ def line(command: str, given: Path, place: Path) -> tuple[object, ...]:
 
 
 def made(place: Path) -> set[str]:
-    """What the work has left, without the streams; features lie under a name of their content."""
+    """Files that the work has left, without the streams; features lie under a name of their content."""
     return {name for name in files(place) if name.split("/")[0] in ("made", "study") and ".lock" not in name}
 
 
 @pytest.fixture(scope="module")
 def undisturbed(given, tmp_path_factory):
-    """What each command leaves where nothing disturbs it."""
+    """Files that each command leaves where nothing disturbs it."""
     known: dict[str, set[str]] = {}
 
     def of(command: str) -> set[str]:

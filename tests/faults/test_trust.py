@@ -1,4 +1,4 @@
-"""What a stranger's file, server, name or disk may do: nothing that was not asked for, said in one sentence."""
+"""Files, servers, names and disks of strangers do nothing that was not asked for, and that is said in one sentence."""
 
 import errno
 import fcntl
